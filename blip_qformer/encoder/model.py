@@ -1,0 +1,67 @@
+"""(picture, word) -> 16 vectors: the three parts of the subject encoder in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import SubjectEncoderConfig
+from .layers import AttentionFunction, LayerFactory, scaled_dot_product_attention
+from .projection import Projection
+from .qformer import QFormer
+from .tokenizer import tokenize_subjects
+from .vision import VisionTransformer
+
+
+class SubjectEncoder(nn.Module):
+    """BLIP-Diffusion's subject encoder (arXiv 2305.14720, figure 2, left).
+
+    Args:
+        config: the sizes; the defaults are the published model's.
+        dtype, device, operations: as for ComfyUI's models. The result has the precision of the *pixels*: with
+            operations that cast, float16 weights and float32 pixels compute in float32.
+        attention: see :data:`~blip_qformer.encoder.layers.AttentionFunction`.
+    """
+
+    def __init__(
+        self,
+        config: SubjectEncoderConfig | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        operations: Any = nn,
+        attention: AttentionFunction = scaled_dot_product_attention,
+    ):
+        super().__init__()
+        self.config = config = config or SubjectEncoderConfig()
+        make = LayerFactory(dtype, device, operations, attention)
+        self.vision = VisionTransformer(config.vision, make)
+        self.qformer = QFormer(config.qformer, config.vision.width, make)
+        self.projection = Projection(config.qformer.width, config.projection_width, config.qformer.layer_norm_eps, make)
+
+    def forward(self, pixel_values: Tensor, words: Sequence[str]) -> Tensor:
+        """
+        Args:
+            pixel_values: [B, 3, S, S] from :func:`~blip_qformer.encoder.preprocess`.
+            words: what each picture shows, B of them.
+        Returns:
+            [B, 16, 768]: vectors that sit in a prompt like words.
+        Raises:
+            ValueError: a wrong shape, or a word the Q-Former cannot read.
+        """
+        size = self.config.vision.image_size
+        if pixel_values.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"The subject encoder got pictures of shape {list(pixel_values.shape)}, but it reads "
+                f"[batch, 3, {size}, {size}]: pass them through blip_qformer.encoder.preprocess first."
+            )
+        if len(words) != len(pixel_values):
+            raise ValueError(
+                f"The subject encoder got {len(pixel_values)} pictures and {len(words)} words: give one word a picture."
+            )
+        input_ids, attention_mask = tokenize_subjects(words, self.config.qformer.text_positions)
+        image_tokens = self.vision(pixel_values)  # [B, 257, 1024]
+        answer = self.qformer(image_tokens, input_ids.to(pixel_values.device), attention_mask.to(pixel_values.device))
+        return self.projection(answer)  # [B, 16, 768]
