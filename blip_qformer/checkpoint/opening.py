@@ -1,0 +1,180 @@
+"""A path becomes a checkpoint, whichever of the published layouts lies there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from ..encoder import SubjectEncoderConfig
+from . import hub, lavis
+from .finetuned import SUBJECT, split_finetuned
+from .kinds import Kind, describe, kind_of
+from .names import NameTable
+from .reading import SAFETENSORS, TENSOR_FILES, CheckpointError, read_config, read_tensors
+from .single_file import config_of_file
+from .sizes import check_weights
+
+CONTEXT_POSITION = 2  # where the vectors go in every published model: after <bos> and "a"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a checkpoint: its weights in their published names, its config file's content, where it lies."""
+
+    weights: Mapping[str, Tensor]
+    config: dict
+    path: Path
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened BLIP-Diffusion checkpoint; weights are memory-mapped, so opening costs next to nothing.
+
+    ``encoder_weights`` are in the subject encoder's own names; the other parts keep diffusers' names.
+    """
+
+    path: Path
+    format: str
+    encoder_weights: dict[str, Tensor]
+    encoder_config: SubjectEncoderConfig
+    unet: Part | None = None
+    text_encoder: Part | None = None
+    vae: Part | None = None
+    controlnet: Part | None = None
+    subject: Tensor | None = None
+    problems: tuple[str, ...] = field(default=(), repr=False)
+
+    def require(self, part: str) -> Part:
+        """The named part.
+
+        Raises:
+            CheckpointError: this checkpoint does not have it.
+        """
+        found = getattr(self, part)
+        if found is None:
+            raise CheckpointError(
+                " ".join(
+                    [
+                        f"{self.path} ({self.format}) has no {part.replace('_', ' ')}: choose a whole BLIP-Diffusion "
+                        "folder, or load the Q-Former alone with Load BLIP-2 Q-Former.",
+                        *self.problems,
+                    ]
+                )
+            )
+        return found
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a Hub folder, an original (LAVIS) folder, a fine-tuned file, or a Q-Former in one file.
+
+    Raises:
+        CheckpointError: there is nothing, or something else, or it is not whole.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    weights = read_tensors(path)
+    kind = kind_of(weights)
+    if kind is Kind.QFORMER:
+        return _open_single_file(path, weights)
+    if kind is Kind.FINETUNED:
+        return _open_finetuned(path, weights)
+    if kind in (Kind.ORIGINAL_QFORMER, Kind.PROJECTION, Kind.UNET, Kind.VAE, Kind.TEXT_ENCODER):
+        raise CheckpointError(f"{path} is {kind.value}, one part of a checkpoint: choose the folder it belongs to.")
+    raise CheckpointError(
+        f"{path} is {describe(weights)}, not BLIP-Diffusion: choose a Salesforce/blipdiffusion folder, an original "
+        "(LAVIS) folder, a fine-tuned .pth, or a blip2_qformer.safetensors."
+    )
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    parts, problems = _find_parts(folder)
+    if Kind.QFORMER in parts:
+        _check_pipeline(folder)
+        part = parts[Kind.QFORMER]
+        weights = hub.NAMES.to_encoder(part.weights, part.path)
+        config = hub.config_from_hub(weights, part.config, part.path)
+        format, table = "Hub folder", hub.NAMES
+    elif Kind.ORIGINAL_QFORMER in parts and Kind.PROJECTION in parts:
+        part = parts[Kind.ORIGINAL_QFORMER]
+        weights, config = lavis.encoder_from_lavis(part.weights, parts[Kind.PROJECTION].weights, part.path)
+        format, table = "original (LAVIS) folder", lavis.NAMES
+    elif Kind.FINETUNED in parts:
+        return open_checkpoint(parts[Kind.FINETUNED].path)
+    else:
+        found = "; ".join(f"{part.path.relative_to(folder)} is {kind.value}" for kind, part in parts.items())
+        raise CheckpointError(
+            " ".join(
+                [
+                    f"{folder} holds no whole BLIP-Diffusion checkpoint ({found or 'no weights of it were found'}): "
+                    "download Salesforce/blipdiffusion, or unpack an original archive, as a whole into this folder.",
+                    *problems,
+                ]
+            )
+        )
+    check_weights(weights, config, table, part.path)
+    tuned = parts.get(Kind.SUBJECT)
+    return Checkpoint(
+        folder,
+        format,
+        weights,
+        config,
+        unet=parts.get(Kind.UNET),
+        text_encoder=parts.get(Kind.TEXT_ENCODER),
+        vae=parts.get(Kind.VAE),
+        controlnet=parts.get(Kind.CONTROLNET),
+        subject=tuned.weights[SUBJECT] if tuned else None,
+        problems=tuple(problems),
+    )
+
+
+def _open_single_file(path: Path, weights: dict[str, Tensor]) -> Checkpoint:
+    renamed = hub.NAMES.to_encoder(weights, path)
+    return _checked(path, "BLIP-2 Q-Former file", renamed, config_of_file(renamed, path), hub.NAMES)
+
+
+def _open_finetuned(path: Path, weights: dict[str, Tensor]) -> Checkpoint:
+    parts = split_finetuned(weights)
+    renamed, config = lavis.encoder_from_lavis(parts["qformer"], parts["projection"], path)
+    networks = {name: Part(parts[name], {}, path) for name in ("unet", "text_encoder", "vae") if parts[name]}
+    subject = weights.get(SUBJECT)
+    return _checked(path, "fine-tuned file", renamed, config, lavis.NAMES, subject=subject, **networks)
+
+
+def _checked(
+    path: Path, format: str, weights: dict[str, Tensor], config: SubjectEncoderConfig, table: NameTable, **parts
+) -> Checkpoint:
+    check_weights(weights, config, table, path)
+    return Checkpoint(path, format, weights, config, **parts)
+
+
+def _find_parts(folder: Path) -> tuple[dict[Kind, Part], list[str]]:
+    """The files of a folder and its subfolders by what they are, and a sentence for each that could not be read.
+
+    Where one part is there twice, ``.safetensors`` goes before pickles and the larger (more precise) before the smaller.
+    """
+    files = [f for pattern in ("*", "*/*") for f in folder.glob(pattern) if f.suffix.lower() in TENSOR_FILES]
+    files.sort(key=lambda file: (file.suffix.lower() in SAFETENSORS, file.stat().st_size), reverse=True)
+    parts: dict[Kind, Part] = {}
+    problems = []
+    for file in files:
+        try:
+            weights = read_tensors(file)
+            kind = kind_of(weights)
+            if kind and kind not in parts:
+                parts[kind] = Part(weights, read_config(file.parent), file)
+        except CheckpointError as error:
+            problems.append(str(error))
+    return parts, problems
+
+
+def _check_pipeline(folder: Path) -> None:
+    position = read_config(folder, "model_index.json").get("ctx_begin_pos", CONTEXT_POSITION)
+    if position != CONTEXT_POSITION:
+        raise CheckpointError(
+            f"{folder / 'model_index.json'} puts the subject at position {position} of the prompt, but BLIP-Diffusion "
+            f"was trained with {CONTEXT_POSITION}: use the published model_index.json."
+        )

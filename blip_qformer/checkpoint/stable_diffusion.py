@@ -1,0 +1,379 @@
+"""Stable Diffusion 1.5's original (LDM) checkpoint layout, written from the published diffusers layout.
+
+The two layouts hold the same tensors under other names. diffusers names a block by what it is
+(`down_blocks.1.resnets.0`), LDM by when it runs: `input_blocks.4` is the fifth step on the way down. So the names of
+small modules are plain tables here, and a walk through the levels does LDM's counting.
+
+Everything is read off the weights themselves (how many levels, how many resnets in each, which have attention, how
+wide), so the same code serves the full model and a toy one. Nothing is copied: a converted tensor is the given tensor,
+or a view of it with two axes of length one appended.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+UNET_PREFIX = "model.diffusion_model."
+TEXT_ENCODER_PREFIX = "cond_stage_model."
+VAE_PREFIX = "first_stage_model."
+
+# Each table: module name in diffusers -> module name in LDM. A module's `weight` and `bias` keep their names.
+# Where LDM shows a number, it counts the places of a sequence that also holds activations: those have no tensors.
+UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE_ENDS = {
+    "quant_conv": "quant_conv",
+    "post_quant_conv": "post_quant_conv",
+    "encoder.conv_in": "encoder.conv_in",
+    "encoder.conv_norm_out": "encoder.norm_out",
+    "encoder.conv_out": "encoder.conv_out",
+    "decoder.conv_in": "decoder.conv_in",
+    "decoder.conv_norm_out": "decoder.norm_out",
+    "decoder.conv_out": "decoder.conv_out",
+}
+VAE_RESNET = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "conv_shortcut": "nin_shortcut",
+}
+# diffusers renamed these four in version 0.18; published files hold either set.
+VAE_ATTENTION_BEFORE_0_18 = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+# These parts are called the same in both layouts.
+UNET_ATTENTION = ("norm", "proj_in", "proj_out")
+UNET_TRANSFORMER_BLOCK = (
+    "norm1", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",
+    "norm2", "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
+    "norm3", "ff.net.0.proj", "ff.net.2",
+)  # fmt: skip
+TEXT_ENDS = ("embeddings.token_embedding", "embeddings.position_embedding", "final_layer_norm")
+TEXT_LAYER = (
+    "layer_norm1", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
+    "layer_norm2", "mlp.fc1", "mlp.fc2",
+)  # fmt: skip
+
+# A resnet has a shortcut only where it changes the number of channels.
+SOMETIMES_ABSENT = ("skip_connection", "nin_shortcut")
+
+
+def stable_diffusion_checkpoint(
+    unet: Mapping[str, Tensor], text_encoder: Mapping[str, Tensor], vae: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Everything a stock SD1.5 checkpoint file holds, under the names the stock CheckpointLoaderSimple reads.
+
+    In: the weights of the three parts, in diffusers' names. Out: one state dict, of the same tensors or views of them.
+    Raises ValueError, naming the tensors, where a part is not of Stable Diffusion 1.5's kind.
+    """
+    parts = {
+        UNET_PREFIX: unet_to_ldm(unet),
+        TEXT_ENCODER_PREFIX: text_encoder_to_ldm(text_encoder),
+        VAE_PREFIX: vae_to_ldm(vae),
+    }
+    return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
+
+
+def unet_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A U-Net's weights under LDM's names, without prefix: `conv_in.weight` -> `input_blocks.0.0.weight`.
+
+    Raises ValueError, naming the tensors, if any is unknown or missing.
+    """
+    return _renamed(weights, _unet_modules(weights), part="U-Net")
+
+
+def vae_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A VAE's weights under LDM's names, without prefix: `encoder.mid_block.resnets.0.` -> `encoder.mid.block_1.`.
+
+    LDM's attention projects with 1x1 convolutions where diffusers has linear layers: [C, C] becomes [C, C, 1, 1].
+    Raises ValueError, naming the tensors, if any is unknown or missing.
+    """
+    renamed = _renamed(weights, _vae_modules(weights), part="VAE")
+    for half in ("encoder", "decoder"):
+        for projection in ("q", "k", "v", "proj_out"):
+            name = f"{half}.mid.attn_1.{projection}.weight"
+            if renamed[name].ndim == 2:
+                renamed[name] = renamed[name][:, :, None, None]
+    return renamed
+
+
+def text_encoder_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIP text model's weights under LDM's names: `text_model.x` or plain `x` -> `transformer.text_model.x`.
+
+    Raises ValueError, naming the tensors, if any is unknown or missing.
+    """
+    plain = _without_text_model(weights)
+    modules = [*TEXT_ENDS]
+    for layer in range(_count(plain, "encoder.layers")):
+        modules += [f"encoder.layers.{layer}.{module}" for module in TEXT_LAYER]
+    return _renamed(plain, {module: f"transformer.text_model.{module}" for module in modules}, part="text encoder")
+
+
+def unet_config(weights: Mapping[str, Tensor], heads: int = 8) -> dict:
+    """The arguments with which ComfyUI's UNetModel builds a U-Net of this size.
+
+    In: the weights in diffusers' names, and the number of attention heads (no shape tells it; SD1.5 has 8 everywhere).
+    Out: a plain dict, with no dtype and device in it: those are the host's to choose.
+    Raises ValueError if a tensor that tells a size is missing, or a level's width is no multiple of the first level's.
+    """
+    width = _shape(weights, "conv_in.weight")[0]
+    levels = range(_count(weights, "down_blocks"))
+    widths = [_shape(weights, f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels]
+    if any(each % width for each in widths):
+        raise ValueError(
+            f"The U-Net's levels are {widths} wide, and Stable Diffusion 1.5's layout needs multiples of the first "
+            f"convolution's {width}: use a U-Net of that kind."
+        )
+    depth_down = [depth for level in levels for depth in _transformer_depths(weights, f"down_blocks.{level}")]
+    depth_up = [depth for level in levels for depth in _transformer_depths(weights, f"up_blocks.{level}")]
+    middle = "mid_block.attentions.0"
+    return {
+        "image_size": 32,
+        "in_channels": _shape(weights, "conv_in.weight")[1],
+        "out_channels": _shape(weights, "conv_out.weight")[0],
+        "model_channels": width,
+        "channel_mult": [each // width for each in widths],
+        "num_res_blocks": [_count(weights, f"down_blocks.{level}.resnets") for level in levels],
+        "num_heads": heads,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": len(_shape(weights, f"{middle}.proj_in.weight")) == 2,
+        "context_dim": _shape(weights, f"{middle}.transformer_blocks.0.attn2.to_k.weight")[1],
+        "transformer_depth": depth_down,
+        "transformer_depth_middle": _count(weights, f"{middle}.transformer_blocks"),
+        "transformer_depth_output": depth_up[::-1],  # the host takes them from the end of the list
+        "adm_in_channels": None,
+        "legacy": False,
+        "use_checkpoint": False,
+        "use_temporal_attention": False,
+        "use_temporal_resblock": False,
+    }
+
+
+def vae_config(weights: Mapping[str, Tensor]) -> dict:
+    """The arguments with which ComfyUI's AutoencoderKL builds a VAE of this size: `ddconfig` and `embed_dim`.
+
+    In: the weights in diffusers' names.
+    Raises ValueError if a tensor that tells a size is missing, or a level's width is no multiple of the first level's.
+    """
+    width, image_channels = _shape(weights, "encoder.conv_in.weight")[:2]
+    latent_channels = _shape(weights, "decoder.conv_in.weight")[1]
+    levels = range(_count(weights, "encoder.down_blocks"))
+    widths = [_shape(weights, f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels]
+    if any(each % width for each in widths):
+        raise ValueError(
+            f"The VAE's levels are {widths} wide, and Stable Diffusion 1.5's layout needs multiples of the first "
+            f"convolution's {width}: use a VAE of that kind."
+        )
+    return {
+        "ddconfig": {
+            "double_z": _shape(weights, "encoder.conv_out.weight")[0] == 2 * latent_channels,
+            "z_channels": latent_channels,
+            "resolution": 256,
+            "in_channels": image_channels,
+            "out_ch": _shape(weights, "decoder.conv_out.weight")[0],
+            "ch": width,
+            "ch_mult": [each // width for each in widths],
+            "num_res_blocks": _count(weights, "encoder.down_blocks.0.resnets"),
+            "attn_resolutions": [],
+            "dropout": 0.0,
+        },
+        "embed_dim": _shape(weights, "post_quant_conv.weight")[1],
+    }
+
+
+def text_encoder_config(weights: Mapping[str, Tensor], heads: int | None = None) -> dict:
+    """The size of a CLIP text model, in the words of ComfyUI's `clip_l_model_config`.
+
+    In: the weights, with or without `text_model.`, and the number of attention heads; CLIP's are 64 wide if not told.
+    Raises ValueError if a tensor that tells a size is missing.
+    """
+    plain = _without_text_model(weights)
+    vocabulary, width = _shape(plain, "embeddings.token_embedding.weight")
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": _shape(plain, "encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": _count(plain, "encoder.layers"),
+        "num_attention_heads": heads or max(1, width // 64),
+        "max_position_embeddings": _shape(plain, "embeddings.position_embedding.weight")[0],
+        "hidden_act": "quick_gelu",
+    }
+
+
+def departures_from_stock(
+    unet: Mapping[str, Tensor], text_encoder: Mapping[str, Tensor], vae: Mapping[str, Tensor]
+) -> list[str]:
+    """What is not as in Stable Diffusion 1.5, in words, and so keeps the stock CheckpointLoaderSimple from loading it.
+
+    That loader knows the model by these numbers, and builds VAE and text encoder of its own sizes. Empty for a model
+    it loads. In: the weights in diffusers' names.
+    """
+    image, text, decoder = unet_config(unet), text_encoder_config(text_encoder), vae_config(vae)["ddconfig"]
+    found_and_stock = {
+        "U-Net width": (image["model_channels"], 320),
+        "U-Net context": (image["context_dim"], 768),
+        "U-Net projections": ("linear" if image["use_linear_in_transformer"] else "convolutions", "convolutions"),
+        "text encoder width": (text["hidden_size"], 768),
+        "text encoder layers": (text["num_hidden_layers"], 12),
+        "VAE width": (decoder["ch"], 128),
+        "VAE levels": (decoder["ch_mult"], [1, 2, 4, 4]),
+        "VAE resnets in a level": (decoder["num_res_blocks"], 2),
+    }
+    return [f"{what} {found} instead of {stock}" for what, (found, stock) in found_and_stock.items() if found != stock]
+
+
+def _unet_modules(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """The name of each U-Net module in LDM, by its name in diffusers."""
+    names = dict(UNET_ENDS)
+
+    # Down: one block for a resnet and its attention, and one for each halving. Block 0 is the first convolution.
+    block = 1
+    for level in range(_count(weights, "down_blocks")):
+        down = f"down_blocks.{level}"
+        for layer in range(_count(weights, f"{down}.resnets")):
+            names |= _under(f"{down}.resnets.{layer}", f"input_blocks.{block}.0", UNET_RESNET)
+            names |= _attention(weights, f"{down}.attentions.{layer}", f"input_blocks.{block}.1")
+            block += 1
+        if _has(weights, f"{down}.downsamplers.0"):
+            names[f"{down}.downsamplers.0.conv"] = f"input_blocks.{block}.0.op"
+            block += 1
+
+    # Middle: resnet, attention, resnet, as one block.
+    names |= _under("mid_block.resnets.0", "middle_block.0", UNET_RESNET)
+    names |= _attention(weights, "mid_block.attentions.0", "middle_block.1")
+    names |= _under("mid_block.resnets.1", "middle_block.2", UNET_RESNET)
+
+    # Up: one block for a resnet, its attention, and, at the end of a level, the doubling.
+    block = 0
+    for level in range(_count(weights, "up_blocks")):
+        up = f"up_blocks.{level}"
+        for layer in range(_count(weights, f"{up}.resnets")):
+            names |= _under(f"{up}.resnets.{layer}", f"output_blocks.{block}.0", UNET_RESNET)
+            names |= _attention(weights, f"{up}.attentions.{layer}", f"output_blocks.{block}.1")
+            block += 1
+        if _has(weights, f"{up}.upsamplers.0"):
+            place = 2 if _has(weights, f"{up}.attentions") else 1
+            names[f"{up}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{place}.conv"
+    return names
+
+
+def _attention(weights: Mapping[str, Tensor], ours: str, ldm: str) -> dict[str, str]:
+    """The modules of one of the U-Net's attentions, with however many transformer blocks; none where there is none."""
+    if not _has(weights, ours):
+        return {}
+    modules = [*UNET_ATTENTION]
+    for block in range(_count(weights, f"{ours}.transformer_blocks")):
+        modules += [f"transformer_blocks.{block}.{module}" for module in UNET_TRANSFORMER_BLOCK]
+    return _under(ours, ldm, {module: module for module in modules})
+
+
+def _vae_modules(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """The name of each VAE module in LDM, by its name in diffusers."""
+    names = dict(VAE_ENDS)
+    for half in ("encoder", "decoder"):
+        names |= _under(f"{half}.mid_block.resnets.0", f"{half}.mid.block_1", VAE_RESNET)
+        names |= _under(f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1", VAE_ATTENTION_BEFORE_0_18)
+        names |= _under(f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1", VAE_ATTENTION)
+        names |= _under(f"{half}.mid_block.resnets.1", f"{half}.mid.block_2", VAE_RESNET)
+
+    for level in range(_count(weights, "encoder.down_blocks")):
+        down = f"encoder.down_blocks.{level}"
+        for layer in range(_count(weights, f"{down}.resnets")):
+            names |= _under(f"{down}.resnets.{layer}", f"encoder.down.{level}.block.{layer}", VAE_RESNET)
+        if _has(weights, f"{down}.downsamplers.0"):
+            names[f"{down}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
+
+    # LDM numbers the decoder's levels by resolution, as the encoder's: the one that runs first has the highest number.
+    levels = _count(weights, "decoder.up_blocks")
+    for level in range(levels):
+        up, ldm_level = f"decoder.up_blocks.{level}", levels - 1 - level
+        for layer in range(_count(weights, f"{up}.resnets")):
+            names |= _under(f"{up}.resnets.{layer}", f"decoder.up.{ldm_level}.block.{layer}", VAE_RESNET)
+        if _has(weights, f"{up}.upsamplers.0"):
+            names[f"{up}.upsamplers.0.conv"] = f"decoder.up.{ldm_level}.upsample.conv"
+    return names
+
+
+def _renamed(weights: Mapping[str, Tensor], modules: Mapping[str, str], part: str) -> dict[str, Tensor]:
+    """The same tensors under the other layout's names; ValueError if one has no place there, or a place stays empty."""
+    renamed, unknown = {}, []
+    for name, tensor in weights.items():
+        module, _, parameter = name.rpartition(".")
+        if parameter == "position_ids":
+            continue  # 0, 1, 2, ... up to the longest text: no weight, only stored by older transformers
+        if module in modules and parameter in ("weight", "bias"):
+            renamed[f"{modules[module]}.{parameter}"] = tensor
+        else:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(
+            f"The {part} holds tensors that Stable Diffusion 1.5 has no place for ({_some(unknown)}): "
+            "use weights of that architecture, in diffusers' names."
+        )
+    missing = {
+        ldm: f"{ours}.weight"
+        for ours, ldm in modules.items()
+        if f"{ldm}.weight" not in renamed and not ldm.endswith(SOMETIMES_ABSENT)
+    }
+    if missing:
+        raise ValueError(f"The {part} lacks tensors ({_some(missing.values())}): download its file again.")
+    return renamed
+
+
+def _transformer_depths(weights: Mapping[str, Tensor], level: str) -> list[int]:
+    """For each resnet of a U-Net level, how many transformer blocks follow it: 0 where there is no attention."""
+    return [
+        _count(weights, f"{level}.attentions.{layer}.transformer_blocks")
+        for layer in range(_count(weights, f"{level}.resnets"))
+    ]
+
+
+def _without_text_model(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CLIP's text model by the names inside it; newer libraries save it so, without the leading `text_model.`."""
+    return {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
+
+
+def _under(ours: str, ldm: str, table: Mapping[str, str]) -> dict[str, str]:
+    """The table with both its sides moved below a parent: {"norm1": "in_layers.0"} -> {"a.norm1": "b.in_layers.0"}."""
+    return {f"{ours}.{name}": f"{ldm}.{ldm_name}" for name, ldm_name in table.items()}
+
+
+def _count(names: Iterable[str], parent: str) -> int:
+    """How many children `parent.0`, `parent.1`, ... there are."""
+    count = 0
+    while _has(names, f"{parent}.{count}"):
+        count += 1
+    return count
+
+
+def _has(names: Iterable[str], module: str) -> bool:
+    """Whether any tensor lies in that module."""
+    return any(name.startswith(f"{module}.") for name in names)
+
+
+def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The shape of one tensor; ValueError if it is not there."""
+    if name not in weights:
+        raise ValueError(f"The weights hold no {name}, which tells the model's size: use weights in diffusers' names.")
+    return tuple(weights[name].shape)
+
+
+def _some(names: Iterable[str]) -> str:
+    """Up to five of the names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

@@ -1,0 +1,287 @@
+"""Every published layout gives the same subject encoder, told by its tensors; everything else gets one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from blip_qformer import load_subject_encoder
+from blip_qformer.checkpoint import CheckpointError, open_checkpoint, save_qformer
+from tests import oracle
+from tests.random_weights import shorten_config, write_finetuned, write_hub_folder, write_lavis_folder
+from tools.host import comfyui_path
+
+WIDTH = 128  # two heads of 64, as LAVIS' files, which have no config, are read
+SIZES = dataclasses.replace(oracle.SMALL, width=WIDTH, qformer_heads=2)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return oracle.pipeline(SIZES, tmp_path_factory.mktemp("pipeline"), comfyui_path())
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return torch.randn(1, 16, WIDTH)
+
+
+@pytest.fixture(scope="module")
+def layouts(pipeline, subject, tmp_path_factory):
+    """The same weights in every layout."""
+    folder = tmp_path_factory.mktemp("layouts")
+    hub = write_hub_folder(pipeline, folder / "hub")
+    checkpoint = open_checkpoint(hub)
+    save_qformer(folder / "ours.safetensors", checkpoint.encoder_weights, checkpoint.encoder_config, dtype=None)
+    with_controlnet = shutil.copytree(hub, folder / "controlnet")
+    shutil.copytree(hub / "unet", with_controlnet / "controlnet")
+    controlnet = torch.load(with_controlnet / "unet" / "diffusion_pytorch_model.bin", weights_only=True)
+    controlnet["controlnet_cond_embedding.conv_in.weight"] = torch.zeros(16, 3, 3, 3)
+    torch.save(controlnet, with_controlnet / "controlnet" / "diffusion_pytorch_model.bin")
+    return {
+        "Hub folder of pickles": hub,
+        "Hub folder of safetensors": write_hub_folder(pipeline, folder / "safe", safetensors=True),
+        "Hub folder with a ControlNet": with_controlnet,
+        "LAVIS folder": write_lavis_folder(pipeline, folder / "lavis", subject),
+        "fine-tuned file": write_finetuned(pipeline, folder / "checkpoint_40.pth", subject),
+        "our single file": folder / "ours.safetensors",
+    }
+
+
+LAYOUTS = [
+    "Hub folder of pickles",
+    "Hub folder of safetensors",
+    "Hub folder with a ControlNet",
+    "LAVIS folder",
+    "fine-tuned file",
+    "our single file",
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vectors_are_the_references(layouts, pipeline, layout):
+    pictures, words = torch.randn(2, 3, SIZES.image_size, SIZES.image_size), ["dog", "teddy bear"]
+    expected = pipeline.qformer(image_input=pictures, text_input=words, return_dict=False)
+    encoder = load_subject_encoder(layouts[layout])
+    torch.testing.assert_close(encoder(pictures, words), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_parts_are_found(layouts, pipeline, layout):
+    checkpoint = open_checkpoint(layouts[layout])
+    if layout == "our single file":
+        with pytest.raises(CheckpointError, match=r"has no unet.*Load BLIP-2 Q-Former"):
+            checkpoint.require("unet")
+        return
+    for name in ("unet", "vae", "text_encoder"):
+        expected = getattr(pipeline, name).state_dict()
+        weights = checkpoint.require(name).weights
+        assert {k for k in weights if not k.endswith("position_ids")} >= {
+            k for k in expected if "position_ids" not in k
+        }
+        some = next(iter(expected))
+        assert torch.equal(weights[some], expected[some])
+    assert (checkpoint.controlnet is not None) == (layout == "Hub folder with a ControlNet")
+
+
+@pytest.mark.parametrize("layout", ["LAVIS folder", "fine-tuned file"])
+def test_tuned_subject_is_found(layouts, subject, layout):
+    assert torch.equal(open_checkpoint(layouts[layout]).subject, subject)
+
+
+def test_file_names_do_not_matter(layouts, tmp_path, pipeline):
+    hub = layouts["Hub folder of pickles"]
+    for number, name in enumerate(("qformer/pytorch_model.bin", "unet/diffusion_pytorch_model.bin")):
+        (tmp_path / f"{number}").mkdir()
+        shutil.copy(hub / name, tmp_path / f"{number}" / f"weights{number}.bin")
+    shutil.copy(hub / "qformer" / "config.json", tmp_path / "0" / "config.json")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.format == "Hub folder"
+    assert checkpoint.unet is not None
+    assert checkpoint.vae is None
+
+
+def test_short_config_is_the_full_one(tmp_path):
+    """With the published number of heads, a config that leaves out defaults means the same as one that does not."""
+    sizes = oracle.Sizes(
+        vision_width=256, vision_heads=16, width=192, qformer_heads=12, qformer_layers=12, vision_layers=2
+    )
+    reference = oracle.qformer(sizes, tmp_path / "bert")
+    reference.save_pretrained(tmp_path / "hub" / "qformer")
+    full = open_checkpoint(tmp_path / "hub").encoder_config
+    shorten_config(tmp_path / "hub")
+    assert open_checkpoint(tmp_path / "hub").encoder_config == full
+    pictures = torch.randn(1, 3, sizes.image_size, sizes.image_size)
+    expected = reference(image_input=pictures, text_input=["dog"], return_dict=False)
+    torch.testing.assert_close(load_subject_encoder(tmp_path / "hub")(pictures, ["dog"]), expected, atol=1e-4, rtol=0)
+
+
+def test_float16_file_keeps_its_precision_unless_asked(layouts, tmp_path):
+    checkpoint = open_checkpoint(layouts["LAVIS folder"])
+    save_qformer(tmp_path / "half.safetensors", checkpoint.encoder_weights, checkpoint.encoder_config)
+    assert {w.dtype for w in load_subject_encoder(tmp_path / "half.safetensors").parameters()} == {torch.float16}
+    single = load_subject_encoder(tmp_path / "half.safetensors", dtype=torch.float32)
+    assert {w.dtype for w in single.parameters()} == {torch.float32}
+    assert not any(w.requires_grad for w in single.parameters())
+
+
+# --- what is refused ---
+
+
+@pytest.fixture
+def qformer_file(layouts, tmp_path):
+    """A copy of our single file, to be broken."""
+    return shutil.copy(layouts["our single file"], tmp_path / "qformer.safetensors")
+
+
+def broken(file, change, metadata=None):
+    """Rewrite a file of tensors after ``change`` has altered its dictionary."""
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata)
+    return file
+
+
+def test_missing_tensors_are_named(qformer_file):
+    file = broken(qformer_file, lambda tensors: tensors.pop("encoder.layer.1.crossattention.output.dense.bias"))
+    with pytest.raises(CheckpointError, match=r'lacks "encoder\.layer\.1\.crossattention\.output\.dense\.bias"'):
+        load_subject_encoder(file)
+
+
+def test_missing_tensor_that_tells_a_size_is_named(qformer_file):
+    file = broken(qformer_file, lambda tensors: tensors.pop("proj_layer.dense1.weight"))
+    with pytest.raises(CheckpointError, match="lacks 'projection.expand.weight'"):
+        load_subject_encoder(file)
+
+
+def test_unexpected_tensors_are_named(qformer_file):
+    file = broken(qformer_file, lambda tensors: tensors.update({"encoder.layer.1.adapter.weight": torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match=r'holds "encoder\.layer\.1\.adapter\.weight"'):
+        load_subject_encoder(file)
+
+
+def test_wrong_shapes_are_named(qformer_file):
+    file = broken(qformer_file, lambda tensors: tensors.update({"embeddings.LayerNorm.weight": torch.zeros(7)}))
+    with pytest.raises(CheckpointError, match=r'"embeddings\.LayerNorm\.weight" of shape \[7\].*\[128\]'):
+        load_subject_encoder(file)
+
+
+def test_missing_layer_is_named_where_a_config_tells_how_many(layouts, tmp_path):
+    folder = shutil.copytree(layouts["Hub folder of safetensors"], tmp_path / "hub")
+    file = folder / "qformer" / "model.safetensors"
+
+    def drop_last_layer(tensors):
+        for name in [name for name in tensors if name.startswith("encoder.layer.1.")]:
+            del tensors[name]
+
+    broken(file, drop_last_layer)
+    with pytest.raises(CheckpointError, match=r'lacks "encoder\.layer\.1\..*and \d+ more'):
+        open_checkpoint(folder)
+
+
+def test_header_of_a_later_version_is_refused(qformer_file):
+    broken(qformer_file, lambda tensors: None, {"blip_qformer.config": json.dumps({"mixture_of_experts": 8})})
+    with pytest.raises(CheckpointError, match="update the pack"):
+        load_subject_encoder(qformer_file)
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("a pickle ran code",)
+
+
+STRANGERS = {
+    "an SDXL checkpoint": {"conditioner.embedders.1.model.ln_final.weight": torch.zeros(1)},
+    "a LoRA": {"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": torch.zeros(1)},
+    "a Stable Diffusion checkpoint": {"model.diffusion_model.out.2.weight": torch.zeros(1)},
+    "an unknown model": {"weight": torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("description", STRANGERS)
+def test_other_models_are_told_by_name(tmp_path, description):
+    save_file(STRANGERS[description], tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{description}.*not BLIP-Diffusion: choose"):
+        open_checkpoint(tmp_path / "model.safetensors")
+
+
+def test_part_of_a_checkpoint_points_to_its_folder(layouts):
+    with pytest.raises(CheckpointError, match="diffusers U-Net, one part of a checkpoint: choose the folder"):
+        open_checkpoint(layouts["Hub folder of pickles"] / "unet" / "diffusion_pytorch_model.bin")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors", ".pth"])
+def test_files_that_are_no_tensors(tmp_path, suffix):
+    text = tmp_path / f"text{suffix}"
+    text.write_text("<!DOCTYPE html><title>404 Not Found</title>")
+    with pytest.raises(CheckpointError, match="is not a file of tensors|is no whole safetensors file"):
+        open_checkpoint(text)
+    empty = tmp_path / f"empty{suffix}"
+    empty.touch()
+    with pytest.raises(CheckpointError, match="is empty, so its download did not finish"):
+        open_checkpoint(empty)
+    with pytest.raises(CheckpointError, match="There is no file"):
+        open_checkpoint(tmp_path / f"missing{suffix}")
+
+
+@pytest.mark.parametrize(
+    "name", ["Hub folder of pickles/qformer/pytorch_model.bin", "fine-tuned file", "our single file"]
+)
+def test_truncated_files(layouts, tmp_path, name):
+    layout, _, rest = name.partition("/")
+    whole = layouts[layout] / rest if rest else layouts[layout]
+    half = tmp_path / f"half{whole.suffix}"
+    half.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="no whole.*download it again"):
+        open_checkpoint(half)
+
+
+def test_pickle_with_code_is_left_closed(tmp_path, capsys):
+    file = tmp_path / "model.bin"
+    with file.open("wb") as stream:
+        pickle.dump({"model": Code()}, stream, protocol=2)
+    torch.save({"model": Code()}, tmp_path / "zipped.bin")
+    for path in (file, tmp_path / "zipped.bin"):
+        with pytest.raises(CheckpointError, match="would run code when opened, so it was left closed"):
+            open_checkpoint(path)
+    assert "a pickle ran code" not in capsys.readouterr().out
+
+
+def test_folder_without_a_checkpoint_says_what_is_in_it(layouts, tmp_path):
+    with pytest.raises(CheckpointError, match="no weights of it were found"):
+        open_checkpoint(tmp_path)
+    shutil.copytree(layouts["Hub folder of pickles"] / "vae", tmp_path / "vae")
+    (tmp_path / "vae" / "broken.safetensors").write_text("nothing")
+    with pytest.raises(CheckpointError, match=r"is a diffusers VAE.*broken\.safetensors is no whole"):
+        open_checkpoint(tmp_path)
+
+
+def test_truncated_part_is_named_when_it_is_needed(layouts, tmp_path):
+    folder = shutil.copytree(layouts["Hub folder of pickles"], tmp_path / "hub")
+    unet = folder / "unet" / "diffusion_pytorch_model.bin"
+    unet.write_bytes(unet.read_bytes()[:1000])
+    checkpoint = open_checkpoint(folder)
+    load_subject_encoder(checkpoint)  # the Q-Former is whole
+    with pytest.raises(CheckpointError, match=r"has no unet.*diffusion_pytorch_model\.bin is no whole file"):
+        checkpoint.require("unet")
+
+
+def test_configs_that_do_not_fit(layouts, tmp_path):
+    folder = shutil.copytree(layouts["Hub folder of pickles"], tmp_path / "hub")
+    config = folder / "qformer" / "config.json"
+    original = json.loads(config.read_text())
+    config.write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        open_checkpoint(folder)
+    config.write_text(json.dumps(original | {"vision_config": original["vision_config"] | {"hidden_act": "gelu"}}))
+    with pytest.raises(CheckpointError, match='vision part the activation "gelu".*"quick_gelu"'):
+        open_checkpoint(folder)
+    config.write_text(json.dumps(original))
+    (folder / "model_index.json").write_text(json.dumps({"ctx_begin_pos": 5}))
+    with pytest.raises(CheckpointError, match="position 5.*trained with 2"):
+        open_checkpoint(folder)
