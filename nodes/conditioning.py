@@ -1,0 +1,103 @@
+"""A subject in a prompt, through the host's own CLIP: what flows out of Subject Prompt Compose."""
+
+from __future__ import annotations
+
+import comfy.sd
+import torch
+from torch import Tensor
+
+from ..blip_qformer.prompt import WORD_END, Overflow, Token, fill_blocks, find_words, insert_subject
+from ..blip_qformer.subject import Subject
+
+#: Key of the conditioning's dictionary under which later nodes find which positions are which word.
+TOKEN_SPANS = "blip_token_spans"
+
+CLIP_L = "l"  # the host's name for SD1.5's text encoder among a CLIP's encoders
+ENCODER_NAMES = {CLIP_L: "CLIP-L", "g": "CLIP-G", "h": "CLIP-H", "t5xxl": "T5-XXL"}
+
+Conditioning = list[list]  # of [tensor [B, tokens, 768], dictionary]
+
+
+def encode_subject_prompt(
+    clip: comfy.sd.CLIP, subject: Subject, text: str, overflow: Overflow, strength: float
+) -> Conditioning:
+    """Encode a text with a subject behind its first word; N subjects make a conditioning of N rows.
+
+    Args:
+        strength: ComfyUI's token weight on the sixteen vectors. 1 is the reference, 0 leaves them out.
+    Raises:
+        ValueError: the CLIP is not the one the vectors were made for.
+    """
+    require_clip_l(clip, width=subject.vectors.shape[-1])
+    if strength == 0:
+        return encode_tokens(clip, read_tokens(clip, text), overflow)
+    tokens = read_tokens(clip, text)
+    return stack_rows(
+        [encode_tokens(clip, insert_subject(tokens, vectors, strength), overflow) for vectors in subject.vectors]
+    )
+
+
+def require_clip_l(clip: comfy.sd.CLIP, width: int) -> None:
+    """Refuse a text encoder that the vectors were not made for.
+
+    Raises:
+        ValueError: the CLIP is not SD1.5's, or its embeddings are of another width than the subject's vectors.
+    """
+    encoders = set(clip.tokenize(""))
+    if encoders != {CLIP_L}:
+        found = " + ".join(sorted(ENCODER_NAMES.get(name, name) for name in encoders))
+        raise ValueError(
+            f"This CLIP is {found}, but a subject's vectors are words for CLIP-L, the text encoder of SD1.5: connect "
+            "the CLIP of Load BLIP-Diffusion."
+        )
+    found_width = clip.cond_stage_model.clip_l.transformer.get_input_embeddings().weight.shape[-1]
+    if found_width != width:
+        raise ValueError(
+            f"This CLIP's words are {found_width} numbers wide and the subject's vectors {width}: connect the CLIP that "
+            "belongs to the Q-Former, from the same Load BLIP-Diffusion."
+        )
+
+
+def read_tokens(clip: comfy.sd.CLIP, text: str) -> list[Token]:
+    """A text through the host's tokenizer, weights and embeddings included, without special tokens and padding."""
+    blocks = clip.tokenize(text, return_word_ids=True)[CLIP_L]
+    return [
+        Token(value, weight, group, _piece(clip, value))
+        for block in blocks
+        for value, weight, group in block
+        if group != 0  # the host's mark for <bos>, <eos> and padding
+    ]
+
+
+def encode_tokens(clip: comfy.sd.CLIP, tokens: list[Token], overflow: Overflow) -> Conditioning:
+    """Tokens through the host's text encoder; the conditioning says which of its positions are which word."""
+    empty_block = clip.tokenize("")[CLIP_L][0]  # <bos>, <eos> and padding
+    blocks = fill_blocks(tokens, len(empty_block) - 2, overflow)
+    filled = [
+        [
+            empty_block[0],
+            *((token.value, token.weight) for token in block),
+            *empty_block[1 : len(empty_block) - len(block)],
+        ]
+        for block in blocks
+    ]
+    words = find_words(blocks, len(empty_block))
+    return clip.encode_from_tokens_scheduled({CLIP_L: filled}, add_dict={TOKEN_SPANS: words})
+
+
+def stack_rows(rows: list[Conditioning]) -> Conditioning:
+    """Conditionings of the same words -> one whose tensors have a row for each, which the sampler applies row by row."""
+    stacked = []
+    for entries in zip(*rows, strict=True):  # one entry, or one for each part of a scheduled CLIP
+        options = dict(entries[0][1])
+        pooled = [entry[1].get("pooled_output") for entry in entries]
+        if all(isinstance(row, Tensor) for row in pooled):
+            options["pooled_output"] = torch.cat(pooled)
+        stacked.append([torch.cat([entry[0] for entry in entries]), options])
+    return stacked
+
+
+def _piece(clip: comfy.sd.CLIP, value: int | Tensor) -> str:
+    if isinstance(value, Tensor):  # a textual inversion; the host no longer knows its name
+        return f"<embedding>{WORD_END}"
+    return clip.tokenizer.untokenize([(value, 1.0)])[0][1]

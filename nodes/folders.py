@@ -1,0 +1,74 @@
+"""Where checkpoints are looked for, and what to say when there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+from ..blip_qformer.checkpoint.reading import TENSOR_FILES
+
+FOLDER = "blip_diffusion"
+NOTHING_FOUND = "(no model found)"
+
+# Subfolders of the two published layouts; a list must not open files of gigabytes to know what they are.
+_SIGNS = ("qformer", "blip_model")
+
+
+def register_model_folder() -> None:
+    """Make ``models/blip_diffusion`` a model folder of the host, beside those of ``extra_model_paths.yaml``."""
+    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+
+
+def list_checkpoints() -> list[str]:
+    """Names for a drop-down list: folders and single files; one that says so where there is nothing."""
+    return sorted(_found()) or [NOTHING_FOUND]
+
+
+def checkpoint_path(name: str) -> Path:
+    """The path of a listed checkpoint.
+
+    Raises:
+        ValueError: nothing of that name is there (any more).
+    """
+    found = _found()
+    if name not in found:
+        raise ValueError(missing_checkpoint(name))
+    return found[name]
+
+
+def missing_checkpoint(name: str | None) -> str:
+    """A sentence that says what was looked for, where, and where to get it."""
+    what = "No BLIP-Diffusion model was found" if name in (None, NOTHING_FOUND) else f'"{name}" was not found'
+    searched = ", ".join(str(folder) for folder in _folders("diffusers") + _folders(FOLDER))
+    return (
+        f"{what} in {searched}. Download the whole folder https://huggingface.co/Salesforce/blipdiffusion (unet, vae, "
+        f"text_encoder, qformer; 6.2 GB) into {_folders(FOLDER)[0]}, or put an original blip-diffusion folder, a "
+        "fine-tuned .pth or a blip2_qformer.safetensors there, and press R to refresh."
+    )
+
+
+def _found() -> dict[str, Path]:
+    found = {
+        folder.name: folder for parent in _folders("diffusers") for folder in _subfolders(parent) if _is_ours(folder)
+    }
+    for parent in _folders(FOLDER):
+        files = [file for file in parent.glob("*") if file.suffix.lower() in TENSOR_FILES] if parent.is_dir() else []
+        found |= {path.name: path for path in [*_subfolders(parent), *files]}
+    return found
+
+
+def _folders(name: str) -> list[Path]:
+    return [Path(folder) for folder in folder_paths.get_folder_paths(name)]
+
+
+def _subfolders(parent: Path) -> list[Path]:
+    return (
+        [path for path in parent.glob("*") if path.is_dir() and not path.name.startswith(".")]
+        if parent.is_dir()
+        else []
+    )
+
+
+def _is_ours(folder: Path) -> bool:
+    return any((folder / sign).is_dir() for sign in _SIGNS)

@@ -1,0 +1,61 @@
+"""The subject encoder under the host's memory management: what flows through a BLIP2_QFORMER socket."""
+
+from __future__ import annotations
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ..blip_qformer.checkpoint import Checkpoint, load_subject_encoder
+from ..blip_qformer.encoder import SubjectEncoder, preprocess
+
+PICTURES_AT_ONCE = 8
+ACTIVATION_BYTES = 64 * 1024**2  # a picture's way through the published encoder in float32, measured generously
+
+
+class HostedQFormer:
+    """A subject encoder that the host loads when it is used and takes away when it needs the memory.
+
+    The weights have the precision that the host's flags give text encoders; it computes in float32, as the host's
+    own CLIP does.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        management = comfy.model_management
+        load_device, offload_device = management.text_encoder_device(), management.text_encoder_offload_device()
+        attention = comfy.ldm.modules.attention.optimized_attention_for_device(load_device, mask=True, small_input=True)
+        encoder = load_subject_encoder(
+            checkpoint,
+            dtype=management.text_encoder_dtype(load_device),
+            device=offload_device,
+            operations=comfy.ops.manual_cast,
+            attention=attention,
+        )
+        self.patcher = comfy.model_patcher.ModelPatcher(encoder, load_device=load_device, offload_device=offload_device)
+
+    @property
+    def encoder(self) -> SubjectEncoder:
+        return self.patcher.model
+
+    def encode(self, images: Tensor, word: str, preprocessing: str, mask: Tensor | None = None) -> Tensor:
+        """Pictures [B, H, W, C] of what ``word`` names -> vectors [B, 16, 768], with a progress bar and cancellable.
+
+        Raises:
+            ValueError: see ``preprocess`` and ``tokenize_subjects``.
+        """
+        size = self.encoder.config.vision.image_size
+        pixel_values = preprocess(images, preprocessing, mask, size)  # [B, 3, 224, 224]
+        at_once = min(len(images), PICTURES_AT_ONCE)
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=at_once * ACTIVATION_BYTES)
+        progress = comfy.utils.ProgressBar(len(pixel_values))
+        vectors = []
+        for pictures in pixel_values.split(PICTURES_AT_ONCE):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            seen = self.encoder(pictures.to(self.patcher.load_device, torch.float32), [word] * len(pictures))
+            vectors.append(seen.to(comfy.model_management.intermediate_device()))
+            progress.update(len(pictures))
+        return torch.cat(vectors)

@@ -1,0 +1,74 @@
+"""BLIP-2 Subject Encode."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..blip_qformer.encoder import PREPROCESSING_MODES
+from ..blip_qformer.subject import Subject
+from .qformer import HostedQFormer
+from .types import CATEGORY, Blip2QFormer, BlipSubject, io
+
+
+class SubjectEncode(io.ComfyNode):
+    """Pictures and a word become a subject."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BLIPDiffusionSubjectEncode",
+            display_name="BLIP-2 Subject Encode",
+            category=CATEGORY,
+            description="Looks at a picture and keeps what belongs to the thing you name. The result sits in a prompt "
+            "like words: connect it to Subject Prompt Compose.",
+            inputs=[
+                Blip2QFormer.Input("qformer", tooltip="From Load BLIP-Diffusion or Load BLIP-2 Q-Former."),
+                io.Image.Input(
+                    "image",
+                    tooltip="One picture of the thing, or a batch: several views of it, or several things.",
+                ),
+                io.String.Input(
+                    "subject_word",
+                    default="dog",
+                    tooltip="What to look at in the picture, in one to three English words: dog, teddy bear, teapot.",
+                ),
+                io.Boolean.Input(
+                    "average_batch",
+                    default=True,
+                    label_on="one subject",
+                    label_off="one each",
+                    tooltip="For a batch of pictures: one subject seen from several sides, or one subject for each "
+                    "picture.",
+                ),
+                io.Combo.Input(
+                    "preprocessing",
+                    options=list(PREPROCESSING_MODES),
+                    default=PREPROCESSING_MODES[0],
+                    tooltip="How a picture that is not square becomes square. crop: the middle, as the authors do. "
+                    "squash: the whole picture, pressed together, as diffusers does. pad: the whole picture on white.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White where the subject is: it is cut out, put on white and fills the picture. The mask "
+                    "of a Load Image with a transparent picture needs an Invert Mask first.",
+                ),
+            ],
+            outputs=[BlipSubject.Output(display_name="subject", tooltip="For Subject Prompt Compose.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        qformer: HostedQFormer,
+        image: Tensor,
+        subject_word: str,
+        average_batch: bool,
+        preprocessing: str,
+        mask: Tensor | None = None,
+    ) -> io.NodeOutput:
+        subject = Subject(qformer.encode(image, subject_word, preprocessing, mask), subject_word.strip())
+        return io.NodeOutput(subject.average() if average_batch else subject)
+
+
+NODES = [SubjectEncode]
