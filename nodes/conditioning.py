@@ -53,8 +53,8 @@ def require_clip_l(clip: comfy.sd.CLIP, width: int) -> None:
     found_width = clip.cond_stage_model.clip_l.transformer.get_input_embeddings().weight.shape[-1]
     if found_width != width:
         raise ValueError(
-            f"This CLIP's words are {found_width} numbers wide and the subject's vectors {width}: connect the CLIP that "
-            "belongs to the Q-Former, from the same Load BLIP-Diffusion."
+            f"This CLIP's words are {found_width} numbers wide and the subject's vectors {width}: connect the CLIP "
+            "that belongs to the Q-Former, from the same Load BLIP-Diffusion."
         )
 
 
@@ -73,20 +73,16 @@ def encode_tokens(clip: comfy.sd.CLIP, tokens: list[Token], overflow: Overflow) 
     """Tokens through the host's text encoder; the conditioning says which of its positions are which word."""
     empty_block = clip.tokenize("")[CLIP_L][0]  # <bos>, <eos> and padding
     blocks = fill_blocks(tokens, len(empty_block) - 2, overflow)
-    filled = [
-        [
-            empty_block[0],
-            *((token.value, token.weight) for token in block),
-            *empty_block[1 : len(empty_block) - len(block)],
-        ]
-        for block in blocks
-    ]
+    filled = []
+    for block in blocks:
+        content = [(token.value, token.weight) for token in block]
+        filled.append([empty_block[0], *content, *empty_block[1 : len(empty_block) - len(block)]])
     words = find_words(blocks, len(empty_block))
     return clip.encode_from_tokens_scheduled({CLIP_L: filled}, add_dict={TOKEN_SPANS: words})
 
 
 def stack_rows(rows: list[Conditioning]) -> Conditioning:
-    """Conditionings of the same words -> one whose tensors have a row for each, which the sampler applies row by row."""
+    """Conditionings of the same words -> one with a row for each, which the sampler applies row by row."""
     stacked = []
     for entries in zip(*rows, strict=True):  # one entry, or one for each part of a scheduled CLIP
         options = dict(entries[0][1])

@@ -49,13 +49,11 @@ def missing_checkpoint(name: str | None) -> str:
 
 
 def _found() -> dict[str, Path]:
-    found = {
-        folder.name: folder for parent in _folders("diffusers") for folder in _subfolders(parent) if _is_ours(folder)
-    }
+    candidates = [folder for parent in _folders("diffusers") for folder in _subfolders(parent) if _is_ours(folder)]
     for parent in _folders(FOLDER):
-        files = [file for file in parent.glob("*") if file.suffix.lower() in TENSOR_FILES] if parent.is_dir() else []
-        found |= {path.name: path for path in [*_subfolders(parent), *files]}
-    return found
+        candidates += _subfolders(parent)
+        candidates += [file for file in parent.glob("*") if file.suffix.lower() in TENSOR_FILES]
+    return {path.name: path for path in candidates}
 
 
 def _folders(name: str) -> list[Path]:
@@ -63,11 +61,7 @@ def _folders(name: str) -> list[Path]:
 
 
 def _subfolders(parent: Path) -> list[Path]:
-    return (
-        [path for path in parent.glob("*") if path.is_dir() and not path.name.startswith(".")]
-        if parent.is_dir()
-        else []
-    )
+    return [path for path in parent.glob("*") if path.is_dir() and not path.name.startswith(".")]
 
 
 def _is_ours(folder: Path) -> bool:

@@ -7,7 +7,7 @@ import comfy.sd
 from ..blip_qformer.prompt import OVERFLOWS, Overflow, compose_prompt
 from ..blip_qformer.subject import Subject
 from .conditioning import encode_subject_prompt
-from .types import CATEGORY, BlipSubject, io
+from .types import CATEGORY, BlipSubject, advanced, io
 
 
 class SubjectPromptCompose(io.ComfyNode):
@@ -48,28 +48,34 @@ class SubjectPromptCompose(io.ComfyNode):
                     tooltip="How often the prompt is said again, as a part of repetitions. As it is cut at 77 tokens, "
                     "only values near 0 change anything: 0.05 of 20 says it once, which lets the subject dominate.",
                 ),
-                io.Int.Input(
-                    "repetitions",
-                    default=20,
-                    min=1,
-                    max=100,
-                    tooltip="Advanced. The authors say the prompt 20 times to make it heard beside the subject.",
+                advanced(
+                    io.Int.Input(
+                        "repetitions",
+                        default=20,
+                        min=1,
+                        max=100,
+                        tooltip="The authors say the prompt 20 times to make it heard beside the subject.",
+                    )
                 ),
-                io.Combo.Input(
-                    "overflow",
-                    options=list(OVERFLOWS),
-                    default=OVERFLOWS[0],
-                    tooltip="Advanced. What happens to tokens that do not fit 77. truncate: they are dropped, as the "
-                    "model was trained. continue: they go into further blocks, as ComfyUI does with long prompts.",
+                advanced(
+                    io.Combo.Input(
+                        "overflow",
+                        options=list(OVERFLOWS),
+                        default=OVERFLOWS[0],
+                        tooltip="What happens to tokens that do not fit 77. truncate: they are dropped, as the "
+                        "model was trained. continue: they go into further blocks, as ComfyUI does with long prompts.",
+                    )
                 ),
-                io.Float.Input(
-                    "subject_strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    tooltip="Advanced. ComfyUI's own token weight on the subject. 1: as trained. 0: the plain prompt "
-                    "without the subject.",
+                advanced(
+                    io.Float.Input(
+                        "subject_strength",
+                        default=1.0,
+                        min=0.0,
+                        max=2.0,
+                        step=0.05,
+                        tooltip="ComfyUI's own token weight on the subject. 1: as trained. 0: the plain prompt "
+                        "without the subject.",
+                    )
                 ),
             ],
             outputs=[

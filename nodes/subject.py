@@ -7,7 +7,7 @@ from torch import Tensor
 from ..blip_qformer.encoder import PREPROCESSING_MODES
 from ..blip_qformer.subject import Subject
 from .qformer import HostedQFormer
-from .types import CATEGORY, Blip2QFormer, BlipSubject, io
+from .types import CATEGORY, Blip2QFormer, BlipSubject, advanced, io
 
 
 class SubjectEncode(io.ComfyNode):
@@ -40,12 +40,14 @@ class SubjectEncode(io.ComfyNode):
                     tooltip="For a batch of pictures: one subject seen from several sides, or one subject for each "
                     "picture.",
                 ),
-                io.Combo.Input(
-                    "preprocessing",
-                    options=list(PREPROCESSING_MODES),
-                    default=PREPROCESSING_MODES[0],
-                    tooltip="How a picture that is not square becomes square. crop: the middle, as the authors do. "
-                    "squash: the whole picture, pressed together, as diffusers does. pad: the whole picture on white.",
+                advanced(
+                    io.Combo.Input(
+                        "preprocessing",
+                        options=list(PREPROCESSING_MODES),
+                        default=PREPROCESSING_MODES[0],
+                        tooltip="How a picture that is not square becomes square. crop: the middle, as the authors do. "
+                        "squash: all of it, pressed together, as diffusers does. pad: all of it, on white.",
+                    )
                 ),
                 io.Mask.Input(
                     "mask",

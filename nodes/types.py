@@ -10,4 +10,11 @@ BlipSubject = io.Custom("BLIP_SUBJECT")
 #: A :class:`~.qformer.HostedQFormer`.
 Blip2QFormer = io.Custom("BLIP2_QFORMER")
 
-__all__ = ["CATEGORY", "Blip2QFormer", "BlipSubject", "ComfyExtension", "io"]
+
+def advanced(widget: io.Input) -> io.Input:
+    """Mark a widget as one that few people need: the frontend folds it away under "Show advanced"."""
+    widget.extra_dict = {**widget.extra_dict, "advanced": True}
+    return widget
+
+
+__all__ = ["CATEGORY", "Blip2QFormer", "BlipSubject", "ComfyExtension", "advanced", "io"]

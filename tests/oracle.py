@@ -1,4 +1,4 @@
-"""The reference implementation (diffusers' BLIP-Diffusion) at any size, with random weights: what ours is held against."""
+"""The reference implementation (diffusers' BLIP-Diffusion) at any size, with random weights: what ours is held to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from blip_qformer.encoder.tokenizer import VOCABULARY
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the random model is; the defaults are small enough for a laptop and share no two numbers by accident."""
+    """How large the random model is; the defaults are small enough for a test to take seconds."""
 
     image_size: int = 56
     vision_width: int = 128

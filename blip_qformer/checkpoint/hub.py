@@ -58,14 +58,11 @@ def config_from_hub(weights: Mapping[str, Tensor], config: dict, path: Path) -> 
         return config_from_shapes(weights, {}, {}, path)
     vision = _VISION_DEFAULTS | config.get("vision_config", {})
     qformer = _QFORMER_DEFAULTS | config.get("qformer_config", {})
-    for part, found, needed in (
-        ("vision", vision["hidden_act"], "quick_gelu"),
-        ("qformer", qformer["hidden_act"], "gelu"),
-    ):
-        if found != needed:
+    for name, part, needed in (("vision", vision, "quick_gelu"), ("qformer", qformer, "gelu")):
+        if part["hidden_act"] != needed:
             raise CheckpointError(
-                f'{path}: its config gives the {part} part the activation "{found}", but BLIP-Diffusion has "{needed}": '
-                "use the published config.json."
+                f'{path}: its config gives the {name} part the activation "{part["hidden_act"]}", but BLIP-Diffusion '
+                f'has "{needed}": use the published config.json.'
             )
     return config_from_shapes(weights, _ours(vision), _ours(qformer), path)
 

@@ -1,4 +1,4 @@
-"""The Q-Former as the authors' own code saves it (LAVIS: ``blip_model/blip_weight.pt``, ``proj_layer/proj_weight.pt``)."""
+"""The Q-Former as the authors' own code (LAVIS) saves it: ``blip_model/`` and ``proj_layer/`` of an original folder."""
 
 from __future__ import annotations
 

@@ -40,6 +40,7 @@ class Checkpoint:
     format: str
     encoder_weights: dict[str, Tensor]
     encoder_config: SubjectEncoderConfig
+    encoder_path: Path
     unet: Part | None = None
     text_encoder: Part | None = None
     vae: Part | None = None
@@ -96,7 +97,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         _check_pipeline(folder)
         part = parts[Kind.QFORMER]
         weights = hub.NAMES.to_encoder(part.weights, part.path)
-        config = hub.config_from_hub(weights, part.config, part.path)
+        config = config_of_file(weights, part.path)
         format, table = "Hub folder", hub.NAMES
     elif Kind.ORIGINAL_QFORMER in parts and Kind.PROJECTION in parts:
         part = parts[Kind.ORIGINAL_QFORMER]
@@ -122,6 +123,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         format,
         weights,
         config,
+        part.path,
         unet=parts.get(Kind.UNET),
         text_encoder=parts.get(Kind.TEXT_ENCODER),
         vae=parts.get(Kind.VAE),
@@ -148,13 +150,13 @@ def _checked(
     path: Path, format: str, weights: dict[str, Tensor], config: SubjectEncoderConfig, table: NameTable, **parts
 ) -> Checkpoint:
     check_weights(weights, config, table, path)
-    return Checkpoint(path, format, weights, config, **parts)
+    return Checkpoint(path, format, weights, config, path, **parts)
 
 
 def _find_parts(folder: Path) -> tuple[dict[Kind, Part], list[str]]:
     """The files of a folder and its subfolders by what they are, and a sentence for each that could not be read.
 
-    Where one part is there twice, ``.safetensors`` goes before pickles and the larger (more precise) before the smaller.
+    Where a part is there twice, ``.safetensors`` goes before pickles and the larger (more precise) before the smaller.
     """
     files = [f for pattern in ("*", "*/*") for f in folder.glob(pattern) if f.suffix.lower() in TENSOR_FILES]
     files.sort(key=lambda file: (file.suffix.lower() in SAFETENSORS, file.stat().st_size), reverse=True)

@@ -1,4 +1,4 @@
-"""Opening one file of tensors: memory-mapped, never running code, and with a sentence for everything that goes wrong."""
+"""Opening one file of tensors: memory-mapped, never running code, with a sentence for everything that goes wrong."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def _fitting_mask(mask: Tensor, pictures: Tensor) -> Tensor:
     mask_height, mask_width = mask.shape[1:]
     if abs(mask_width * height - mask_height * width) > 0.02 * mask_height * width:
         raise ValueError(
-            f"The mask is {mask_width} x {mask_height} pixels and the picture {width} x {height}, which is not the same "
+            f"The mask is {mask_width} x {mask_height} pixels and the picture {width} x {height}, which is another "
             "shape: make the mask from this picture."
         )
     if mask.shape[1:] != (height, width):

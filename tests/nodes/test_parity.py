@@ -90,7 +90,7 @@ def reference_ddim(pipeline, noise, subject, text, negative_text):
         steps_offset=1,
     )
     scheduler.set_timesteps(STEPS)
-    # The host adds noise to an empty latent, x = sigma * noise; in diffusers' variables that is sqrt(1 - alpha) * noise.
+    # The host starts an empty latent as sigma * noise; in diffusers' variables that is sqrt(1 - alpha) * noise.
     alpha = scheduler.alphas_cumprod[scheduler.timesteps[0]]
     latents = (1 - alpha).sqrt() * noise
     tokens = pipeline.tokenizer([negative_text], padding="max_length", max_length=77, return_tensors="pt")

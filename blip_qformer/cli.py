@@ -1,0 +1,226 @@
+"""The command line: `blip-qformer convert SRC DST` and `blip-qformer inspect PATH`.
+
+A command is a function of its parsed arguments that prints what it did and raises what went wrong; `main` turns what it
+raises into one line and an exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint, open_checkpoint, save_qformer
+from .checkpoint.kinds import Kind, describe, kind_of
+from .checkpoint.reading import read_tensors
+from .checkpoint.stable_diffusion import departures_from_stock, stable_diffusion_checkpoint
+from .checkpoint.writing import check_free_space, check_target, data_size, write_safetensors
+
+CHECKPOINT_NAME = "blip_diffusion_sd15.safetensors"
+QFORMER_NAME = "blip2_qformer.safetensors"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+# The parts of a checkpoint that make Stable Diffusion, and what a person calls them.
+NETWORKS = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "VAE"}
+
+WHOLE = (Kind.QFORMER, Kind.FINETUNED)  # the kinds of file that are a checkpoint by themselves
+
+FAILED = 2
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; the exit code is 0, or 2 with one line on stderr if it could not do its work.
+
+    argv: the words after the program's name, those of this process if None.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+    except (ValueError, OSError) as error:  # a CheckpointError is a ValueError
+        print("blip-qformer:", " ".join(str(error).split()), file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("blip-qformer: interrupted; nothing half-written was left behind.", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="blip-qformer", description="BLIP-Diffusion's weights on the command line.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    convert = commands.add_parser(
+        "convert",
+        help="write a checkpoint's Stable Diffusion and its Q-Former as two .safetensors files",
+        description=f"Write {CHECKPOINT_NAME}, which the stock CheckpointLoaderSimple loads, and {QFORMER_NAME}.",
+    )
+    convert.add_argument("source", metavar="SRC", type=Path, help="a Hub folder, original folder or fine-tuned file")
+    convert.add_argument("target", metavar="DST", type=Path, help="the folder to write into, made if missing")
+    convert.add_argument("--dtype", choices=DTYPES, default="float16", help="precision of both files (float16)")
+    convert.add_argument("--force", action="store_true", help="overwrite files that are there already")
+    convert.set_defaults(command=_convert)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what a checkpoint is and what it holds",
+        description="Say what a checkpoint is, and for each part of it the file, sizes and precision.",
+    )
+    inspect.add_argument("path", metavar="PATH", type=Path, help="a folder or a file")
+    inspect.set_defaults(command=_inspect)
+    return parser
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    """`convert`: all that can be wrong, short of a value too large for the dtype, is looked for before any writing."""
+    checkpoint = open_checkpoint(arguments.source)
+    folder, dtype, force = arguments.target, DTYPES[arguments.dtype], arguments.force
+    stable_diffusion, departures = _stable_diffusion(checkpoint)
+    _check_folder(folder, [QFORMER_NAME, CHECKPOINT_NAME] if stable_diffusion else [QFORMER_NAME], force)
+    needed = data_size(checkpoint.encoder_weights, dtype) + data_size(stable_diffusion, dtype)
+    check_free_space(_nearest_folder(folder), needed)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if stable_diffusion:
+        path = folder / CHECKPOINT_NAME
+        with _progress(path.name, data_size(stable_diffusion, dtype)) as progress:
+            metadata = {"format": "pt"}
+            write_safetensors(
+                path, stable_diffusion, metadata=metadata, dtype=dtype, overwrite=force, progress=progress
+            )
+        print(f"Wrote {path} ({_bytes(path.stat().st_size)}, {arguments.dtype}).")
+        if departures:
+            print(f"Note: CheckpointLoaderSimple loads only SD1.5's own sizes, and this has {', '.join(departures)}.")
+    else:
+        print(f"{checkpoint.path} ({checkpoint.format}) has no U-Net, so there is no {CHECKPOINT_NAME} to write.")
+
+    path = folder / QFORMER_NAME
+    weights, config = checkpoint.encoder_weights, checkpoint.encoder_config
+    with _progress(path.name, data_size(weights, dtype)) as progress:
+        save_qformer(path, weights, config, dtype=dtype, overwrite=force, progress=progress)
+    print(f"Wrote {path} ({_bytes(path.stat().st_size)}, {arguments.dtype}).")
+    if checkpoint.subject is not None:
+        shape = list(checkpoint.subject.shape)
+        print(f"Note: {checkpoint.path} also holds a tuned subject {shape}, which neither file has a place for.")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    """`inspect`: what it is, a table of its parts, the subject encoder's sizes; of any other tensors, how large."""
+    rows = [("part", "file", "tensors", "parameters", "dtype", "size")]
+    if arguments.path.is_file() and kind_of(weights := read_tensors(arguments.path)) not in WHOLE:
+        rows.append(("all of it", arguments.path.name, *_measures(weights)))
+        print(f"{arguments.path}: {describe(weights)}\n\n{_table(rows)}")
+        return
+
+    checkpoint = open_checkpoint(arguments.path)
+    rows.append(
+        ("subject encoder", _relative(checkpoint.encoder_path, checkpoint.path), *_measures(checkpoint.encoder_weights))
+    )
+    for name, title in (NETWORKS | {"controlnet": "ControlNet"}).items():
+        if part := getattr(checkpoint, name):
+            rows.append((title, _relative(part.path, checkpoint.path), *_measures(part.weights)))
+    if checkpoint.subject is not None:
+        rows.append(("tuned subject", "", *_measures({"subject": checkpoint.subject})))
+
+    print(f"{checkpoint.path}: {checkpoint.format}\n")
+    print(_table(rows))
+    print("\nsubject encoder")
+    for part, sizes in checkpoint.encoder_config.to_dict().items():
+        print(f"  {part}: {_sizes(sizes)}")
+    for problem in checkpoint.problems:
+        print(f"\nNote: {problem}")
+
+
+def _stable_diffusion(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
+    """The stock loader's checkpoint, and what will keep it from loading; nothing of both if there is only a Q-Former.
+
+    Raises CheckpointError if the source has some of the three networks, or a file that may be one and cannot be read.
+    """
+    if not checkpoint.problems and not any(getattr(checkpoint, name) for name in NETWORKS):
+        return {}, []
+    parts = [checkpoint.require(name).weights for name in NETWORKS]
+    return stable_diffusion_checkpoint(*parts), departures_from_stock(*parts)
+
+
+def _check_folder(folder: Path, names: list[str], overwrite: bool) -> None:
+    """Raises OSError if any of these files may not be written into the folder, which need not exist yet."""
+    existing = _nearest_folder(folder)
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is a file, and a folder is to be written there: choose another name.")
+    if folder.is_dir():
+        for name in names:
+            check_target(folder / name, overwrite=overwrite)
+
+
+def _nearest_folder(folder: Path) -> Path:
+    """The folder itself, or where it is not there yet, the nearest thing above it that is."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+@contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, told of bytes as they are written; a line for every tenth where there is no tqdm."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield _progress_lines(title, total)
+    else:
+        with tqdm(total=total, desc=title, unit="B", unit_scale=True) as bar:
+            yield bar.update
+
+
+def _progress_lines(title: str, total: int) -> Callable[[int], None]:
+    done = tenths = 0
+
+    def update(written: int) -> None:
+        nonlocal done, tenths
+        done += written
+        if done * 10 // total > tenths:
+            tenths = done * 10 // total
+            print(f"{title}: {_bytes(done)} of {_bytes(total)}", file=sys.stderr)
+
+    return update
+
+
+def _relative(file: Path, checkpoint: Path) -> str:
+    """A part's file as seen from the checkpoint's folder."""
+    return file.relative_to(checkpoint).as_posix() if checkpoint in file.parents else file.name
+
+
+def _measures(weights: Mapping[str, Tensor]) -> tuple[str, str, str, str]:
+    """How many tensors and parameters, in which dtypes, and how large."""
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()})
+    return str(len(weights)), f"{parameters:,}", ", ".join(dtypes), _bytes(data_size(weights))
+
+
+def _bytes(count: int) -> str:
+    """A number of bytes for people: 3.44 GB."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:.0f} {unit}"
+    return f"{count} B"
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    """Rows in columns: names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numbers = {"tensors", "parameters", "size"}
+    lines = []
+    for row in rows:
+        cells = zip(rows[0], row, widths, strict=True)
+        aligned = [cell.rjust(width) if head in numbers else cell.ljust(width) for head, cell, width in cells]
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join(lines)
+
+
+def _sizes(value: object) -> str:
+    """A part of a configuration on one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {inner}" for name, inner in value.items())
+    return str(value)
