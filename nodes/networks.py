@@ -12,6 +12,7 @@ import comfy.supported_models
 import comfy.utils
 import folder_paths
 from comfy.supported_models_base import ClipTarget
+from torch import Tensor
 
 from ..blip_qformer.checkpoint import CheckpointError, Part
 from ..blip_qformer.checkpoint.stable_diffusion import (

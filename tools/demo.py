@@ -46,7 +46,7 @@ def run_demo(workflow: Path, checkpoint: Path | None = None) -> list[Path]:
             if any(node["class_type"] == loader for node in prompt.values()):
                 prompt = override(prompt, loader, checkpoint=name)
         history = _queue_with_bar(server, prompt)
-    pictures = [file for files in history.files.values() for file in files if file.parent.name == "output"]
+    pictures = [file for files in history.files.values() for file in files if base / "output" in file.parents]
     return [Path(shutil.copy(picture, OUTPUT / picture.name)) for picture in pictures]
 
 

@@ -90,7 +90,7 @@ def to_prompt(graph: Graph, object_info: dict[str, Any]) -> Prompt:
     return prompt
 
 
-def override(prompt: Prompt, class_type: str, **inputs: Any) -> Prompt:
+def override(prompt: Prompt, class_type: str, /, **inputs: Any) -> Prompt:
     """A copy of ``prompt`` with other inputs in every node of one class: ``override(prompt, "KSampler", steps=2)``."""
     changed = copy.deepcopy(prompt)
     found = [node for node in changed.values() if node["class_type"] == class_type]

@@ -1,0 +1,93 @@
+"""BLIP-2 Subject Encode: batches, masks, memory, and pictures nobody expected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def encode(host, loaded, image, **inputs):
+    inputs = {"subject_word": "dog", **inputs}
+    return host.run("BLIPDiffusionSubjectEncode", qformer=loaded.qformer, image=image, **inputs)[0]
+
+
+def test_a_batch_is_one_subject_or_one_each(host, loaded):
+    views = torch.rand(3, 70, 50, 3)
+    together = encode(host, loaded, views)
+    each = encode(host, loaded, views, average_batch=False)
+    assert (len(together), len(each)) == (1, 3)
+    torch.testing.assert_close(together.vectors[0], each.vectors.mean(0))
+    torch.testing.assert_close(each.vectors[1:2], encode(host, loaded, views[1:2]).vectors, atol=1e-5, rtol=0)
+    assert together.word == "dog"
+
+
+def test_large_batches_go_in_pieces(host, loaded, monkeypatch):
+    sizes = []
+    forward = type(loaded.qformer.encoder).forward
+    monkeypatch.setattr(
+        type(loaded.qformer.encoder),
+        "forward",
+        lambda self, pixel_values, words: sizes.append(len(pixel_values)) or forward(self, pixel_values, words),
+    )
+    assert len(encode(host, loaded, torch.rand(19, 20, 20, 3), average_batch=False)) == 19
+    assert sizes == [8, 8, 3]
+
+
+def test_encoding_can_be_cancelled(host, loaded):
+    import comfy.model_management as management
+
+    management.interrupt_current_processing()
+    with pytest.raises(management.InterruptProcessingException):
+        encode(host, loaded, torch.rand(1, 20, 20, 3))
+    assert len(encode(host, loaded, torch.rand(1, 20, 20, 3))) == 1  # the next one runs
+
+
+def test_a_mask_hides_what_is_not_the_subject(host, loaded):
+    mask = torch.zeros(1, 60, 60)
+    mask[:, 10:40, 20:50] = 1
+    image = torch.rand(1, 60, 60, 3)
+    elsewhere = image.clone()
+    elsewhere[:, 50:] = 0
+    plain = [encode(host, loaded, picture).vectors for picture in (image, elsewhere)]
+    masked = [encode(host, loaded, picture, mask=mask).vectors for picture in (image, elsewhere)]
+    assert not torch.equal(*plain)
+    assert torch.equal(*masked)
+
+
+@pytest.mark.parametrize("preprocessing", ["crop", "squash", "pad"])
+def test_preprocessing_is_the_chosen_one(host, loaded, preprocessing):
+    from blip_qformer.encoder import preprocess
+
+    image = torch.rand(1, 40, 90, 3)
+    size = loaded.qformer.encoder.config.vision.image_size
+    expected = loaded.qformer.encoder(preprocess(image, preprocessing, size=size), ["dog"])
+    assert torch.allclose(encode(host, loaded, image, preprocessing=preprocessing).vectors, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (1, 64, 64, 1), (1, 64, 64, 4), (1, 8000, 8000, 3)])
+def test_odd_pictures_work(host, loaded, shape):
+    assert torch.isfinite(encode(host, loaded, torch.rand(1, 1, 1, shape[-1]).expand(shape)).vectors).all()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"image": torch.full((1, 9, 9, 3), float("nan"))}, "NaN or infinite"),
+        ({"mask": torch.ones(1, 9, 30)}, "The mask is 30 x 9 pixels and the picture 9 x 9"),
+        ({"mask": torch.zeros(1, 9, 9)}, "marks no subject"),
+        ({"subject_word": ""}, "The subject word is empty"),
+        ({"subject_word": "word " * 600}, "600 tokens long"),
+        ({"subject_word": "🐕"}, "knows no part of"),
+    ],
+)
+def test_what_cannot_be_encoded_gets_one_sentence(host, loaded, inputs, sentence):
+    inputs = {"image": torch.rand(1, 9, 9, 3), **inputs}
+    with pytest.raises(ValueError, match=sentence):
+        encode(host, loaded, **inputs)
+
+
+def test_a_chinese_word_is_read(host, loaded):
+    image = torch.rand(1, 9, 9, 3)
+    assert not torch.equal(
+        encode(host, loaded, image, subject_word="小狗").vectors, encode(host, loaded, image).vectors
+    )
