@@ -1,4 +1,4 @@
-# One file, seven tasks. `make` alone lists them.
+# `make` alone lists the tasks.
 
 PYTHON ?= python3
 VENV := .venv

@@ -1,6 +1,11 @@
-"""`python -m blip_qformer`, from the pack's folder: the command line without anything installed."""
+"""`python -m blip_qformer` in the pack's folder, or `python path/to/blip_qformer` from anywhere."""
 
-from .cli import main
+import sys
+from pathlib import Path
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+if not __package__:  # run by its path, as ComfyUI portable's Python must be
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from blip_qformer.cli import main
+
+sys.exit(main())

@@ -18,7 +18,15 @@ from torch import Tensor
 from .checkpoint import Checkpoint, open_checkpoint, save_qformer
 from .checkpoint.kinds import Kind, describe, kind_of
 from .checkpoint.reading import read_tensors
-from .checkpoint.stable_diffusion import departures_from_stock, stable_diffusion_checkpoint
+from .checkpoint.stable_diffusion import (
+    check_depth,
+    controlnet_to_ldm,
+    departures_from_stock,
+    stable_diffusion_checkpoint,
+    text_encoder_to_ldm,
+    unet_to_ldm,
+    vae_to_ldm,
+)
 from .checkpoint.writing import check_free_space, check_target, data_size, write_safetensors
 
 CHECKPOINT_NAME = "blip_diffusion_sd15.safetensors"
@@ -27,6 +35,13 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 # The parts of a checkpoint that make Stable Diffusion, and what a person calls them.
 NETWORKS = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "VAE"}
+
+CONVERSIONS = {
+    "unet": unet_to_ldm,
+    "text_encoder": text_encoder_to_ldm,
+    "vae": vae_to_ldm,
+    "controlnet": controlnet_to_ldm,
+}
 
 WHOLE = (Kind.QFORMER, Kind.FINETUNED)  # the kinds of file that are a checkpoint by themselves
 
@@ -132,8 +147,19 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print("\nsubject encoder")
     for part, sizes in checkpoint.encoder_config.to_dict().items():
         print(f"  {part}: {_sizes(sizes)}")
-    for problem in checkpoint.problems:
+    for problem in [*checkpoint.problems, *_faults(checkpoint)]:
         print(f"\nNote: {problem}")
+
+
+def _faults(checkpoint: Checkpoint) -> Iterator[str]:
+    """A sentence for each network that lacks tensors or holds ones it should not."""
+    for name, convert in CONVERSIONS.items():
+        if part := getattr(checkpoint, name):
+            try:
+                check_depth(name, part.weights, part.config)
+                convert(part.weights)
+            except ValueError as error:
+                yield f"{_relative(part.path, checkpoint.path)}: {error}"
 
 
 def _stable_diffusion(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
@@ -143,6 +169,9 @@ def _stable_diffusion(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[s
     """
     if not checkpoint.problems and not any(getattr(checkpoint, name) for name in NETWORKS):
         return {}, []
+    for name in NETWORKS:
+        part = checkpoint.require(name)
+        check_depth(name, part.weights, part.config)
     parts = [checkpoint.require(name).weights for name in NETWORKS]
     return stable_diffusion_checkpoint(*parts), departures_from_stock(*parts)
 

@@ -16,6 +16,7 @@ Overflow = Literal["truncate", "continue"]
 OVERFLOWS: tuple[str, ...] = get_args(Overflow)
 
 SUBJECT_WORD = "<subject>"
+EMBEDDING_WORD = "<embedding>"  # a textual inversion: a tokenizer hands over its vectors without its name
 SUBJECT_INDEX = 1  # among the tokens between <bos> and <eos>: behind "a", as the model was trained
 WORD_END = "</w>"  # how CLIP's vocabulary marks the last piece of a word
 LONG_GROUP = 8  # ComfyUI keeps shorter groups of tokens in one block
@@ -29,7 +30,7 @@ class Token:
         value: its id, or a vector [768] in place of one.
         weight: ComfyUI's, as in ``(word:1.2)``.
         group: tokens of one group were written with one weight; ComfyUI keeps short groups together.
-        piece: its text in CLIP's vocabulary, such as ``swim`` or ``ming</w>``.
+        piece: its text in CLIP's vocabulary, such as ``swim`` or ``ming</w>``; for a vector, the word it is part of.
     """
 
     value: int | Tensor
@@ -93,21 +94,25 @@ def find_words(blocks: Sequence[Sequence[Token]], block_length: int) -> list[Tok
         blocks: without ``<bos>``, ``<eos>`` and padding; ``block_length``: with them, 77.
     """
     placed = [
-        (index * block_length + 1 + offset, token.piece)
+        (index * block_length + 1 + offset, token)
         for index, block in enumerate(blocks)
         for offset, token in enumerate(block)
     ]
     spans: list[TokenSpan] = []
     word, positions = "", []
-    for (position, piece), following in zip(placed, [piece for _, piece in placed[1:]] + [""], strict=True):
+    for (position, token), following in zip(placed, [token for _, token in placed[1:]] + [None], strict=True):
         positions.append(position)
-        if piece == SUBJECT_WORD:
-            word, complete = SUBJECT_WORD, following != SUBJECT_WORD
+        if isinstance(token.value, Tensor):  # the subject, or an embedding: all of its vectors are one word
+            word, complete = token.piece, not _belong_together(token, following)
         else:
-            word, complete = word + piece.removesuffix(WORD_END), piece.endswith(WORD_END)
+            word, complete = word + token.piece.removesuffix(WORD_END), token.piece.endswith(WORD_END)
         if complete:
             spans.append(TokenSpan(word, tuple(positions)))
             word, positions = "", []
     if positions:  # the last word was cut in the middle
         spans.append(TokenSpan(word, tuple(positions)))
     return spans
+
+
+def _belong_together(token: Token, following: Token | None) -> bool:
+    return following is not None and (token.piece, token.group) == (following.piece, following.group)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import comfy.sd
 import torch
 from torch import Tensor
 
-from ..blip_qformer.prompt import WORD_END, Overflow, Token, fill_blocks, find_words, insert_subject
+from ..blip_qformer.prompt import EMBEDDING_WORD, Overflow, Token, fill_blocks, find_words, insert_subject
 from ..blip_qformer.subject import Subject
 
 #: Key of the conditioning's dictionary under which later nodes find which positions are which word.
@@ -14,6 +16,8 @@ TOKEN_SPANS = "blip_token_spans"
 
 CLIP_L = "l"  # the host's name for SD1.5's text encoder among a CLIP's encoders
 ENCODER_NAMES = {CLIP_L: "CLIP-L", "g": "CLIP-G", "h": "CLIP-H", "t5xxl": "T5-XXL"}
+
+log = logging.getLogger("blip_diffusion")
 
 Conditioning = list[list]  # of [tensor [B, tokens, 768], dictionary]
 
@@ -28,10 +32,11 @@ def encode_subject_prompt(
     Raises:
         ValueError: the CLIP is not the one the vectors were made for.
     """
-    require_clip_l(clip, width=subject.vectors.shape[-1])
+    width = subject.vectors.shape[-1]
+    require_clip_l(clip, width)
+    tokens = read_tokens(clip, text, width)
     if strength == 0:
-        return encode_tokens(clip, read_tokens(clip, text), overflow)
-    tokens = read_tokens(clip, text)
+        return encode_tokens(clip, tokens, overflow)
     return stack_rows(
         [encode_tokens(clip, insert_subject(tokens, vectors, strength), overflow) for vectors in subject.vectors]
     )
@@ -41,8 +46,13 @@ def require_clip_l(clip: comfy.sd.CLIP, width: int) -> None:
     """Refuse a text encoder that the vectors were not made for.
 
     Raises:
-        ValueError: the CLIP is not SD1.5's, or its embeddings are of another width than the subject's vectors.
+        ValueError: there is no CLIP, it is not SD1.5's, or its embeddings are of another width than the vectors.
     """
+    if clip is None:
+        raise ValueError(
+            "The clip input is empty, because the checkpoint it comes from has no text encoder: connect the CLIP of "
+            "Load BLIP-Diffusion."
+        )
     encoders = set(clip.tokenize(""))
     if encoders != {CLIP_L}:
         found = " + ".join(sorted(ENCODER_NAMES.get(name, name) for name in encoders))
@@ -58,15 +68,23 @@ def require_clip_l(clip: comfy.sd.CLIP, width: int) -> None:
         )
 
 
-def read_tokens(clip: comfy.sd.CLIP, text: str) -> list[Token]:
-    """A text through the host's tokenizer, weights and embeddings included, without special tokens and padding."""
-    blocks = clip.tokenize(text, return_word_ids=True)[CLIP_L]
-    return [
-        Token(value, weight, group, _piece(clip, value))
-        for block in blocks
-        for value, weight, group in block
-        if group != 0  # the host's mark for <bos>, <eos> and padding
-    ]
+def read_tokens(clip: comfy.sd.CLIP, text: str, width: int) -> list[Token]:
+    """A text through the host's tokenizer, weights and embeddings included, without special tokens and padding.
+
+    An embedding of another width than the text encoder's is left out here, as the host would leave it out later.
+    """
+    tokens = []
+    for block in clip.tokenize(text, return_word_ids=True)[CLIP_L]:
+        for value, weight, group in block:
+            if group == 0:  # the host's mark for <bos>, <eos> and padding
+                continue
+            if not isinstance(value, Tensor):
+                tokens.append(Token(value, weight, group, clip.tokenizer.untokenize([(value, weight)])[0][1]))
+            elif value.shape[-1] == width:
+                tokens.append(Token(value, weight, group, EMBEDDING_WORD))
+            else:
+                log.warning("An embedding of width %d was left out: this CLIP reads %d.", value.shape[-1], width)
+    return tokens
 
 
 def encode_tokens(clip: comfy.sd.CLIP, tokens: list[Token], overflow: Overflow) -> Conditioning:
@@ -91,9 +109,3 @@ def stack_rows(rows: list[Conditioning]) -> Conditioning:
             options["pooled_output"] = torch.cat(pooled)
         stacked.append([torch.cat([entry[0] for entry in entries]), options])
     return stacked
-
-
-def _piece(clip: comfy.sd.CLIP, value: int | Tensor) -> str:
-    if isinstance(value, Tensor):  # a textual inversion; the host no longer knows its name
-        return f"<embedding>{WORD_END}"
-    return clip.tokenizer.untokenize([(value, 1.0)])[0][1]

@@ -49,11 +49,15 @@ def missing_checkpoint(name: str | None) -> str:
 
 
 def _found() -> dict[str, Path]:
-    candidates = [folder for parent in _folders("diffusers") for folder in _subfolders(parent) if _is_ours(folder)]
+    candidates = []
     for parent in _folders(FOLDER):
         candidates += _subfolders(parent)
         candidates += [file for file in parent.glob("*") if file.suffix.lower() in TENSOR_FILES]
-    return {path.name: path for path in candidates}
+    candidates += [folder for parent in _folders("diffusers") for folder in _subfolders(parent) if _is_ours(folder)]
+    found: dict[str, Path] = {}
+    for path in candidates:
+        found.setdefault(path.name, path)  # of two with one name the first is taken, as the host does
+    return found
 
 
 def _folders(name: str) -> list[Path]:

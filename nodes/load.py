@@ -1,12 +1,18 @@
-"""Load BLIP-Diffusion · Load BLIP-2 Q-Former."""
+"""Load BLIP-Diffusion · Load BLIP-2 Q-Former · Load BLIP-Diffusion ControlNet."""
 
 from __future__ import annotations
 
+import logging
+
 from ..blip_qformer.checkpoint import open_checkpoint
 from .folders import NOTHING_FOUND, checkpoint_path, list_checkpoints, missing_checkpoint
-from .networks import build_clip, build_model, build_vae
+from .networks import build_clip, build_controlnet, build_model, build_vae
 from .qformer import HostedQFormer
 from .types import CATEGORY, Blip2QFormer, io
+
+log = logging.getLogger("blip_diffusion")
+
+QFORMER_ALONE = "To use its Q-Former beside another loader, take Load BLIP-2 Q-Former."
 
 
 def checkpoint_input() -> io.Combo.Input:
@@ -41,13 +47,15 @@ class LoadBLIPDiffusion(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str) -> bool | str:
+    def validate_inputs(cls, checkpoint: str | None) -> bool | str:
         return listed_or_reason(checkpoint)
 
     @classmethod
     def execute(cls, checkpoint: str) -> io.NodeOutput:
         opened = open_checkpoint(checkpoint_path(checkpoint))
-        unet, text_encoder, vae = (opened.require(part) for part in ("unet", "text_encoder", "vae"))
+        unet, text_encoder, vae = (opened.require(part, QFORMER_ALONE) for part in ("unet", "text_encoder", "vae"))
+        if opened.subject is not None:
+            log.info("%s also holds a tuned subject, which Load BLIP-Diffusion does not use yet.", opened.path)
         return io.NodeOutput(build_model(unet, vae), build_clip(text_encoder), build_vae(vae), HostedQFormer(opened))
 
 
@@ -61,13 +69,13 @@ class LoadBLIP2QFormer(io.ComfyNode):
             display_name="Load BLIP-2 Q-Former",
             category=CATEGORY,
             description="Loads only the part that reads pictures, about 1 GB in float16. Use it beside a Load "
-            'Checkpoint with the checkpoint that "blip-qformer convert" writes.',
+            "Checkpoint that loads the converted file; the help page says how to convert.",
             inputs=[checkpoint_input()],
             outputs=[Blip2QFormer.Output(display_name="qformer", tooltip="For BLIP-2 Subject Encode.")],
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str) -> bool | str:
+    def validate_inputs(cls, checkpoint: str | None) -> bool | str:
         return listed_or_reason(checkpoint)
 
     @classmethod
@@ -75,11 +83,36 @@ class LoadBLIP2QFormer(io.ComfyNode):
         return io.NodeOutput(HostedQFormer(open_checkpoint(checkpoint_path(checkpoint))))
 
 
-def listed_or_reason(checkpoint: str) -> bool | str:
-    """True, or why the graph cannot be queued: nothing to load."""
-    if checkpoint == NOTHING_FOUND or checkpoint not in list_checkpoints():
+class LoadBLIPDiffusionControlNet(io.ComfyNode):
+    """The ControlNet that some published folders bring."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BLIPDiffusionControlNetLoader",
+            display_name="Load BLIP-Diffusion ControlNet",
+            category=CATEGORY,
+            description="Loads the ControlNet inside a BLIP-Diffusion folder: Salesforce/blipdiffusion-controlnet has "
+            "one for Canny edges. Goes to Apply ControlNet. Any other SD1.5 ControlNet works as well, with the stock "
+            "loader.",
+            inputs=[checkpoint_input()],
+            outputs=[io.ControlNet.Output(display_name="control_net", tooltip="For Apply ControlNet.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, checkpoint: str | None) -> bool | str:
+        return listed_or_reason(checkpoint)
+
+    @classmethod
+    def execute(cls, checkpoint: str) -> io.NodeOutput:
+        return io.NodeOutput(build_controlnet(open_checkpoint(checkpoint_path(checkpoint)).require("controlnet")))
+
+
+def listed_or_reason(checkpoint: str | None) -> bool | str:
+    """True, or why the graph cannot be queued: nothing to load. What comes over a link is not known yet (None)."""
+    if checkpoint is not None and (checkpoint == NOTHING_FOUND or checkpoint not in list_checkpoints()):
         return missing_checkpoint(checkpoint)
     return True
 
 
-NODES = [LoadBLIPDiffusion, LoadBLIP2QFormer]
+NODES = [LoadBLIPDiffusion, LoadBLIP2QFormer, LoadBLIPDiffusionControlNet]

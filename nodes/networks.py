@@ -1,21 +1,27 @@
-"""MODEL, CLIP and VAE out of a checkpoint's parts, built through the host's own classes at whatever size they have."""
+"""MODEL, CLIP, VAE and CONTROL_NET out of a checkpoint's parts, built through the host's classes at any size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import comfy.cldm.cldm
+import comfy.controlnet
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.utils
 import folder_paths
 from comfy.supported_models_base import ClipTarget
-from torch import Tensor
 
 from ..blip_qformer.checkpoint import CheckpointError, Part
 from ..blip_qformer.checkpoint.stable_diffusion import (
+    check_depth,
+    controlnet_config,
+    controlnet_to_ldm,
     text_encoder_config,
     text_encoder_to_ldm,
     unet_config,
@@ -35,9 +41,11 @@ def build_model(unet: Part, vae: Part) -> comfy.model_patcher.ModelPatcher:
         CheckpointError: tensors are missing or too many.
     """
     management = comfy.model_management
-    weights = _converted(unet, unet_to_ldm)
-    config = comfy.supported_models.SD15(unet_config(unet.weights, _heads(unet.config)))
-    config.unet_config["num_heads"] = _heads(unet.config)
+    with naming(unet):
+        check_depth("unet", unet.weights, unet.config)
+        weights = unet_to_ldm(unet.weights)
+        config = comfy.supported_models.SD15(unet_config(unet.weights))
+    config.unet_config["num_heads"] = _heads(unet.config)  # the class has just set SD1.5's own number
     config.latent_format.scale_factor = vae.config.get("scaling_factor", SD15_SCALING_FACTOR)
 
     parameters = comfy.utils.calculate_parameters(unet.weights)
@@ -51,7 +59,8 @@ def build_model(unet: Part, vae: Part) -> comfy.model_patcher.ModelPatcher:
     config.set_inference_dtype(dtype, cast)
 
     model = config.get_model(weights, "", device=offload_device)
-    model.load_model_weights(weights, "")
+    with naming(unet):
+        model.load_model_weights(weights, "")
     return comfy.model_patcher.ModelPatcher(model, load_device=load_device, offload_device=offload_device)
 
 
@@ -61,16 +70,19 @@ def build_clip(text_encoder: Part) -> comfy.sd.CLIP:
     Raises:
         CheckpointError: tensors are missing or too many.
     """
-    converted = _converted(text_encoder, text_encoder_to_ldm)
+    with naming(text_encoder):
+        check_depth("text_encoder", text_encoder.weights, text_encoder.config)
+        converted = text_encoder_to_ldm(text_encoder.weights)
+        sizes = text_encoder_config(text_encoder.weights, text_encoder.config.get("num_attention_heads"))
     weights = {name.removeprefix("transformer."): tensor for name, tensor in converted.items()}
-    sizes = text_encoder_config(text_encoder.weights, text_encoder.config.get("num_attention_heads"))
     clip = comfy.sd.CLIP(
         ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         parameters=comfy.utils.calculate_parameters(weights),
         model_options={"clip_l_model_config": sizes},
     )
-    clip.load_sd(weights)
+    with naming(text_encoder):
+        clip.load_sd(weights)
     return clip
 
 
@@ -80,11 +92,40 @@ def build_vae(vae: Part) -> comfy.sd.VAE:
     Raises:
         CheckpointError: tensors are missing or too many.
     """
-    weights = _converted(vae, vae_to_ldm)
-    config = vae_config(vae.weights)
-    built = comfy.sd.VAE(sd=weights, config={"params": config})
+    with naming(vae):
+        check_depth("vae", vae.weights, vae.config)
+        config = vae_config(vae.weights)
+        built = comfy.sd.VAE(sd=vae_to_ldm(vae.weights), config={"params": config})
     built.downscale_ratio = built.upscale_ratio = 2 ** (len(config["ddconfig"]["ch_mult"]) - 1)
     return built
+
+
+def build_controlnet(controlnet: Part) -> comfy.controlnet.ControlNet:
+    """A diffusers ControlNet as a CONTROL_NET.
+
+    Raises:
+        CheckpointError: tensors are missing or too many.
+    """
+    management = comfy.model_management
+    with naming(controlnet):
+        check_depth("controlnet", controlnet.weights, controlnet.config)
+        weights = controlnet_to_ldm(controlnet.weights)
+    dtype = management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(weights),
+        supported_dtypes=comfy.supported_models.SD15.supported_inference_dtypes,
+        weight_dtype=comfy.utils.weight_dtype(weights),
+    )
+    load_device = management.get_torch_device()
+    cast = management.unet_manual_cast(dtype, load_device)
+    network = comfy.cldm.cldm.ControlNet(
+        **controlnet_config(controlnet.weights, _heads(controlnet.config)),
+        dtype=dtype,
+        device=management.unet_offload_device(),
+        operations=comfy.ops.pick_operations(dtype, cast),
+    )
+    with naming(controlnet):
+        network.load_state_dict(weights)
+    return comfy.controlnet.ControlNet(network, load_device=load_device, manual_cast_dtype=cast)
 
 
 def _heads(config: dict) -> int:
@@ -93,9 +134,15 @@ def _heads(config: dict) -> int:
     return heads[0] if isinstance(heads, list) else heads
 
 
-def _converted(part: Part, convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A part's weights in the host's names; every tensor must be known, and none may be missing."""
+@contextmanager
+def naming(part: Part) -> Iterator[None]:
+    """Whatever is wrong with a part's weights is said with the file they came from."""
     try:
-        return convert(part.weights)
+        yield
     except ValueError as error:
         raise CheckpointError(f"{part.path}: {error}") from error
+    except RuntimeError as error:  # of which out-of-memory is one, and that is another story
+        if "loading state_dict" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{part.path} does not fit its own config ({reason}): download both again.") from error

@@ -45,8 +45,9 @@ class SubjectPromptCompose(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="How often the prompt is said again, as a part of repetitions. As it is cut at 77 tokens, "
-                    "only values near 0 change anything: 0.05 of 20 says it once, which lets the subject dominate.",
+                    tooltip="How often the prompt is said again, as a part of repetitions. 1: as often as fits, as the "
+                    "authors do. Lower values say it less often, and the subject begins to dominate; 0.05 of 20 says "
+                    "it once.",
                 ),
                 advanced(
                     io.Int.Input(
@@ -74,7 +75,7 @@ class SubjectPromptCompose(io.ComfyNode):
                         max=2.0,
                         step=0.05,
                         tooltip="ComfyUI's own token weight on the subject. 1: as trained. 0: the plain prompt "
-                        "without the subject.",
+                        "without the subject, cut or continued the same way.",
                     )
                 ),
             ],

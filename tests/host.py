@@ -103,6 +103,7 @@ def _set_options(base: Path) -> None:
 
 def _import_host_nodes() -> ModuleType:
     """The host's ``nodes`` module; ours has the same name, and whoever got it instead learns so here."""
+    importlib.import_module("utils.extra_config")  # as main.py: later, comfy's own utils would be found under the name
     nodes = importlib.import_module("nodes")
     if Path(str(nodes.__file__)).parent != comfyui_path():
         raise ImportError(f"'nodes' is {nodes.__file__}, not ComfyUI's: keep the repository's root off sys.path.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, PNDMScheduler, UNet2DConditionModel
 from diffusers.pipelines.blip_diffusion.blip_image_processing import BlipImageProcessor
 from diffusers.pipelines.blip_diffusion.modeling_blip2 import Blip2QFormerModel
 from diffusers.pipelines.blip_diffusion.modeling_ctx_clip import ContextCLIPTextModel
@@ -112,6 +112,18 @@ def unet(sizes: Sizes, seed: int = 2) -> UNet2DConditionModel:
         cross_attention_dim=sizes.width,
         attention_head_dim=8,
         sample_size=64,
+    )
+    return randomized(model, seed)
+
+
+def controlnet(sizes: Sizes, seed: int = 9) -> ControlNetModel:
+    """A ControlNet that fits the U-Net."""
+    model = ControlNetModel(
+        block_out_channels=sizes.unet_channels,
+        layers_per_block=sizes.unet_layers,
+        down_block_types=[("CrossAttnDownBlock2D" if each else "DownBlock2D") for each in sizes.unet_attention],
+        cross_attention_dim=sizes.width,
+        attention_head_dim=8,
     )
     return randomized(model, seed)
 

@@ -33,8 +33,18 @@ def build_demo_checkpoint(folder: Path, host: Path) -> Path:
     return folder
 
 
-def write_hub_folder(pipeline: oracle.BlipDiffusionPipeline, folder: Path, safetensors: bool = False) -> Path:
-    """A pipeline as ``Salesforce/blipdiffusion`` is published: a folder for each part, weights as pickles."""
+def write_hub_folder(
+    pipeline: oracle.BlipDiffusionPipeline,
+    folder: Path,
+    safetensors: bool = False,
+    controlnet: oracle.ControlNetModel | None = None,
+) -> Path:
+    """A pipeline as ``Salesforce/blipdiffusion`` is published: a folder for each part, weights as pickles.
+
+    With a ControlNet it is ``Salesforce/blipdiffusion-controlnet``.
+    """
+    if controlnet is not None:
+        controlnet.save_pretrained(folder / "controlnet", safe_serialization=safetensors)
     for name in ("qformer", "text_encoder", "unet", "vae"):
         getattr(pipeline, name).save_pretrained(folder / name, safe_serialization=safetensors)
     pipeline.image_processor.save_pretrained(folder / "image_processor")

@@ -12,8 +12,11 @@ from blip_qformer.prompt import SUBJECT_WORD, Token, TokenSpan, compose_prompt, 
 CAPACITY = 75
 
 
+VECTOR = torch.zeros(768)
+
+
 def tokens(*pieces: str, group: int = 1) -> list[Token]:
-    return [Token(index, 1.0, group, piece) for index, piece in enumerate(pieces)]
+    return [Token(VECTOR if piece.startswith("<") else 7, 1.0, group, piece) for piece in pieces]
 
 
 @pytest.mark.parametrize(
@@ -60,3 +63,12 @@ def test_words_are_found_over_pieces_blocks_and_the_subject():
 
 def test_a_word_that_was_cut_is_still_named():
     assert find_words([tokens("under", "wat")], 77) == [TokenSpan("underwat", (1, 2))]
+
+
+def test_an_embedding_is_one_word_and_two_are_two():
+    prompt = [*tokens("<embedding>", "<embedding>"), *tokens("<embedding>", group=2), *tokens("dog</w>", group=3)]
+    assert find_words([prompt], 77) == [
+        TokenSpan("<embedding>", (1, 2)),
+        TokenSpan("<embedding>", (3,)),
+        TokenSpan("dog", (4,)),
+    ]

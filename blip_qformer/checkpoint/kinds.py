@@ -20,17 +20,18 @@ class Kind(Enum):
     SUBJECT = "a tuned subject"
 
 
-_PUBLISHED: dict[Kind, tuple[str, ...]] = {
-    Kind.QFORMER: ("query_tokens", "visual_encoder.embeddings.class_embedding"),
-    Kind.ORIGINAL_QFORMER: ("query_tokens", "Qformer.bert.embeddings.word_embeddings.weight"),
-    Kind.PROJECTION: ("dense1.weight", "dense2.weight", "LayerNorm.weight"),
-    Kind.FINETUNED: ("blip.query_tokens", "proj_layer.dense1.weight"),
-    Kind.CONTROLNET: ("controlnet_cond_embedding.conv_in.weight",),
-    Kind.UNET: ("conv_in.weight", "time_embedding.linear_1.weight", "conv_out.weight"),
-    Kind.VAE: ("encoder.conv_in.weight", "decoder.conv_in.weight"),
-    Kind.TEXT_ENCODER: ("text_model.embeddings.token_embedding.weight",),
-    Kind.SUBJECT: ("ctx_embeddings_cache",),
-}
+_PUBLISHED: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    (Kind.QFORMER, ("query_tokens", "visual_encoder.embeddings.class_embedding")),
+    (Kind.ORIGINAL_QFORMER, ("query_tokens", "Qformer.bert.embeddings.word_embeddings.weight")),
+    (Kind.PROJECTION, ("dense1.weight", "dense2.weight", "LayerNorm.weight")),
+    (Kind.FINETUNED, ("blip.query_tokens", "proj_layer.dense1.weight")),
+    (Kind.CONTROLNET, ("controlnet_cond_embedding.conv_in.weight",)),
+    (Kind.UNET, ("conv_in.weight", "time_embedding.linear_1.weight", "conv_out.weight")),
+    (Kind.VAE, ("encoder.conv_in.weight", "decoder.conv_in.weight")),
+    (Kind.TEXT_ENCODER, ("text_model.embeddings.token_embedding.weight",)),
+    (Kind.TEXT_ENCODER, ("embeddings.token_embedding.weight", "final_layer_norm.weight")),  # without outer name
+    (Kind.SUBJECT, ("ctx_embeddings_cache",)),
+)
 
 _STRANGERS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("a LoRA", lambda name: any(part in name for part in ("lora_up", "lora_down", "lora_A", "lora_B"))),
@@ -45,7 +46,7 @@ _STRANGERS: tuple[tuple[str, Callable[[str], bool]], ...] = (
 
 def kind_of(names: Collection[str]) -> Kind | None:
     """The kind of file that holds tensors of these names, or None for a stranger."""
-    return next((kind for kind, signature in _PUBLISHED.items() if all(name in names for name in signature)), None)
+    return next((kind for kind, signature in _PUBLISHED if all(name in names for name in signature)), None)
 
 
 def describe(names: Iterable[str]) -> str:

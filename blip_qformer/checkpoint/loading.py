@@ -15,7 +15,7 @@ from .opening import Checkpoint, open_checkpoint
 
 def load_subject_encoder(
     path: str | Path | Checkpoint,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     operations: Any = nn,
     attention: AttentionFunction = scaled_dot_product_attention,
@@ -25,8 +25,8 @@ def load_subject_encoder(
     Args:
         path: a Hub folder, an original (LAVIS) folder, a fine-tuned file, or a Q-Former in one file; or one of those,
             opened.
-        dtype: what to cast the weights to. None keeps the file's precision and, on the CPU, the file's own memory:
-            nothing is copied until it is used.
+        dtype: what to cast the weights to; None keeps the file's. Where nothing is to be cast, the weights on the CPU
+            are the mapped file itself: nothing is copied.
         device, operations, attention: see :class:`~blip_qformer.encoder.SubjectEncoder`.
     Returns:
         The encoder in evaluation mode, its weights frozen.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,21 +11,14 @@ from ..encoder import SubjectEncoderConfig
 from . import hub, lavis
 from .finetuned import SUBJECT, split_finetuned
 from .kinds import Kind, describe, kind_of
-from .names import NameTable
-from .reading import SAFETENSORS, TENSOR_FILES, CheckpointError, read_config, read_tensors
+from .parts import Part, find_parts
+from .reading import CheckpointError, read_config, read_tensors
 from .single_file import config_of_file
 from .sizes import check_weights
 
+NETWORKS = {Kind.UNET, Kind.TEXT_ENCODER, Kind.VAE, Kind.CONTROLNET}
+ENCODER_FOLDERS = ("qformer", "blip_model")  # in a Hub folder, in an original folder
 CONTEXT_POSITION = 2  # where the vectors go in every published model: after <bos> and "a"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One network of a checkpoint: its weights in their published names, its config file's content, where it lies."""
-
-    weights: Mapping[str, Tensor]
-    config: dict
-    path: Path
 
 
 @dataclass(frozen=True)
@@ -48,23 +40,20 @@ class Checkpoint:
     subject: Tensor | None = None
     problems: tuple[str, ...] = field(default=(), repr=False)
 
-    def require(self, part: str) -> Part:
+    def require(self, part: str, *advice: str) -> Part:
         """The named part.
 
+        Args:
+            advice: further sentences for who does not find it.
         Raises:
             CheckpointError: this checkpoint does not have it.
         """
         found = getattr(self, part)
         if found is None:
-            raise CheckpointError(
-                " ".join(
-                    [
-                        f"{self.path} ({self.format}) has no {part.replace('_', ' ')}: choose a whole BLIP-Diffusion "
-                        "folder, or load the Q-Former alone with Load BLIP-2 Q-Former.",
-                        *self.problems,
-                    ]
-                )
+            missing = (
+                f"{self.path} ({self.format}) has no {part.replace('_', ' ')}: choose a whole BLIP-Diffusion folder."
             )
+            raise CheckpointError(" ".join([missing, *advice, *self.problems]))
         return found
 
 
@@ -92,30 +81,29 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    parts, problems = _find_parts(folder)
+    parts, problems = find_parts(folder)
     if Kind.QFORMER in parts:
-        _check_pipeline(folder)
         part = parts[Kind.QFORMER]
+        if not NETWORKS & parts.keys() and not problems:  # only our own file lies there
+            return open_checkpoint(part.path)
+        _check_pipeline(folder)
         weights = hub.NAMES.to_encoder(part.weights, part.path)
-        config = config_of_file(weights, part.path)
-        format, table = "Hub folder", hub.NAMES
+        config, format, table = config_of_file(weights, part.path), "Hub folder", hub.NAMES
     elif Kind.ORIGINAL_QFORMER in parts and Kind.PROJECTION in parts:
         part = parts[Kind.ORIGINAL_QFORMER]
         weights, config = lavis.encoder_from_lavis(part.weights, parts[Kind.PROJECTION].weights, part.path)
         format, table = "original (LAVIS) folder", lavis.NAMES
     elif Kind.FINETUNED in parts:
         return open_checkpoint(parts[Kind.FINETUNED].path)
+    elif len(inner := [path for name in ENCODER_FOLDERS for path in folder.glob(f"*/{name}")]) == 1:
+        return _open_folder(inner[0].parent)  # an archive unpacked into a folder of its own name
     else:
         found = "; ".join(f"{part.path.relative_to(folder)} is {kind.value}" for kind, part in parts.items())
-        raise CheckpointError(
-            " ".join(
-                [
-                    f"{folder} holds no whole BLIP-Diffusion checkpoint ({found or 'no weights of it were found'}): "
-                    "download Salesforce/blipdiffusion, or unpack an original archive, as a whole into this folder.",
-                    *problems,
-                ]
-            )
+        message = (
+            f"{folder} holds no whole BLIP-Diffusion checkpoint ({found or 'no weights of it were found'}): "
+            "download Salesforce/blipdiffusion, or unpack an original archive, as a whole into this folder."
         )
+        raise CheckpointError(" ".join([message, *problems]))
     check_weights(weights, config, table, part.path)
     tuned = parts.get(Kind.SUBJECT)
     return Checkpoint(
@@ -135,42 +123,17 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 def _open_single_file(path: Path, weights: dict[str, Tensor]) -> Checkpoint:
     renamed = hub.NAMES.to_encoder(weights, path)
-    return _checked(path, "BLIP-2 Q-Former file", renamed, config_of_file(renamed, path), hub.NAMES)
+    config = config_of_file(renamed, path)
+    check_weights(renamed, config, hub.NAMES, path)
+    return Checkpoint(path, "BLIP-2 Q-Former file", renamed, config, path)
 
 
 def _open_finetuned(path: Path, weights: dict[str, Tensor]) -> Checkpoint:
     parts = split_finetuned(weights)
     renamed, config = lavis.encoder_from_lavis(parts["qformer"], parts["projection"], path)
+    check_weights(renamed, config, lavis.NAMES, path)
     networks = {name: Part(parts[name], {}, path) for name in ("unet", "text_encoder", "vae") if parts[name]}
-    subject = weights.get(SUBJECT)
-    return _checked(path, "fine-tuned file", renamed, config, lavis.NAMES, subject=subject, **networks)
-
-
-def _checked(
-    path: Path, format: str, weights: dict[str, Tensor], config: SubjectEncoderConfig, table: NameTable, **parts
-) -> Checkpoint:
-    check_weights(weights, config, table, path)
-    return Checkpoint(path, format, weights, config, path, **parts)
-
-
-def _find_parts(folder: Path) -> tuple[dict[Kind, Part], list[str]]:
-    """The files of a folder and its subfolders by what they are, and a sentence for each that could not be read.
-
-    Where a part is there twice, ``.safetensors`` goes before pickles and the larger (more precise) before the smaller.
-    """
-    files = [f for pattern in ("*", "*/*") for f in folder.glob(pattern) if f.suffix.lower() in TENSOR_FILES]
-    files.sort(key=lambda file: (file.suffix.lower() in SAFETENSORS, file.stat().st_size), reverse=True)
-    parts: dict[Kind, Part] = {}
-    problems = []
-    for file in files:
-        try:
-            weights = read_tensors(file)
-            kind = kind_of(weights)
-            if kind and kind not in parts:
-                parts[kind] = Part(weights, read_config(file.parent), file)
-        except CheckpointError as error:
-            problems.append(str(error))
-    return parts, problems
+    return Checkpoint(path, "fine-tuned file", renamed, config, path, subject=weights.get(SUBJECT), **networks)
 
 
 def _check_pipeline(folder: Path) -> None:

@@ -29,13 +29,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing, empty, truncated, no file of tensors, or wants to run code.
     """
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"{path} is a link to nothing: download what it pointed to again.")
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}: check the name, or download it again.")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty, so its download did not finish: get it again.")
-    if path.suffix.lower() in SAFETENSORS:
-        return _read_safetensors(path)
-    return _read_pickle(path)
+    tensors = _read_safetensors(path) if path.suffix.lower() in SAFETENSORS else _read_pickle(path)
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors: choose a file of model weights.")
+    return tensors
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -85,7 +88,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} is a pickle that would run code when opened, so it was left closed: get the weights as "
             ".safetensors, or from a source you trust."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a broken pickle can fail in any way at all
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path} is no whole file of tensors ({reason}): it is truncated or something else; download it again."
@@ -108,7 +111,6 @@ def _named_tensors(content: object, path: Path) -> dict[str, Tensor]:
     for wrapper in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors: choose a file of model weights.")
-    return tensors
+    if not isinstance(content, dict):
+        return {}
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}

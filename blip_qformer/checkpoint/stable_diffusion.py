@@ -13,19 +13,20 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from .names import listed
+
 UNET_PREFIX = "model.diffusion_model."
 TEXT_ENCODER_PREFIX = "cond_stage_model."
 VAE_PREFIX = "first_stage_model."
 
 # Each table: module name in diffusers -> module name in LDM. A module's `weight` and `bias` keep their names.
 # Where LDM shows a number, it counts the places of a sequence that also holds activations: those have no tensors.
-UNET_ENDS = {
+UNET_BEGINNING = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
 }
+UNET_END = {"conv_norm_out": "out.0", "conv_out": "out.2"}
 UNET_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -71,6 +72,10 @@ TEXT_LAYER = (
 # A resnet has a shortcut only where it changes the number of channels.
 SOMETIMES_ABSENT = ("skip_connection", "nin_shortcut")
 
+# Every other module has a bias.
+WITHOUT_BIAS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_k", "attn2.to_v")
+WITHOUT_BIAS += ("token_embedding", "position_embedding")
+
 
 def stable_diffusion_checkpoint(
     unet: Mapping[str, Tensor], text_encoder: Mapping[str, Tensor], vae: Mapping[str, Tensor]
@@ -111,6 +116,14 @@ def vae_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def controlnet_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ControlNet's weights under LDM's names: a U-Net's way down, a picture's way in, and convolutions to the way up.
+
+    Raises ValueError, naming the tensors, if any is unknown or missing.
+    """
+    return _renamed(weights, _controlnet_modules(weights), part="ControlNet")
+
+
 def text_encoder_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A CLIP text model's weights under LDM's names: `text_model.x` or plain `x` -> `transformer.text_model.x`.
 
@@ -130,6 +143,23 @@ def unet_config(weights: Mapping[str, Tensor], heads: int = 8) -> dict:
     Out: a plain dict, with no dtype and device in it: those are the host's to choose.
     Raises ValueError if a tensor that tells a size is missing, or a level's width is no multiple of the first level's.
     """
+    levels = range(_count(weights, "up_blocks"))
+    depth_up = [depth for level in levels for depth in _transformer_depths(weights, f"up_blocks.{level}")]
+    return {
+        **_way_down_config(weights, heads),
+        "out_channels": _shape(weights, "conv_out.weight")[0],
+        "transformer_depth_output": depth_up[::-1],  # the host takes them from the end of the list
+    }
+
+
+def controlnet_config(weights: Mapping[str, Tensor], heads: int = 8) -> dict:
+    """The arguments with which ComfyUI's ControlNet builds a ControlNet of this size; see `unet_config`."""
+    hint_channels = _shape(weights, "controlnet_cond_embedding.conv_in.weight")[1]
+    return {**_way_down_config(weights, heads), "hint_channels": hint_channels}
+
+
+def _way_down_config(weights: Mapping[str, Tensor], heads: int) -> dict:
+    """What a U-Net and a ControlNet have in common: everything up to the middle."""
     width = _shape(weights, "conv_in.weight")[0]
     levels = range(_count(weights, "down_blocks"))
     widths = [_shape(weights, f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels]
@@ -139,12 +169,10 @@ def unet_config(weights: Mapping[str, Tensor], heads: int = 8) -> dict:
             f"convolution's {width}: use a U-Net of that kind."
         )
     depth_down = [depth for level in levels for depth in _transformer_depths(weights, f"down_blocks.{level}")]
-    depth_up = [depth for level in levels for depth in _transformer_depths(weights, f"up_blocks.{level}")]
     middle = "mid_block.attentions.0"
     return {
         "image_size": 32,
         "in_channels": _shape(weights, "conv_in.weight")[1],
-        "out_channels": _shape(weights, "conv_out.weight")[0],
         "model_channels": width,
         "channel_mult": [each // width for each in widths],
         "num_res_blocks": [_count(weights, f"down_blocks.{level}.resnets") for level in levels],
@@ -154,7 +182,6 @@ def unet_config(weights: Mapping[str, Tensor], heads: int = 8) -> dict:
         "context_dim": _shape(weights, f"{middle}.transformer_blocks.0.attn2.to_k.weight")[1],
         "transformer_depth": depth_down,
         "transformer_depth_middle": _count(weights, f"{middle}.transformer_blocks"),
-        "transformer_depth_output": depth_up[::-1],  # the host takes them from the end of the list
         "adm_in_channels": None,
         "legacy": False,
         "use_checkpoint": False,
@@ -214,6 +241,29 @@ def text_encoder_config(weights: Mapping[str, Tensor], heads: int | None = None)
     }
 
 
+def check_depth(part: str, weights: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
+    """Refuse weights that lack whole levels or layers, which no name tells: their config says how many there are.
+
+    In: the part's name ("unet", "vae", "text_encoder"), its weights in diffusers' names, its ``config.json``'s content.
+    Raises ValueError if the numbers differ; a config that does not tell them is trusted.
+    """
+    plain = _without_text_model(weights)
+    levels = len(config["block_out_channels"]) if "block_out_channels" in config else None
+    expected = {
+        "unet": {"down_blocks": levels, "up_blocks": levels},
+        "controlnet": {"down_blocks": levels},
+        "vae": {"encoder.down_blocks": levels, "decoder.up_blocks": levels},
+        "text_encoder": {"encoder.layers": config.get("num_hidden_layers")},
+    }[part]
+    for module, count in expected.items():
+        found = _count(plain, module)
+        if count is not None and found != count:
+            raise ValueError(
+                f"The {part.replace('_', ' ')} holds {found} {module} and its config tells of {count}: download its "
+                "file again."
+            )
+
+
 def departures_from_stock(
     unet: Mapping[str, Tensor], text_encoder: Mapping[str, Tensor], vae: Mapping[str, Tensor]
 ) -> list[str]:
@@ -238,7 +288,40 @@ def departures_from_stock(
 
 def _unet_modules(weights: Mapping[str, Tensor]) -> dict[str, str]:
     """The name of each U-Net module in LDM, by its name in diffusers."""
-    names = dict(UNET_ENDS)
+    names = _way_down_modules(weights) | UNET_END
+
+    # Up: one block for a resnet, its attention, and, at the end of a level, the doubling.
+    block = 0
+    for level in range(_count(weights, "up_blocks")):
+        up = f"up_blocks.{level}"
+        for layer in range(_count(weights, f"{up}.resnets")):
+            names |= _under(f"{up}.resnets.{layer}", f"output_blocks.{block}.0", UNET_RESNET)
+            names |= _attention(weights, f"{up}.attentions.{layer}", f"output_blocks.{block}.1")
+            block += 1
+        if _has(weights, f"{up}.upsamplers.0"):
+            place = 2 if _has(weights, f"{up}.attentions") else 1
+            names[f"{up}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{place}.conv"
+    return names
+
+
+def _controlnet_modules(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """The name of each ControlNet module in LDM, by its name in diffusers."""
+    names = _way_down_modules(weights)
+
+    # The picture's way in: convolutions, with an activation between each two.
+    picture = "controlnet_cond_embedding"
+    hidden = [f"{picture}.blocks.{block}" for block in range(_count(weights, f"{picture}.blocks"))]
+    for place, convolution in enumerate([f"{picture}.conv_in", *hidden, f"{picture}.conv_out"]):
+        names[convolution] = f"input_hint_block.{2 * place}"
+
+    for block in range(_count(weights, "controlnet_down_blocks")):
+        names[f"controlnet_down_blocks.{block}"] = f"zero_convs.{block}.0"
+    return names | {"controlnet_mid_block": "middle_block_out.0"}
+
+
+def _way_down_modules(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """What a U-Net and a ControlNet have in common: everything up to the middle."""
+    names = dict(UNET_BEGINNING)
 
     # Down: one block for a resnet and its attention, and one for each halving. Block 0 is the first convolution.
     block = 1
@@ -256,18 +339,6 @@ def _unet_modules(weights: Mapping[str, Tensor]) -> dict[str, str]:
     names |= _under("mid_block.resnets.0", "middle_block.0", UNET_RESNET)
     names |= _attention(weights, "mid_block.attentions.0", "middle_block.1")
     names |= _under("mid_block.resnets.1", "middle_block.2", UNET_RESNET)
-
-    # Up: one block for a resnet, its attention, and, at the end of a level, the doubling.
-    block = 0
-    for level in range(_count(weights, "up_blocks")):
-        up = f"up_blocks.{level}"
-        for layer in range(_count(weights, f"{up}.resnets")):
-            names |= _under(f"{up}.resnets.{layer}", f"output_blocks.{block}.0", UNET_RESNET)
-            names |= _attention(weights, f"{up}.attentions.{layer}", f"output_blocks.{block}.1")
-            block += 1
-        if _has(weights, f"{up}.upsamplers.0"):
-            place = 2 if _has(weights, f"{up}.attentions") else 1
-            names[f"{up}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{place}.conv"
     return names
 
 
@@ -321,16 +392,17 @@ def _renamed(weights: Mapping[str, Tensor], modules: Mapping[str, str], part: st
             unknown.append(name)
     if unknown:
         raise ValueError(
-            f"The {part} holds tensors that Stable Diffusion 1.5 has no place for ({_some(unknown)}): "
+            f"The {part} holds tensors that Stable Diffusion 1.5 has no place for ({listed(unknown)}): "
             "use weights of that architecture, in diffusers' names."
         )
-    missing = {
-        ldm: f"{ours}.weight"
-        for ours, ldm in modules.items()
-        if f"{ldm}.weight" not in renamed and not ldm.endswith(SOMETIMES_ABSENT)
-    }
+    missing: dict[str, str] = {}  # by LDM's name, as one place may have an old and a new name
+    for ours, ldm in modules.items():
+        parameters = ("weight",) if ldm.endswith(WITHOUT_BIAS) else ("weight", "bias")
+        absent = [parameter for parameter in parameters if f"{ldm}.{parameter}" not in renamed]
+        if not (ldm.endswith(SOMETIMES_ABSENT) and len(absent) == len(parameters)):
+            missing |= {f"{ldm}.{parameter}": f"{ours}.{parameter}" for parameter in absent}
     if missing:
-        raise ValueError(f"The {part} lacks tensors ({_some(missing.values())}): download its file again.")
+        raise ValueError(f"The {part} lacks tensors ({listed([*missing.values()])}): download its file again.")
     return renamed
 
 
@@ -370,10 +442,3 @@ def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     if name not in weights:
         raise ValueError(f"The weights hold no {name}, which tells the model's size: use weights in diffusers' names.")
     return tuple(weights[name].shape)
-
-
-def _some(names: Iterable[str]) -> str:
-    """Up to five of the names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

@@ -65,7 +65,7 @@ def write_safetensors(
         with temporary.open("xb") as file:
             file.write(header)
             for entry in entries:
-                data = _bytes(entry, tensors[entry.name])
+                data = _stored(entry, tensors[entry.name])
                 file.write(data)
                 if progress is not None:
                     progress(len(data))
@@ -150,7 +150,7 @@ def _header(entries: list[_Entry], metadata: Mapping[str, str] | None) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes(entry: _Entry, tensor: Tensor) -> memoryview:
+def _stored(entry: _Entry, tensor: Tensor) -> memoryview:
     """A tensor's elements in row-major order, as they are stored; ValueError if one is too large for its dtype."""
     if tensor.is_floating_point() and torch.finfo(entry.dtype).max < torch.finfo(tensor.dtype).max and entry.size:
         largest = max(abs(extreme.item()) for extreme in tensor.aminmax())

@@ -33,8 +33,13 @@ def scaled_dot_product_attention(
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's cheap GELU, x * sigmoid(1.702 x) (github.com/openai/CLIP, ``clip/model.py``)."""
-    return x * torch.sigmoid(1.702 * x)
+    """CLIP's cheap GELU, x * sigmoid(1.702 x) (github.com/openai/CLIP, ``clip/model.py``).
+
+    It works in one temporary instead of three as far as autograd allows: for 8 pictures each is 34 MB, and to get that
+    from the system costs more than the arithmetic.
+    """
+    gate = (1.702 * x).sigmoid_()
+    return gate * x if gate.requires_grad else gate.mul_(x)
 
 
 @dataclass(frozen=True)

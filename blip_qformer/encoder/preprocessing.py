@@ -46,7 +46,7 @@ def preprocess(
     if mask is not None:
         squares = [
             _resize(isolate_subject(picture, subject_mask, background), "squash", size, background)
-            for picture, subject_mask in zip(pictures, _fitting_mask(mask, pictures), strict=True)
+            for picture, subject_mask in zip(pictures, fitting_mask(mask, images), strict=True)
         ]
         pictures = torch.cat(squares)
     else:
@@ -62,6 +62,36 @@ def composite_alpha(images: Tensor, background: float = WHITE) -> Tensor:
         colour, alpha = pictures.split([3, 1], dim=1)
         return colour * alpha + background * (1 - alpha)
     return pictures.expand(-1, 3, -1, -1)
+
+
+def fitting_mask(mask: Tensor, images: Tensor) -> Tensor:
+    """A mask for each picture of a batch, each of its picture's size.
+
+    Args:
+        mask: [B, H, W], [1, H, W] or [H, W] in 0..1; one of another size but the same shape is scaled.
+        images: [B, H, W, C]
+    Returns:
+        [B, H, W], on the pictures' device.
+    Raises:
+        ValueError: another number of masks than pictures, or another shape.
+    """
+    mask = mask.to(images.device, torch.float32).clamp(0, 1)
+    mask = mask[None] if mask.ndim == 2 else mask
+    count, height, width, _ = images.shape
+    if mask.ndim != 3 or mask.shape[0] not in (1, count):
+        raise ValueError(
+            f"The batch holds {count} picture(s) but the mask has the shape {list(mask.shape)}: give one mask for all "
+            "pictures, or one for each."
+        )
+    mask_height, mask_width = mask.shape[1:]
+    if abs(mask_width * height - mask_height * width) > 0.02 * mask_height * width:
+        raise ValueError(
+            f"The mask is {mask_width} x {mask_height} pixels and the picture {width} x {height}, which is another "
+            "shape: make the mask from this picture."
+        )
+    if mask.shape[1:] != (height, width):
+        mask = F.interpolate(mask[:, None], size=(height, width), mode="bilinear", antialias=True)[:, 0]
+    return mask.expand(count, -1, -1)
 
 
 def isolate_subject(picture: Tensor, mask: Tensor, background: float = WHITE) -> Tensor:
@@ -144,23 +174,3 @@ def _checked(images: Tensor) -> Tensor:
             "The pictures hold NaN or infinite values, which nothing can be seen in: look at the node that made them."
         )
     return images
-
-
-def _fitting_mask(mask: Tensor, pictures: Tensor) -> Tensor:
-    """[B, H, W] in 0..1 for pictures [B, 3, H, W]; a mask of the same shape but another size is scaled."""
-    mask = mask.float().clamp(0, 1)
-    mask = mask[None] if mask.ndim == 2 else mask
-    count, _, height, width = pictures.shape
-    if mask.ndim != 3 or mask.shape[0] not in (1, count):
-        raise ValueError(
-            f"There are {count} pictures but the mask has the shape {list(mask.shape)}: give one or {count} masks."
-        )
-    mask_height, mask_width = mask.shape[1:]
-    if abs(mask_width * height - mask_height * width) > 0.02 * mask_height * width:
-        raise ValueError(
-            f"The mask is {mask_width} x {mask_height} pixels and the picture {width} x {height}, which is another "
-            "shape: make the mask from this picture."
-        )
-    if mask.shape[1:] != (height, width):
-        mask = F.interpolate(mask[:, None], size=(height, width), mode="bilinear", antialias=True)[:, 0]
-    return mask.expand(count, -1, -1)

@@ -36,7 +36,7 @@ class QFormer(nn.Module):
             attention_mask: [B, T], 1 where there is a token, 0 where there is padding.
         """
         queries = self.query_tokens.to(image_tokens).expand(len(image_tokens), -1, -1)
-        text = self.embed_text(input_ids).to(image_tokens)
+        text = self.embed_text(input_ids, image_tokens.dtype)
         tokens = self.embedding_norm(torch.cat([queries, text], dim=1))  # [B, Q + T, width]
         mask = padding_mask(attention_mask, queries.shape[1], tokens.dtype)
         queries, text = tokens.split([queries.shape[1], text.shape[1]], dim=1)
@@ -44,10 +44,11 @@ class QFormer(nn.Module):
             queries, text = layer(queries, text, image_tokens, mask)
         return queries
 
-    def embed_text(self, input_ids: Tensor) -> Tensor:
+    def embed_text(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, T] ids -> [B, T, width]; only text has positions, the queries are a set."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return self.word_embedding(input_ids) + self.position_embedding(positions)
+        # Each by itself: what a host may store weights in, it cannot always add in.
+        return self.word_embedding(input_ids).to(dtype) + self.position_embedding(positions).to(dtype)
 
 
 def padding_mask(attention_mask: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
@@ -71,7 +72,8 @@ class QFormerLayer(nn.Module):
     def forward(self, queries: Tensor, text: Tensor, image_tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         tokens = torch.cat([queries, text], dim=1)
         tokens = self.self_attention(tokens, tokens, mask)
-        queries, text = tokens.split([queries.shape[1], text.shape[1]], dim=1)
+        parts = tokens.split([queries.shape[1], text.shape[1]], dim=1)
+        queries, text = (part.contiguous() for part in parts)  # else linear layers go picture by picture
         if self.cross_attention is not None:
             queries = self.cross_attention(queries, image_tokens)
         return self.query_feed_forward(queries), self.text_feed_forward(text)

@@ -38,15 +38,11 @@ def layouts(pipeline, subject, tmp_path_factory):
     hub = write_hub_folder(pipeline, folder / "hub")
     checkpoint = open_checkpoint(hub)
     save_qformer(folder / "ours.safetensors", checkpoint.encoder_weights, checkpoint.encoder_config, dtype=None)
-    with_controlnet = shutil.copytree(hub, folder / "controlnet")
-    shutil.copytree(hub / "unet", with_controlnet / "controlnet")
-    controlnet = torch.load(with_controlnet / "unet" / "diffusion_pytorch_model.bin", weights_only=True)
-    controlnet["controlnet_cond_embedding.conv_in.weight"] = torch.zeros(16, 3, 3, 3)
-    torch.save(controlnet, with_controlnet / "controlnet" / "diffusion_pytorch_model.bin")
+    controlnet = oracle.controlnet(SIZES)
     return {
         "Hub folder of pickles": hub,
         "Hub folder of safetensors": write_hub_folder(pipeline, folder / "safe", safetensors=True),
-        "Hub folder with a ControlNet": with_controlnet,
+        "Hub folder with a ControlNet": write_hub_folder(pipeline, folder / "canny", controlnet=controlnet),
         "LAVIS folder": write_lavis_folder(pipeline, folder / "lavis", subject),
         "fine-tuned file": write_finetuned(pipeline, folder / "checkpoint_40.pth", subject),
         "our single file": folder / "ours.safetensors",
@@ -75,7 +71,7 @@ def test_vectors_are_the_references(layouts, pipeline, layout):
 def test_other_parts_are_found(layouts, pipeline, layout):
     checkpoint = open_checkpoint(layouts[layout])
     if layout == "our single file":
-        with pytest.raises(CheckpointError, match=r"has no unet.*Load BLIP-2 Q-Former"):
+        with pytest.raises(CheckpointError, match=r"has no unet: choose a whole"):
             checkpoint.require("unet")
         return
     for name in ("unet", "vae", "text_encoder"):
@@ -121,13 +117,57 @@ def test_short_config_is_the_full_one(tmp_path):
     torch.testing.assert_close(load_subject_encoder(tmp_path / "hub")(pictures, ["dog"]), expected, atol=1e-4, rtol=0)
 
 
-def test_float16_file_keeps_its_precision_unless_asked(layouts, tmp_path):
+def test_a_float16_file_computes_in_float32_unless_asked(layouts, tmp_path):
     checkpoint = open_checkpoint(layouts["LAVIS folder"])
     save_qformer(tmp_path / "half.safetensors", checkpoint.encoder_weights, checkpoint.encoder_config)
-    assert {w.dtype for w in load_subject_encoder(tmp_path / "half.safetensors").parameters()} == {torch.float16}
-    single = load_subject_encoder(tmp_path / "half.safetensors", dtype=torch.float32)
-    assert {w.dtype for w in single.parameters()} == {torch.float32}
+    pictures = torch.randn(1, 3, SIZES.image_size, SIZES.image_size)
+    expected = load_subject_encoder(checkpoint)(pictures, ["dog"])
+    single = load_subject_encoder(tmp_path / "half.safetensors")
+    torch.testing.assert_close(single(pictures, ["dog"]), expected, atol=2e-2, rtol=0)  # rounding to float16
     assert not any(w.requires_grad for w in single.parameters())
+    as_stored = load_subject_encoder(tmp_path / "half.safetensors", dtype=None)
+    assert {w.dtype for w in as_stored.parameters()} == {torch.float16}
+
+
+def test_a_folder_of_mixed_precision_loads(pipeline, tmp_path):
+    """LAVIS keeps its image encoder in float16 where it ran on a GPU."""
+    folder = write_lavis_folder(pipeline, tmp_path)
+    file = folder / "blip_model" / "blip_weight.pt"
+    weights = torch.load(file, weights_only=True)
+    torch.save({name: w.half() if name.startswith("visual") else w for name, w in weights.items()}, file)
+    pictures = torch.randn(1, 3, SIZES.image_size, SIZES.image_size)
+    assert torch.isfinite(load_subject_encoder(folder)(pictures, ["dog"])).all()
+
+
+def test_weights_in_several_pieces_are_put_together(layouts, tmp_path):
+    folder = shutil.copytree(layouts["Hub folder of safetensors"], tmp_path / "hub")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    names = sorted(weights := load_file(file))
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        piece = file.with_name(f"diffusion_pytorch_model-0000{number}-of-00002.safetensors")
+        save_file({name: weights[name] for name in part}, piece)
+    file.unlink()
+    assert open_checkpoint(folder).require("unet").weights.keys() == weights.keys()
+
+
+def test_a_text_encoder_without_the_leading_name_is_known(layouts, tmp_path):
+    folder = shutil.copytree(layouts["Hub folder of safetensors"], tmp_path / "hub")
+    file = folder / "text_encoder" / "model.safetensors"
+    save_file({name.removeprefix("text_model."): tensor for name, tensor in load_file(file).items()}, file)
+    assert open_checkpoint(folder).require("text_encoder")
+
+
+def test_a_folder_around_the_folder_is_looked_into(layouts, tmp_path):
+    shutil.copytree(layouts["LAVIS folder"], tmp_path / "outer" / "blip-diffusion")
+    assert open_checkpoint(tmp_path / "outer").path == tmp_path / "outer" / "blip-diffusion"
+
+
+def test_of_twins_the_more_precise_is_taken(layouts, tmp_path):
+    folder = shutil.copytree(layouts["Hub folder of safetensors"], tmp_path / "hub")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    half = {name: weight.half() for name, weight in load_file(file).items()}
+    save_file(half, file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert open_checkpoint(folder).unet.path == file
 
 
 # --- what is refused ---
@@ -269,6 +309,21 @@ def test_truncated_part_is_named_when_it_is_needed(layouts, tmp_path):
     load_subject_encoder(checkpoint)  # the Q-Former is whole
     with pytest.raises(CheckpointError, match=r"has no unet.*diffusion_pytorch_model\.bin is no whole file"):
         checkpoint.require("unet")
+
+
+def test_links_to_nowhere_are_named(layouts, tmp_path):
+    folder = shutil.copytree(layouts["Hub folder of pickles"], tmp_path / "hub")
+    file = folder / "vae" / "diffusion_pytorch_model.bin"
+    file.unlink()
+    file.symlink_to(tmp_path / "pruned")
+    with pytest.raises(CheckpointError, match=r"has no vae.*diffusion_pytorch_model\.bin is a link to nothing"):
+        open_checkpoint(folder).require("vae")
+
+
+def test_a_file_without_tensors_says_so(tmp_path):
+    save_file({}, tmp_path / "nothing.safetensors")
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        open_checkpoint(tmp_path / "nothing.safetensors")
 
 
 def test_configs_that_do_not_fit(layouts, tmp_path):

@@ -2,14 +2,17 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from blip_qformer.checkpoint.stable_diffusion import (
+    check_depth,
+    controlnet_to_ldm,
     departures_from_stock,
     stable_diffusion_checkpoint,
     text_encoder_config,
@@ -331,34 +334,59 @@ def test_conversion_shares_the_tensors_memory():
     assert {tensor.data_ptr() for tensor in unet_to_ldm(source).values()} == addresses
 
 
+def small_controlnet() -> ControlNetModel:
+    return ControlNetModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=8,
+    )
+
+
 CONVERSIONS = {
-    "U-Net": (unet_to_ldm, lambda: small_unet("two levels"), "down_blocks.0.resnets.0.conv1.weight"),
-    "VAE": (vae_to_ldm, lambda: small_vae("three levels"), "decoder.mid_block.attentions.0.to_out.0.weight"),
-    "text encoder": (text_encoder_to_ldm, small_text_encoder, "encoder.layers.0.self_attn.out_proj.weight"),
+    "U-Net": (unet_to_ldm, lambda: small_unet("two levels")),
+    "VAE": (vae_to_ldm, lambda: small_vae("three levels")),
+    "text encoder": (text_encoder_to_ldm, small_text_encoder),
+    "ControlNet": (controlnet_to_ldm, small_controlnet),
 }
 
 
 @pytest.mark.parametrize("part", CONVERSIONS)
 def test_unknown_tensors_are_named_up_to_five(part):
-    convert, source, _ = CONVERSIONS[part]
+    convert, source = CONVERSIONS[part]
     weights = source().state_dict() | {f"stranger.{number}.weight": torch.zeros(1) for number in range(7)}
     with pytest.raises(ValueError) as raised:
         convert(weights)
     assert str(raised.value) == (
-        f"The {part} holds tensors that Stable Diffusion 1.5 has no place for (stranger.0.weight, stranger.1.weight, "
-        "stranger.2.weight, stranger.3.weight, stranger.4.weight and 2 more): use weights of that architecture, in "
-        "diffusers' names."
+        f'The {part} holds tensors that Stable Diffusion 1.5 has no place for ("stranger.0.weight", '
+        '"stranger.1.weight", "stranger.2.weight", "stranger.3.weight", "stranger.4.weight" and 2 more): use weights '
+        "of that architecture, in diffusers' names."
     )
 
 
 @pytest.mark.parametrize("part", CONVERSIONS)
-def test_a_missing_tensor_is_named(part):
-    convert, source, lost = CONVERSIONS[part]
-    weights = source().state_dict()
-    weights.pop(lost if lost in weights else f"text_model.{lost}")
-    with pytest.raises(ValueError) as raised:
-        convert(weights)
-    assert str(raised.value) == f"The {part} lacks tensors ({lost}): download its file again."
+def test_every_missing_tensor_is_named(part):
+    """Weight or bias: what the host's classes do not get stays random memory."""
+    convert, source = CONVERSIONS[part]
+    whole = {name: tensor for name, tensor in source().state_dict().items() if not name.endswith("position_ids")}
+    for lost in whole:
+        weights = {name: tensor for name, tensor in whole.items() if name != lost}
+        with pytest.raises(ValueError, match=re.escape(lost.removeprefix("text_model."))):
+            convert(weights)
+
+
+@pytest.mark.parametrize("part", CONVERSIONS)
+def test_missing_levels_are_told_by_the_config(part):
+    _, source = CONVERSIONS[part]
+    network = source()
+    name = {"U-Net": "unet", "VAE": "vae", "text encoder": "text_encoder", "ControlNet": "controlnet"}[part]
+    config = network.config.to_dict() if part == "text encoder" else dict(network.config)
+    check_depth(name, network.state_dict(), config)
+    check_depth(name, network.state_dict(), {})  # nothing to hold it against
+    layer = {"text encoder": "encoder.layers.1.", "VAE": "decoder.up_blocks.2."}.get(part, "down_blocks.1.")
+    rest = {key: tensor for key, tensor in network.state_dict().items() if layer not in key}
+    with pytest.raises(ValueError, match=r"holds \d \S+ and its config tells of \d: download its file again"):
+        check_depth(name, rest, config)
 
 
 @pytest.mark.parametrize("configure", [unet_config, vae_config, text_encoder_config])

@@ -121,7 +121,7 @@ def test_mask_of_a_smaller_picture_of_the_same_shape_is_scaled():
         (torch.zeros(0, 9, 9, 3), {}, r"shape \[0, 9, 9, 3\]"),
         (torch.zeros(1, 9, 9, 3), {"mode": "stretch"}, '"stretch".*crop, squash, pad'),
         (torch.zeros(1, 90, 90, 3), {"mask": torch.ones(1, 90, 45)}, "45 x 90 pixels and the picture 90 x 90"),
-        (torch.zeros(3, 9, 9, 3), {"mask": torch.ones(2, 9, 9)}, "3 pictures but the mask"),
+        (torch.zeros(3, 9, 9, 3), {"mask": torch.ones(2, 9, 9)}, r"3 picture\(s\) but the mask"),
         (torch.zeros(1, 9, 9, 3), {"mask": torch.zeros(1, 9, 9)}, "marks no subject"),
     ],
 )

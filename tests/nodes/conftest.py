@@ -24,10 +24,16 @@ def pipeline(tmp_path_factory) -> oracle.BlipDiffusionPipeline:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(host: Host, pipeline) -> None:
-    """The same weights in models/blip_diffusion as "hub", "lavis" and "checkpoint_40.pth"."""
+def controlnet() -> oracle.ControlNetModel:
+    """A ControlNet that fits the pipeline."""
+    return oracle.controlnet(SIZES)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(host: Host, pipeline, controlnet) -> None:
+    """The same weights in models/blip_diffusion as "hub" (with a ControlNet), "lavis" and "checkpoint_40.pth"."""
     folder = host.base / "models" / "blip_diffusion"
-    write_hub_folder(pipeline, folder / "hub")
+    write_hub_folder(pipeline, folder / "hub", controlnet=controlnet)
     write_lavis_folder(pipeline, folder / "lavis")
     write_finetuned(pipeline, folder / "checkpoint_40.pth", torch.randn(1, 16, SIZES.width))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from blip_qformer.checkpoint import open_checkpoint, save_qformer
+from blip_qformer.encoder import preprocess
 from tools.host import comfyui_path
 
 LOADERS = ["BLIPDiffusionLoader", "BLIPDiffusionQFormerLoader"]
@@ -96,6 +99,16 @@ def test_the_qformer_is_under_the_hosts_memory_management(host, loaded):
     loaded.qformer.encode(torch.rand(1, 50, 50, 3), "dog", "crop")  # and comes back
 
 
+def test_the_qformer_runs_with_little_memory(host, checkpoints, loaded):
+    """What --lowvram does: most weights stay offloaded and are cast for each use."""
+    (qformer,) = host.run("BLIPDiffusionQFormerLoader", checkpoint="hub")
+    image = torch.rand(1, 50, 50, 3)
+    qformer.patcher.load(qformer.patcher.load_device, lowvram_model_memory=1)
+    assert qformer.patcher.model.model_lowvram
+    pixel_values = preprocess(image, size=qformer.encoder.config.vision.image_size)
+    assert torch.equal(qformer.encoder(pixel_values, ["dog"]), loaded.qformer.encode(image, "dog", "crop"))
+
+
 @pytest.mark.parametrize(
     ("flag", "dtype"), [("fp16_text_enc", torch.float16), ("bf16_text_enc", torch.bfloat16), (None, torch.float16)]
 )
@@ -138,15 +151,76 @@ def test_a_qformer_alone_points_to_its_own_loader(host, models):
         host.run("BLIPDiffusionLoader", checkpoint="alone")
 
 
-def test_a_network_with_a_hole_is_named(host, models):
-    folder = models / "blip_diffusion" / "broken"
-    shutil.copytree(models / "blip_diffusion" / "hub", folder)
-    unet = folder / "unet" / "diffusion_pytorch_model.bin"
-    weights = torch.load(unet, weights_only=True)
-    del weights["mid_block.resnets.0.conv1.weight"]
-    torch.save(weights, unet)
-    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin.*mid_block\.resnets\.0\.conv1\.weight"):
+@pytest.fixture
+def broken(models):
+    """A copy of "hub" called "broken", and a function that rewrites the weights of one of its parts."""
+    folder = shutil.copytree(models / "blip_diffusion" / "hub", models / "blip_diffusion" / "broken")
+
+    def rewrite(part: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+        (file,) = (folder / part).glob("*.bin")
+        torch.save(change(torch.load(file, weights_only=True)), file)
+
+    return rewrite
+
+
+HOLES = [
+    ("unet", "mid_block.resnets.0.conv1.weight"),
+    ("unet", "down_blocks.0.resnets.0.norm1.bias"),
+    ("vae", "decoder.conv_norm_out.bias"),
+    ("text_encoder", "encoder.layers.0.self_attn.q_proj.bias"),
+]
+
+
+@pytest.mark.parametrize(("part", "hole"), HOLES)
+def test_a_network_with_a_hole_is_named(host, broken, part, hole):
+    broken(part, lambda weights: {name: tensor for name, tensor in weights.items() if not name.endswith(hole)})
+    with pytest.raises(ValueError, match=rf"{part}.*\.bin.*lacks tensors.*{re.escape(hole)}"):
         host.run("BLIPDiffusionLoader", checkpoint="broken")
+
+
+@pytest.mark.parametrize(
+    ("part", "level"),
+    [("unet", "up_blocks.1."), ("vae", "decoder.up_blocks.3."), ("text_encoder", "encoder.layers.1.")],
+)
+def test_a_network_without_a_level_is_told_by_its_config(host, broken, part, level):
+    broken(part, lambda weights: {name: tensor for name, tensor in weights.items() if level not in name})
+    with pytest.raises(ValueError, match=rf"{part}.*\.bin.*its config tells of"):
+        host.run("BLIPDiffusionLoader", checkpoint="broken")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_tensor_of_another_shape_is_named(host, broken, part):
+    name = {"unet": "mid_block.resnets.0.conv2.bias", "vae": "decoder.conv_out.bias"}.get(
+        part, "text_model.final_layer_norm.bias"
+    )
+    broken(part, lambda weights: weights | {name: torch.zeros(7)})
+    with pytest.raises(ValueError, match=rf"{part}.*\.bin does not fit its own config.*size mismatch.*bias"):
+        host.run("BLIPDiffusionLoader", checkpoint="broken")
+
+
+def test_a_link_to_the_drop_down_is_left_to_the_run(host):
+    """What comes over a link is not known when a graph is validated; the host then asks with None."""
+    assert host.nodes["BLIPDiffusionLoader"].validate_inputs(None) is True
+
+
+def test_of_two_folders_with_one_name_the_first_is_taken(host, models, monkeypatch, tmp_path):
+    import folder_paths
+
+    roots = [tmp_path / "first", tmp_path / "second"]
+    for root in roots:
+        (root / "same").mkdir(parents=True)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "blip_diffusion", ([str(root) for root in roots], set()))
+    assert host.module("nodes.folders").checkpoint_path("same") == roots[0] / "same"
+
+
+@pytest.mark.parametrize("flag", ["fp8_e4m3fn_text_enc", "fp8_e5m2_text_enc"])
+def test_eight_bit_weights_run(host, checkpoints, monkeypatch, flag):
+    from comfy.cli_args import args
+
+    monkeypatch.setattr(args, "fp32_text_enc", False)
+    monkeypatch.setattr(args, flag, True)
+    (qformer,) = host.run("BLIPDiffusionQFormerLoader", checkpoint="hub")
+    assert torch.isfinite(qformer.encode(torch.rand(1, 50, 50, 3), "dog", "crop")).all()
 
 
 def test_a_lora_is_called_a_lora(host, models):

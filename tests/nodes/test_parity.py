@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler
 
 from blip_qformer.encoder import preprocess
 
+SEED, SIZE = 7, (128, 192)  # of the picture, in pixels
 STEPS, GUIDANCE = 10, 7.5  # 1000 is a multiple of the steps, so that both count time alike
 
 
@@ -15,7 +16,7 @@ STEPS, GUIDANCE = 10, 7.5  # 1000 is a multiple of the steps, so that both count
 def test_subject_vectors(host, pipeline, checkpoints, checkpoint):
     (qformer,) = host.run("BLIPDiffusionQFormerLoader", checkpoint=checkpoint)
     image = torch.rand(2, 80, 60, 3)
-    (subject,) = host.run(
+    subject, _ = host.run(
         "BLIPDiffusionSubjectEncode", qformer=qformer, image=image, subject_word="teddy bear", average_batch=False
     )
     pixel_values = preprocess(image, size=pipeline.qformer.config.vision_config.image_size)
@@ -56,22 +57,8 @@ def test_whole_ddim_run(host, pipeline, checkpoints, subject, checkpoint):
     model, clip, vae, _ = host.run("BLIPDiffusionLoader", checkpoint=checkpoint)
     positive, text = host.run("BLIPDiffusionPromptCompose", clip=clip, subject=subject, prompt="in the snow")
     (negative,) = host.run("CLIPTextEncode", clip=clip, text="ugly")
-
-    noise = torch.randn(1, 4, 16, 24, generator=torch.manual_seed(7))  # the host's own way to make it
-    (latent,) = host.run(
-        "KSampler",
-        model=model,
-        seed=7,
-        steps=STEPS,
-        cfg=GUIDANCE,
-        sampler_name="ddim",
-        scheduler="ddim_uniform",
-        positive=positive,
-        negative=negative,
-        latent_image={"samples": torch.zeros_like(noise)},
-        denoise=1.0,
-    )
-    latents = reference_ddim(pipeline, noise, subject, text, "ugly")
+    latent = sample(host, model, positive, negative)
+    latents = reference_ddim(pipeline, subject, text, "ugly")
     torch.testing.assert_close(latent["samples"] * 0.18215, latents, atol=1e-3, rtol=0)
 
     (image,) = host.run("VAEDecode", vae=vae, samples=latent)
@@ -79,8 +66,49 @@ def test_whole_ddim_run(host, pipeline, checkpoints, subject, checkpoint):
     torch.testing.assert_close(image, (expected / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), atol=1e-3, rtol=0)
 
 
-def reference_ddim(pipeline, noise, subject, text, negative_text):
-    """The reference pipeline's loop, with a scheduler that visits the same timesteps as the host's ddim_uniform."""
+@pytest.mark.parametrize("steps", [1, STEPS])
+def test_whole_ddim_run_with_a_controlnet(host, pipeline, controlnet, loaded, subject, steps):
+    """The same with the folder's ControlNet, against a loop as diffusers' BlipDiffusionControlNetPipeline has it."""
+    hint = torch.rand(1, *SIZE, 3, generator=torch.Generator().manual_seed(5))
+    positive, text = host.run("BLIPDiffusionPromptCompose", clip=loaded.clip, subject=subject, prompt="in the snow")
+    (negative,) = host.run("CLIPTextEncode", clip=loaded.clip, text="ugly")
+    without_control = sample(host, loaded.model, positive, negative, steps)
+    (control_net,) = host.run("BLIPDiffusionControlNetLoader", checkpoint="hub")
+    positive, negative = host.run(
+        "ControlNetApplyAdvanced",
+        positive=positive,
+        negative=negative,
+        control_net=control_net,
+        image=hint,
+        strength=1.0,
+        start_percent=0.0,
+        end_percent=1.0,
+    )
+    latent = sample(host, loaded.model, positive, negative, steps)
+    expected = reference_ddim(pipeline, subject, text, "ugly", steps, controlnet, hint.permute(0, 3, 1, 2))
+    torch.testing.assert_close(latent["samples"] * 0.18215, expected, atol=1e-3, rtol=0)
+    assert (latent["samples"] - without_control["samples"]).abs().mean() > 0.1 * latent["samples"].std()
+
+
+def sample(host, model, positive, negative, steps: int = STEPS) -> dict[str, torch.Tensor]:
+    """The host's DDIM run that ``reference_ddim`` repeats."""
+    return host.run(
+        "KSampler",
+        model=model,
+        seed=SEED,
+        steps=steps,
+        cfg=GUIDANCE,
+        sampler_name="ddim",
+        scheduler="ddim_uniform",
+        positive=positive,
+        negative=negative,
+        latent_image={"samples": torch.zeros(1, 4, SIZE[0] // 8, SIZE[1] // 8)},
+        denoise=1.0,
+    )[0]
+
+
+def reference_ddim(pipeline, subject, text, negative_text, steps=STEPS, controlnet=None, hint=None) -> torch.Tensor:
+    """The reference pipelines' loop, with a scheduler that visits the same timesteps as the host's ddim_uniform."""
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -89,16 +117,21 @@ def reference_ddim(pipeline, noise, subject, text, negative_text):
         set_alpha_to_one=True,  # the host's last step ends at sigma 0
         steps_offset=1,
     )
-    scheduler.set_timesteps(STEPS)
+    scheduler.set_timesteps(steps)
+    noise = torch.randn(1, 4, SIZE[0] // 8, SIZE[1] // 8, generator=torch.manual_seed(SEED))  # as the host makes it
     # The host starts an empty latent as sigma * noise; in diffusers' variables that is sqrt(1 - alpha) * noise.
     alpha = scheduler.alphas_cumprod[scheduler.timesteps[0]]
     latents = (1 - alpha).sqrt() * noise
     tokens = pipeline.tokenizer([negative_text], padding="max_length", max_length=77, return_tensors="pt")
-    context = torch.cat(
-        [pipeline.text_encoder(input_ids=tokens.input_ids)[0], pipeline.encode_prompt(subject.vectors, [text])]
-    )
+    negative = pipeline.text_encoder(input_ids=tokens.input_ids)[0]
+    context = torch.cat([negative, pipeline.encode_prompt(subject.vectors, [text])])
     for timestep in scheduler.timesteps:
-        without, with_prompt = pipeline.unet(latents.repeat(2, 1, 1, 1), timestep, context).sample.chunk(2)
+        both = latents.repeat(2, 1, 1, 1)
+        residuals = {}
+        if controlnet is not None:
+            down, middle = controlnet(both, timestep, context, hint.repeat(2, 1, 1, 1), return_dict=False)
+            residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        without, with_prompt = pipeline.unet(both, timestep, context, **residuals).sample.chunk(2)
         prediction = without + GUIDANCE * (with_prompt - without)
         latents = scheduler.step(prediction, timestep, latents).prev_sample
     return latents

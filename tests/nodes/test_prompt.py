@@ -59,7 +59,7 @@ def test_textual_inversions_keep_working(host, loaded, subject):
     save_file({"emb_params": torch.randn(2, width)}, host.base / "models" / "embeddings" / "sparkle.safetensors")
     with_embedding, _ = compose(host, loaded, subject, prompt="in embedding:sparkle snow")
     positions = [span.positions for span in with_embedding[0][1]["blip_token_spans"] if span.word == "<embedding>"]
-    assert len(positions) == 2
+    assert positions == [(20, 21)]  # <bos> a, sixteen, dog in
     assert not torch.equal(with_embedding[0][0], compose(host, loaded, subject, prompt="in snow")[0][0][0])
 
 
@@ -97,7 +97,7 @@ def test_an_empty_prompt_is_the_subject_alone(host, loaded, subject):
 
 
 def test_a_batch_of_subjects_is_a_batch_of_rows(host, loaded):
-    (subjects,) = host.run(
+    subjects, _ = host.run(
         "BLIPDiffusionSubjectEncode",
         qformer=loaded.qformer,
         image=torch.rand(3, 40, 40, 3),
@@ -114,7 +114,7 @@ def test_a_batch_of_subjects_is_a_batch_of_rows(host, loaded):
 
 def test_each_row_draws_its_own_picture(host, loaded):
     """Row by row: two subjects in one run give what each gives alone, from the same noise."""
-    (subjects,) = host.run(
+    subjects, _ = host.run(
         "BLIPDiffusionSubjectEncode",
         qformer=loaded.qformer,
         image=torch.rand(2, 40, 40, 3),
@@ -165,6 +165,20 @@ def test_other_clips_are_named(host, loaded, subject, encoders, named):
     other = SimpleNamespace(tokenize=lambda text: dict.fromkeys(encoders, [[]]))
     with pytest.raises(ValueError, match=f"This CLIP is {named}, but .* CLIP-L, the text encoder of SD1.5"):
         compose(host, loaded, subject, clip=other)
+
+
+def test_an_embedding_of_another_width_is_left_out(host, loaded, subject, caplog):
+    save_file({"emb_params": torch.randn(2, 1024)}, host.base / "models" / "embeddings" / "sd2.safetensors")
+    conditioning, _ = compose(host, loaded, subject, prompt="in embedding:sd2 snow")
+    without, _ = compose(host, loaded, subject, prompt="in snow")
+    assert "An embedding of width 1024 was left out: this CLIP reads 128." in caplog.text
+    assert spans(conditioning) == spans(without)
+    torch.testing.assert_close(conditioning[0][0], without[0][0], atol=1e-5, rtol=0)
+
+
+def test_a_checkpoint_without_a_text_encoder_is_named(host, loaded, subject):
+    with pytest.raises(ValueError, match="The clip input is empty"):
+        host.run("BLIPDiffusionPromptCompose", clip=None, subject=subject)
 
 
 def test_another_width_is_named(host, loaded, subject):

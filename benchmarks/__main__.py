@@ -1,0 +1,52 @@
+"""`make bench`: speed as ratios. ``python -m benchmarks --write`` keeps them in RESULTS.md."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+
+from tests.host import load_host
+
+from .encoding import compose_rows, encoder_rows
+from .models import SIZES, encoder_of, hosted, reference_pipeline
+from .sampling import sampling_rows
+from .table import HEAD, RESULTS, machine, markdown_table, write_section
+
+COMMAND = "make bench"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed against named peers, as ratios.")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {RESULTS.name}")
+    write = parser.parse_args().write
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        host = load_host(Path(folder) / "host")
+        pipeline = reference_pipeline(Path(folder) / "reference")
+        loaded = hosted(host, pipeline)
+        for group in (
+            encoder_rows(encoder_of(pipeline), pipeline),
+            compose_rows(host, loaded, pipeline),
+            sampling_rows(host, loaded),
+        ):
+            for row in group:
+                print(" | ".join(row.cells()), flush=True)
+                rows.append(row.cells())
+
+    widths = "-".join(str(width) for width in SIZES.unet_channels)
+    text = (
+        f"{machine()}. Random weights, float32, both on the same tensors; full size, but the sampled U-Net, which is "
+        f"SD1.5's with widths {widths}. Ours and the peer ran in turns; a ratio below 1 means ours is faster.\n\n"
+        f"{markdown_table(HEAD, rows)}"
+    )
+    print(f"\n{text}")
+    if write:
+        write_section(COMMAND, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""A picture and a word become vectors, and vectors and a prompt become a conditioning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import torch
+
+from blip_qformer.encoder import SubjectEncoder
+from tests.host import Host
+from tests.oracle import BlipDiffusionPipeline
+
+from .measuring import compare
+from .table import Row
+
+PAIRS = {1: 11, 8: 5}  # batch size -> how often
+AIM = {1: "0.85", 8: "0.95"}
+PROMPT = "swimming underwater"
+
+
+def encoder_rows(encoder: SubjectEncoder, pipeline: BlipDiffusionPipeline) -> Iterator[Row]:
+    """The subject encoder alone, 1 and 8 pictures."""
+    for batch, pairs in PAIRS.items():
+        pixel_values = torch.randn(batch, 3, 224, 224, device=pipeline.device)
+        words = ["dog"] * batch
+
+        def ours(pixel_values=pixel_values, words=words):
+            return encoder(pixel_values, words)
+
+        def peer(pixel_values=pixel_values, words=words):
+            return pipeline.qformer(image_input=pixel_values, text_input=words, return_dict=False)
+
+        torch.testing.assert_close(ours(), peer(), atol=1e-4, rtol=0)
+        yield Row(f"encode, batch {batch}", "diffusers Blip2QFormerModel", compare(ours, peer, pairs), AIM[batch])
+
+
+def compose_rows(host: Host, loaded: SimpleNamespace, pipeline: BlipDiffusionPipeline) -> Iterator[Row]:
+    """From a photograph to a conditioning, through our nodes; the peer is what the reference's ``__call__`` does."""
+    image = torch.rand(1, 512, 512, 3)
+
+    def ours():
+        subject, *_ = host.run(
+            "BLIPDiffusionSubjectEncode",
+            qformer=loaded.qformer,
+            image=image,
+            subject_word="dog",
+            preprocessing="squash",
+        )
+        return host.run("BLIPDiffusionPromptCompose", clip=loaded.clip, subject=subject, prompt=PROMPT)
+
+    def peer():
+        pixel_values = pipeline.image_processor.preprocess(
+            [image[0].numpy()],
+            image_mean=pipeline.config.mean,
+            image_std=pipeline.config.std,
+            do_rescale=False,
+            return_tensors="pt",
+        )["pixel_values"]
+        vectors = pipeline.get_query_embeddings(pixel_values.to(pipeline.device), ["dog"])
+        return pipeline.encode_prompt(vectors, pipeline._build_prompt([PROMPT], ["dog"]), pipeline.device)
+
+    yield Row(
+        "Subject Encode + Subject Prompt Compose",
+        "diffusers get_query_embeddings + encode_prompt",
+        compare(ours, peer, PAIRS[1]),
+        AIM[1],
+    )

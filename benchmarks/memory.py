@@ -1,0 +1,105 @@
+"""How much memory a piece of work takes at its peak, measured in a process of its own: ``python -m benchmarks.memory``.
+
+RssAnon is what a process cannot give back; VmHWM also counts the pages of mapped files it has touched.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import ROOT
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one piece of work took: bytes above what the process held before it, and seconds."""
+
+    anonymous: int
+    resident: int
+    seconds: float
+
+
+def cost_in_own_process(work: str, *arguments: str | Path) -> Cost:
+    """The cost of one entry of :data:`WORK`."""
+    command = [sys.executable, "-m", "benchmarks.memory", work, *map(str, arguments)]
+    answer = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return Cost(**json.loads(answer.splitlines()[-1]))
+
+
+def measure(work: Callable[[], Any]) -> Cost:
+    """Do the work while a thread watches the process."""
+    before = {field: _bytes(field) for field in ("RssAnon", "VmHWM")}
+    peak, done = [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], _bytes("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    anonymous = max(peak[0], _bytes("RssAnon")) - before["RssAnon"]
+    del result  # held until here, so that what it keeps is counted
+    return Cost(anonymous, _bytes("VmHWM") - before["VmHWM"], seconds)
+
+
+def _load_encoder(path: str) -> Callable[[], Any]:
+    from blip_qformer import load_subject_encoder
+    from blip_qformer.encoder import SubjectEncoder
+
+    SubjectEncoder(device="meta")  # what torch itself loads to build without memory is not what is measured
+
+    def work():
+        encoder = load_subject_encoder(path)
+        for weight in encoder.parameters():
+            weight.sum()  # read every page
+        return encoder
+
+    return work
+
+
+def _load_through_host(path: str) -> Callable[[], Any]:
+    from blip_qformer.encoder import SubjectEncoder
+    from tests.host import load_host
+
+    SubjectEncoder(device="meta")
+    host = load_host(Path(tempfile.mkdtemp(dir=Path(path).parent)))
+    link = host.base / "models" / "blip_diffusion" / "full"
+    link.symlink_to(path, target_is_directory=True)
+    return lambda: host.run("BLIPDiffusionLoader", checkpoint=link.name)
+
+
+def _convert(source: str, target: str, dtype: str) -> Callable[[], Any]:
+    from blip_qformer import cli
+
+    def work():
+        if cli.main(["convert", source, target, "--dtype", dtype]) != 0:
+            raise RuntimeError("blip-qformer convert failed; its own message stands above.")
+
+    return work
+
+
+def _bytes(field: str) -> int:
+    """A field of this process's status, such as ``VmHWM``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+#: name -> a function that prepares what is not measured and returns the work.
+WORK = {"load encoder": _load_encoder, "load through host": _load_through_host, "convert": _convert}
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(measure(WORK[sys.argv[1]](*sys.argv[2:])))))

@@ -1,0 +1,54 @@
+"""The networks under the clock: the reference's, and ours on the very same tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from blip_qformer.checkpoint.hub import NAMES
+from blip_qformer.encoder import SubjectEncoder
+from tests import oracle
+from tests.host import Host
+from tools.host import comfyui_path
+
+#: The published encoder and text encoder; the U-Net is SD1.5's in everything but its width, which a CPU cannot carry.
+CPU_SIZES = dataclasses.replace(oracle.FULL, unet_channels=(128, 256, 512, 512), vae_channels=(32, 32, 32, 32))
+SIZES = oracle.FULL if torch.cuda.is_available() else CPU_SIZES
+
+
+def reference_pipeline(folder: Path) -> oracle.BlipDiffusionPipeline:
+    """The reference at full size with random weights, on the device."""
+    return oracle.pipeline(SIZES, folder, comfyui_path()).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def encoder_of(pipeline: oracle.BlipDiffusionPipeline) -> SubjectEncoder:
+    """Our encoder, made of the reference's own tensors: nothing is copied."""
+    encoder = SubjectEncoder(device="meta")
+    encoder.load_state_dict(NAMES.to_encoder(pipeline.qformer.state_dict(), Path("reference")), assign=True)
+    return encoder.eval().requires_grad_(False)
+
+
+def hosted(host: Host, pipeline: oracle.BlipDiffusionPipeline) -> SimpleNamespace:
+    """The same weights as Load BLIP-Diffusion gives them: ``model``, ``clip`` and ``qformer``."""
+    checkpoint, networks = host.module("blip_qformer.checkpoint"), host.module("nodes.networks")
+    path = Path("reference")
+
+    def part(name: str):
+        network = getattr(pipeline, name)
+        return checkpoint.Part(network.state_dict(), dict(network.config), path)
+
+    opened = checkpoint.Checkpoint(
+        path=path,
+        format="the reference",
+        encoder_weights=NAMES.to_encoder(pipeline.qformer.state_dict(), path),
+        encoder_config=host.module("blip_qformer.encoder").SubjectEncoderConfig(),
+        encoder_path=path,
+    )
+    return SimpleNamespace(
+        model=networks.build_model(part("unet"), part("vae")),
+        clip=networks.build_clip(checkpoint.Part(pipeline.text_encoder.state_dict(), {}, path)),
+        qformer=host.module("nodes.qformer").HostedQFormer(opened),
+    )

@@ -1,0 +1,49 @@
+"""What a subject costs the sampler: nothing, because to the U-Net it is 77 tokens like any prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import torch
+
+from tests.host import Host
+
+from .encoding import PROMPT
+from .measuring import compare
+from .table import Row
+
+PAIRS, STEPS = 5, 10
+EDGE = 512 if torch.cuda.is_available() else 256  # pixels
+
+
+def sampling_rows(host: Host, loaded: SimpleNamespace) -> Iterator[Row]:
+    """The stock KSampler on one graph, with a subject in its positive conditioning and without."""
+    image = torch.rand(1, 512, 512, 3)
+    subject, *_ = host.run("BLIPDiffusionSubjectEncode", qformer=loaded.qformer, image=image, subject_word="dog")
+    with_subject, text = host.run("BLIPDiffusionPromptCompose", clip=loaded.clip, subject=subject, prompt=PROMPT)
+    (plain,) = host.run("CLIPTextEncode", clip=loaded.clip, text=f"a dog {PROMPT}")
+    (negative,) = host.run("CLIPTextEncode", clip=loaded.clip, text="ugly")
+    assert with_subject[0][0].shape == plain[0][0].shape  # the same number of tokens
+
+    def sample(positive):
+        return host.run(
+            "KSampler",
+            model=loaded.model,
+            seed=0,
+            steps=STEPS,
+            cfg=7.5,
+            sampler_name="ddim",
+            scheduler="ddim_uniform",
+            positive=positive,
+            negative=negative,
+            latent_image={"samples": torch.zeros(1, 4, EDGE // 8, EDGE // 8)},
+            denoise=1.0,
+        )
+
+    yield Row(
+        f"KSampler with a subject, {STEPS} steps, {EDGE}x{EDGE}",
+        "the same graph with CLIP Text Encode",
+        compare(lambda: sample(with_subject), lambda: sample(plain), PAIRS),
+        "1.00",
+    )

@@ -1,0 +1,57 @@
+"""The parts of a checkpoint that lie in a folder, found by what their files hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from .kinds import Kind, kind_of
+from .reading import SAFETENSORS, TENSOR_FILES, CheckpointError, read_config, read_tensors
+
+PIECE = re.compile(r"-\d{5}-of-\d{5}$")  # how one model's file is named that was saved in several
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a checkpoint: its weights in their published names, its config file's content, where it lies."""
+
+    weights: Mapping[str, Tensor]
+    config: dict
+    path: Path
+
+
+def find_parts(folder: Path) -> tuple[dict[Kind, Part], list[str]]:
+    """The parts in a folder and its subfolders, and a sentence for each file that could not be read.
+
+    Where a part is there twice, ``.safetensors`` goes before pickles and the larger (more precise) before the smaller.
+    """
+    parts: dict[Kind, Part] = {}
+    problems = []
+    for pieces in sorted(_models(folder), key=_preference):
+        try:
+            weights = {name: tensor for piece in pieces for name, tensor in read_tensors(piece).items()}
+            kind = kind_of(weights)
+            if kind and kind not in parts:
+                parts[kind] = Part(weights, read_config(pieces[0].parent), pieces[0])
+        except CheckpointError as error:
+            problems.append(str(error))
+    return parts, problems
+
+
+def _models(folder: Path) -> list[list[Path]]:
+    """The files of tensors, those that are pieces of one model together."""
+    models: dict[Path, list[Path]] = {}
+    for file in sorted([*folder.glob("*"), *folder.glob("*/*")]):
+        if file.suffix.lower() in TENSOR_FILES:
+            models.setdefault(file.with_stem(PIECE.sub("", file.stem)), []).append(file)
+    return [*models.values()]
+
+
+def _preference(pieces: list[Path]) -> tuple[bool, int, Path]:
+    """A sort key that puts what is to be taken first."""
+    size = sum(piece.stat().st_size for piece in pieces if piece.is_file())
+    return pieces[0].suffix.lower() not in SAFETENSORS, -size, pieces[0]
