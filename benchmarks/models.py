@@ -38,7 +38,7 @@ def hosted(host: Host, pipeline: oracle.BlipDiffusionPipeline) -> SimpleNamespac
 
     def part(name: str):
         network = getattr(pipeline, name)
-        return checkpoint.Part(network.state_dict(), dict(network.config), path)
+        return checkpoint.Part(path, dict(network.config), network.state_dict)
 
     opened = checkpoint.Checkpoint(
         path=path,
@@ -49,6 +49,6 @@ def hosted(host: Host, pipeline: oracle.BlipDiffusionPipeline) -> SimpleNamespac
     )
     return SimpleNamespace(
         model=networks.build_model(part("unet"), part("vae")),
-        clip=networks.build_clip(checkpoint.Part(pipeline.text_encoder.state_dict(), {}, path)),
+        clip=networks.build_clip(checkpoint.Part(path, {}, pipeline.text_encoder.state_dict)),
         qformer=host.module("nodes.qformer").HostedQFormer(opened),
     )

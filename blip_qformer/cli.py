@@ -155,9 +155,10 @@ def _faults(checkpoint: Checkpoint) -> Iterator[str]:
     """A sentence for each network that lacks tensors or holds ones it should not."""
     for name, convert in CONVERSIONS.items():
         if part := getattr(checkpoint, name):
+            weights = part.weights
             try:
-                check_depth(name, part.weights, part.config)
-                convert(part.weights)
+                check_depth(name, weights, part.config)
+                convert(weights)
             except ValueError as error:
                 yield f"{_relative(part.path, checkpoint.path)}: {error}"
 
@@ -169,10 +170,11 @@ def _stable_diffusion(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[s
     """
     if not checkpoint.problems and not any(getattr(checkpoint, name) for name in NETWORKS):
         return {}, []
-    for name in NETWORKS:
-        part = checkpoint.require(name)
-        check_depth(name, part.weights, part.config)
-    parts = [checkpoint.require(name).weights for name in NETWORKS]
+    found = {name: checkpoint.require(name) for name in NETWORKS}
+    weights = {name: part.weights for name, part in found.items()}
+    for name, part in found.items():
+        check_depth(name, weights[name], part.config)
+    parts = [*weights.values()]
     return stable_diffusion_checkpoint(*parts), departures_from_stock(*parts)
 
 

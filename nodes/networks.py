@@ -42,17 +42,18 @@ def build_model(unet: Part, vae: Part) -> comfy.model_patcher.ModelPatcher:
     """
     management = comfy.model_management
     with naming(unet):
-        check_depth("unet", unet.weights, unet.config)
-        weights = unet_to_ldm(unet.weights)
-        config = comfy.supported_models.SD15(unet_config(unet.weights))
+        published = unet.weights
+        check_depth("unet", published, unet.config)
+        weights = unet_to_ldm(published)
+        config = comfy.supported_models.SD15(unet_config(published))
     config.unet_config["num_heads"] = _heads(unet.config)  # the class has just set SD1.5's own number
     config.latent_format.scale_factor = vae.config.get("scaling_factor", SD15_SCALING_FACTOR)
 
-    parameters = comfy.utils.calculate_parameters(unet.weights)
+    parameters = comfy.utils.calculate_parameters(weights)
     dtype = management.unet_dtype(
         model_params=parameters,
         supported_dtypes=config.supported_inference_dtypes,
-        weight_dtype=comfy.utils.weight_dtype(unet.weights),
+        weight_dtype=comfy.utils.weight_dtype(weights),
     )
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     cast = management.unet_manual_cast(dtype, load_device, config.supported_inference_dtypes)
@@ -71,9 +72,10 @@ def build_clip(text_encoder: Part) -> comfy.sd.CLIP:
         CheckpointError: tensors are missing or too many.
     """
     with naming(text_encoder):
-        check_depth("text_encoder", text_encoder.weights, text_encoder.config)
-        converted = text_encoder_to_ldm(text_encoder.weights)
-        sizes = text_encoder_config(text_encoder.weights, text_encoder.config.get("num_attention_heads"))
+        published = text_encoder.weights
+        check_depth("text_encoder", published, text_encoder.config)
+        converted = text_encoder_to_ldm(published)
+        sizes = text_encoder_config(published, text_encoder.config.get("num_attention_heads"))
     weights = {name.removeprefix("transformer."): tensor for name, tensor in converted.items()}
     clip = comfy.sd.CLIP(
         ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
@@ -93,9 +95,10 @@ def build_vae(vae: Part) -> comfy.sd.VAE:
         CheckpointError: tensors are missing or too many.
     """
     with naming(vae):
-        check_depth("vae", vae.weights, vae.config)
-        config = vae_config(vae.weights)
-        built = comfy.sd.VAE(sd=vae_to_ldm(vae.weights), config={"params": config})
+        published = vae.weights
+        check_depth("vae", published, vae.config)
+        config = vae_config(published)
+        built = comfy.sd.VAE(sd=vae_to_ldm(published), config={"params": config})
     built.downscale_ratio = built.upscale_ratio = 2 ** (len(config["ddconfig"]["ch_mult"]) - 1)
     return built
 
@@ -108,8 +111,9 @@ def build_controlnet(controlnet: Part) -> comfy.controlnet.ControlNet:
     """
     management = comfy.model_management
     with naming(controlnet):
-        check_depth("controlnet", controlnet.weights, controlnet.config)
-        weights = controlnet_to_ldm(controlnet.weights)
+        published = controlnet.weights
+        check_depth("controlnet", published, controlnet.config)
+        weights = controlnet_to_ldm(published)
     dtype = management.unet_dtype(
         model_params=comfy.utils.calculate_parameters(weights),
         supported_dtypes=comfy.supported_models.SD15.supported_inference_dtypes,
@@ -118,7 +122,7 @@ def build_controlnet(controlnet: Part) -> comfy.controlnet.ControlNet:
     load_device = management.get_torch_device()
     cast = management.unet_manual_cast(dtype, load_device)
     network = comfy.cldm.cldm.ControlNet(
-        **controlnet_config(controlnet.weights, _heads(controlnet.config)),
+        **controlnet_config(published, _heads(controlnet.config)),
         dtype=dtype,
         device=management.unet_offload_device(),
         operations=comfy.ops.pick_operations(dtype, cast),

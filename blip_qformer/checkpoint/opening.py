@@ -132,7 +132,11 @@ def _open_finetuned(path: Path, weights: dict[str, Tensor]) -> Checkpoint:
     parts = split_finetuned(weights)
     renamed, config = lavis.encoder_from_lavis(parts["qformer"], parts["projection"], path)
     check_weights(renamed, config, lavis.NAMES, path)
-    networks = {name: Part(parts[name], {}, path) for name in ("unet", "text_encoder", "vae") if parts[name]}
+    networks = {
+        name: Part(path, {}, lambda name=name: split_finetuned(read_tensors(path))[name])
+        for name in ("unet", "text_encoder", "vae")
+        if parts[name]
+    }
     return Checkpoint(path, "fine-tuned file", renamed, config, path, subject=weights.get(SUBJECT), **networks)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -17,11 +18,16 @@ PIECE = re.compile(r"-\d{5}-of-\d{5}$")  # how one model's file is named that wa
 
 @dataclass(frozen=True)
 class Part:
-    """One network of a checkpoint: its weights in their published names, its config file's content, where it lies."""
+    """One network of a checkpoint: where it lies, its config file's content, and a way to its weights."""
 
-    weights: Mapping[str, Tensor]
-    config: dict
     path: Path
+    config: dict
+    read: Callable[[], Mapping[str, Tensor]] = field(repr=False)
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The weights in their published names, mapped anew at each call: who is done with them frees the memory."""
+        return self.read()
 
 
 def find_parts(folder: Path) -> tuple[dict[Kind, Part], list[str]]:
@@ -33,13 +39,16 @@ def find_parts(folder: Path) -> tuple[dict[Kind, Part], list[str]]:
     problems = []
     for pieces in sorted(_models(folder), key=_preference):
         try:
-            weights = {name: tensor for piece in pieces for name, tensor in read_tensors(piece).items()}
-            kind = kind_of(weights)
+            kind = kind_of(_read(pieces))
             if kind and kind not in parts:
-                parts[kind] = Part(weights, read_config(pieces[0].parent), pieces[0])
+                parts[kind] = Part(pieces[0], read_config(pieces[0].parent), partial(_read, pieces))
         except CheckpointError as error:
             problems.append(str(error))
     return parts, problems
+
+
+def _read(pieces: list[Path]) -> dict[str, Tensor]:
+    return {name: tensor for piece in pieces for name, tensor in read_tensors(piece).items()}
 
 
 def _models(folder: Path) -> list[list[Path]]:
