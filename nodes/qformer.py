@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from ..blip_qformer.checkpoint import Checkpoint, load_subject_encoder
-from ..blip_qformer.encoder import SubjectEncoder, preprocess
+from ..blip_qformer.encoder import SubjectEncoder, fitting_mask, preprocess
+from ..blip_qformer.subject.provenance import encoder_hash
 
 PICTURES_AT_ONCE = 8
-ACTIVATION_BYTES = 64 * 1024**2  # a picture's way through the published encoder in float32, measured generously
+# A picture's way through the published encoder: 257 tokens x 4096 numbers x 4 bytes, a dozen such tensors at once.
+ACTIVATION_BYTES = 64 * 1024**2
 
 
 class HostedQFormer:
     """A subject encoder that the host loads when it is used and takes away when it needs the memory.
 
     The weights have the precision that the host's flags give text encoders; it computes in float32, as the host's
-    own CLIP does.
+    own CLIP does. ``encoder_hash`` tells it from other encoders.
     """
 
     def __init__(self, checkpoint: Checkpoint):
@@ -36,6 +38,7 @@ class HostedQFormer:
             attention=attention,
         )
         self.patcher = comfy.model_patcher.ModelPatcher(encoder, load_device=load_device, offload_device=offload_device)
+        self.encoder_hash = encoder_hash(checkpoint.encoder_weights)  # of the file's values, whatever the cast above
 
     @property
     def encoder(self) -> SubjectEncoder:
@@ -48,14 +51,17 @@ class HostedQFormer:
             ValueError: see ``preprocess`` and ``tokenize_subjects``.
         """
         size = self.encoder.config.vision.image_size
-        pixel_values = preprocess(images, preprocessing, mask, size)  # [B, 3, 224, 224]
+        mask = None if mask is None else fitting_mask(mask, images)
         at_once = min(len(images), PICTURES_AT_ONCE)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=at_once * ACTIVATION_BYTES)
-        progress = comfy.utils.ProgressBar(len(pixel_values))
+        progress = comfy.utils.ProgressBar(len(images))
         vectors = []
-        for pictures in pixel_values.split(PICTURES_AT_ONCE):
+        for begin in range(0, len(images), PICTURES_AT_ONCE):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            seen = self.encoder(pictures.to(self.patcher.load_device, torch.float32), [word] * len(pictures))
+            chosen = slice(begin, begin + PICTURES_AT_ONCE)
+            pixel_values = preprocess(images[chosen], preprocessing, None if mask is None else mask[chosen], size)
+            pixel_values = pixel_values.to(self.patcher.load_device, torch.float32)  # [at most 8, 3, 224, 224]
+            seen = self.encoder(pixel_values, [word] * len(pixel_values))
             vectors.append(seen.to(comfy.model_management.intermediate_device()))
-            progress.update(len(pictures))
+            progress.update(len(pixel_values))
         return torch.cat(vectors)

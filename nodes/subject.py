@@ -6,6 +6,9 @@ from torch import Tensor
 
 from ..blip_qformer.encoder import PREPROCESSING_MODES
 from ..blip_qformer.subject import Subject
+from ..blip_qformer.subject.provenance import picture_hash
+from ..blip_qformer.subject.views import average_views, describe_views
+from ..blip_qformer.subject.weights import parse_weights
 from .qformer import HostedQFormer
 from .types import CATEGORY, Blip2QFormer, BlipSubject, advanced, io
 
@@ -55,8 +58,24 @@ class SubjectEncode(io.ComfyNode):
                     tooltip="White where the subject is: it is cut out, put on white and fills the picture. The mask "
                     "of a Load Image with a transparent picture needs an Invert Mask first.",
                 ),
+                advanced(
+                    io.String.Input(
+                        "view_weights",
+                        default="",
+                        optional=True,
+                        placeholder="1, 1, 0.5",
+                        tooltip="How much each picture of a batch counts for one subject, such as 1, 1, 0.5. Empty: "
+                        "all the same.",
+                    )
+                ),
             ],
-            outputs=[BlipSubject.Output(display_name="subject", tooltip="For Subject Prompt Compose.")],
+            outputs=[
+                BlipSubject.Output(display_name="subject", tooltip="For Subject Prompt Compose."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="From how many pictures, and of three and more the one least like the others.",
+                ),
+            ],
         )
 
     @classmethod
@@ -68,9 +87,13 @@ class SubjectEncode(io.ComfyNode):
         average_batch: bool,
         preprocessing: str,
         mask: Tensor | None = None,
+        view_weights: str = "",
     ) -> io.NodeOutput:
-        subject = Subject(qformer.encode(image, subject_word, preprocessing, mask), subject_word.strip())
-        return io.NodeOutput(subject.average() if average_batch else subject)
+        vectors = qformer.encode(image, subject_word, preprocessing, mask)
+        views = Subject(vectors, subject_word.strip(), qformer.encoder_hash, picture_hash(image))
+        if not average_batch:
+            return io.NodeOutput(views, f'{len(views)} x "{views.word}", one for each picture.')
+        return io.NodeOutput(average_views(views, parse_weights(view_weights)), describe_views(views))
 
 
 NODES = [SubjectEncode]

@@ -110,7 +110,7 @@ def test_mixed_encoders_are_refused(host, subjects):
 
 def test_a_trajectory_is_one_run_and_equals_single_runs(host, loaded, subjects):
     (empty,) = host.run("EmptyLatentImage", width=64, height=64, batch_size=3)
-    path, latent, labels = host.run(
+    (path,), (latent,), labels = host.run(
         "BLIPDiffusionSubjectTrajectory", **named(subjects[:2]), steps=4, latent=empty, mode="spherical"
     )
     assert latent["samples"].shape == (4, 4, 8, 8)
@@ -126,8 +126,25 @@ def test_a_trajectory_is_one_run_and_equals_single_runs(host, loaded, subjects):
     torch.testing.assert_close(together, torch.cat(singles), atol=1e-3 * together.std().item(), rtol=0)
 
 
+def test_a_trajectory_in_parts_is_the_same(host, loaded, subjects):
+    """What follows runs once for each part, so that the whole need not fit into memory."""
+    (empty,) = host.run("EmptyLatentImage", width=64, height=64, batch_size=1)
+    inputs = {**named(subjects[:2]), "steps": 5, "latent": empty}
+    drawn = []
+    for steps_at_once in (16, 2):
+        parts, latents, _ = host.run("BLIPDiffusionSubjectTrajectory", **inputs, steps_at_once=steps_at_once)
+        assert max(map(len, parts)) <= steps_at_once
+        pictures = [
+            sample(host, loaded, compose(host, loaded, part)[0], latent)
+            for part, latent in zip(parts, latents, strict=True)
+        ]
+        drawn.append(torch.cat(pictures))
+    assert [len(part) for part in parts] == [2, 2, 1]
+    torch.testing.assert_close(*drawn, atol=1e-3 * drawn[0].std().item(), rtol=0)
+
+
 def test_a_square_trajectory(host, subjects):
-    path, latent, labels = host.run("BLIPDiffusionSubjectTrajectory", **named(subjects), steps=3)
+    (path,), (latent,), labels = host.run("BLIPDiffusionSubjectTrajectory", **named(subjects), steps=3)
     assert len(path) == 9
     assert labels.splitlines()[5] == "x 1.00, y 0.50"
     expected, _ = interpolate(host, subjects, x=1.0, y=0.5)
@@ -150,16 +167,23 @@ def test_noise_and_mask_of_a_repeated_latent(host):
     assert latent["samples"].shape[0] == 2
 
 
+def grid(host, images: list[torch.Tensor], *sources: torch.Tensor, labels: str = "") -> torch.Tensor:
+    """Subject Grid as the host calls a node that takes lists: with all parts at once."""
+    node = host.nodes["BLIPDiffusionSubjectGrid"]
+    named_sources = {f"source_{number}": [source] for number, source in enumerate(sources, start=1)}
+    return node.execute(images, [0], [labels], [8192], **named_sources).result[0]
+
+
 def test_the_grid_lays_out_a_line_with_labels(host):
     images = torch.rand(3, 64, 64, 3)
-    sources = {"source_1": torch.rand(1, 200, 90, 3), "source_2": torch.rand(2, 33, 70, 4)}
-    (sheet,) = host.run("BLIPDiffusionSubjectGrid", images=images, labels="x 0\nx 0.5\nx 1\ndog\ncat", **sources)
+    labels = "x 0\nx 0.5\nx 1\ndog\ncat"
+    sheet = grid(host, [images[:2], images[2:]], torch.rand(1, 200, 90, 3), torch.rand(2, 33, 70, 4), labels=labels)
     assert sheet.shape == (1, 64 + 12 + 2, 5 * 65 + 1, 3)
     assert torch.equal(sheet[0, 1:65, 66:130], images[0])
 
 
 def test_the_grid_takes_a_single_picture(host):
-    (sheet,) = host.run("BLIPDiffusionSubjectGrid", images=torch.rand(1, 7, 9, 3))
+    sheet = grid(host, [torch.rand(1, 7, 9, 3)])
     assert sheet.shape == (1, 9, 11, 3)
 
 

@@ -23,5 +23,5 @@ def test_vectors_are_kept_as_float32():
 def test_what_is_no_subject():
     with pytest.raises(ValueError, match=r"these have \[16, 768\]"):
         Subject(torch.zeros(16, 768), "dog")
-    with pytest.raises(ValueError, match='"dog" hold NaN'):
+    with pytest.raises(ValueError, match='"dog" hold NaN or infinity'):
         Subject(torch.full((1, 16, 768), float("nan")), "dog")

@@ -1,0 +1,168 @@
+"""A subject as a file: one ``.safetensors`` that is also a textual-inversion embedding.
+
+It holds the tensor ``emb_params`` [16, 768] and nothing else, so that ComfyUI's ``embedding:name`` and other programs
+read it as sixteen words; what only we need stands as text in its header.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from .subject import Subject
+
+ENDING = ".safetensors"
+TENSOR = "emb_params"
+FORMAT, VERSION = "blip-subject", 1
+PLAIN_VECTORS = 16  # as many as every published encoder gives
+PICKLE_BEGINNINGS = (b"PK", b"\x80")  # torch.save writes a zip archive, and wrote a bare pickle before torch 1.6
+LORA_SIGNS = ("lora_up", "lora_down", "lora_A", "lora_B", "lora_te", "lora_unet")
+
+
+class SubjectFileError(ValueError):
+    """A file that is no subject; the message says which file, what it is instead, and what to do."""
+
+
+def save_subject(path: str | Path, subject: Subject, overwrite: bool = False) -> None:
+    """Write a subject of one row, all of it or nothing.
+
+    Args:
+        overwrite: whether another file may be replaced; one that already holds this very subject is left as it is.
+    Raises:
+        FileExistsError: the file is there and ``overwrite`` is False.
+        OSError: the folder cannot be written to.
+        ValueError: the subject has several rows.
+    """
+    path = Path(path)
+    if len(subject) != 1:
+        raise ValueError(
+            f'The subject "{subject.word}" has {len(subject)} rows and a file holds one: encode it as "one subject", '
+            "or take one step of a trajectory with Subject Interpolate."
+        )
+    if _holds(path, subject):
+        return  # a graph that is queued again
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise FileExistsError(f"{path} exists already: choose another name, or switch overwrite on.")
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "word": subject.word,
+        "encoder": subject.encoder,
+        "source": subject.source,
+    }
+    _write_whole(path, save({TENSOR: subject.vectors[0].contiguous()}, metadata=metadata))
+
+
+def load_subject(path: str | Path, word: str = "") -> Subject:
+    """Read a subject, or a plain textual inversion that can be one.
+
+    A textual inversion without our header is taken if it is one tensor of sixteen vectors, as another program leaves a
+    subject that it has saved anew. Fewer or more vectors are ordinary words of a prompt and belong there.
+
+    Args:
+        word: the word for it; empty: the word in the file.
+    Raises:
+        SubjectFileError: the file is missing, not whole, or something else; or no word is known.
+    """
+    path = Path(path)
+    vectors, header = _read(path)
+    is_ours = header.get("format") == FORMAT
+    if is_ours and _version(header) > VERSION:
+        raise SubjectFileError(
+            f"{path} is a subject of version {header.get('version')}, and this pack reads up to {VERSION}: update the "
+            "pack."
+        )
+    if not is_ours and len(vectors) != PLAIN_VECTORS:
+        raise SubjectFileError(
+            f"{path} is a textual inversion of {len(vectors)} vectors, and a subject has {PLAIN_VECTORS}: write "
+            f"embedding:{path.stem} into a prompt instead."
+        )
+    known = header if is_ours else {}
+    word = word.strip() or known.get("word", "")
+    if not word:
+        raise SubjectFileError(f"{path} does not say which word its subject is: write it, such as dog.")
+    return Subject(vectors[None], word, known.get("encoder", ""), known.get("source", ""))
+
+
+def _read(path: Path) -> tuple[torch.Tensor, dict[str, str]]:
+    """The one tensor [n, width] of a file, and the text in its header."""
+    if not path.is_file():
+        raise SubjectFileError(f"There is no file {path}: check the name.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            shapes = {name: list(file.get_slice(name).get_shape()) for name in names}
+            _check_is_embedding(path, shapes)
+            vectors = file.get_tensor(names[0]).clone()  # a copy, so that the file is not kept open
+            header = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        if _is_pickle(path):
+            raise SubjectFileError(
+                f"{path} is a pickle ({path.suffix or 'no ending'}), which can run code and holds no word: choose a "
+                f".safetensors, or write embedding:{path.stem} into a prompt."
+            ) from error
+        raise SubjectFileError(
+            f"{path} is no whole safetensors file ({error}): it is truncated or something else; copy it again."
+        ) from error
+    if not vectors.is_floating_point():
+        raise SubjectFileError(f"{path} holds {vectors.dtype} and not vectors: choose a saved subject.")
+    if not torch.isfinite(vectors).all():
+        raise SubjectFileError(f"{path} holds NaN or infinite values: it is damaged; save the subject again.")
+    return vectors, header
+
+
+def _is_pickle(path: Path) -> bool:
+    """Asked only of what is no safetensors file, whose first bytes are a length and may be these."""
+    with path.open("rb") as file:
+        return file.read(4).startswith(PICKLE_BEGINNINGS)
+
+
+def _holds(path: Path, subject: Subject) -> bool:
+    """Whether a file holds this very subject."""
+    try:
+        there = load_subject(path)
+    except ValueError:
+        return False
+    told = (there.word, there.encoder, there.source) == (subject.word, subject.encoder, subject.source)
+    return told and torch.equal(there.vectors, subject.vectors)
+
+
+def _check_is_embedding(path: Path, shapes: dict[str, list[int]]) -> None:
+    """Refuse, by names and shapes alone, whatever else lies in a folder of embeddings."""
+    if any(sign in name for name in shapes for sign in LORA_SIGNS):
+        raise SubjectFileError(f"{path} is a LoRA and no subject: load it with Load LoRA.")
+    if len(shapes) != 1:
+        listed = ", ".join(sorted(shapes)[:3]) + (", ..." if len(shapes) > 3 else "")
+        raise SubjectFileError(
+            f"{path} holds {len(shapes)} tensors ({listed}), and a subject is one: it is an embedding for another "
+            "model or a whole checkpoint; choose a saved subject."
+        )
+    ((name, shape),) = shapes.items()
+    if len(shape) != 2 or 0 in shape:
+        raise SubjectFileError(
+            f"{path} holds {name} of shape {shape}, and a subject has the shape [16, 768]: choose a saved subject."
+        )
+
+
+def _version(header: dict[str, str]) -> int:
+    """The version a header names; one that is no number was not written by us and counts as too new."""
+    text = header.get("version", "")
+    return int(text) if text.isdecimal() else VERSION + 1
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write under a temporary name beside the file and rename: an interruption leaves no half and no damaged file."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # after the rename there is none

@@ -1,0 +1,90 @@
+"""What an artist reads: every node, input and output says what it is, and has a help page that names them all."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tools.host import ROOT
+
+#: Ids that saved graphs and other programs rely on; they never change.
+NODES = {
+    "BLIPDiffusionLoader": "Load BLIP-Diffusion",
+    "BLIPDiffusionQFormerLoader": "Load BLIP-2 Q-Former",
+    "BLIPDiffusionControlNetLoader": "Load BLIP-Diffusion ControlNet",
+    "BLIPDiffusionSubjectEncode": "BLIP-2 Subject Encode",
+    "BLIPDiffusionPromptCompose": "Subject Prompt Compose",
+    "BLIPDiffusionSubjectInterpolate": "Subject Interpolate",
+    "BLIPDiffusionSubjectTrajectory": "Subject Trajectory",
+    "BLIPDiffusionSubjectGrid": "Subject Grid",
+    "BLIPDiffusionSubjectSave": "Save Subject",
+    "BLIPDiffusionSubjectLoad": "Load Subject",
+}
+
+#: Saved graphs hold widgets by position: new ones go to the end.
+WIDGETS = {
+    "BLIPDiffusionLoader": ["checkpoint"],
+    "BLIPDiffusionQFormerLoader": ["checkpoint"],
+    "BLIPDiffusionControlNetLoader": ["checkpoint"],
+    "BLIPDiffusionSubjectEncode": ["subject_word", "average_batch", "preprocessing", "view_weights"],
+    "BLIPDiffusionPromptCompose": [
+        "prompt",
+        "target_subject",
+        "prompt_strength",
+        "repetitions",
+        "overflow",
+        "subject_strength",
+    ],
+    "BLIPDiffusionSubjectInterpolate": ["x", "y", "mode", "weights", "word"],
+    "BLIPDiffusionSubjectTrajectory": ["steps", "mode", "word", "steps_at_once"],
+    "BLIPDiffusionSubjectGrid": ["columns", "labels", "longest_side"],
+    "BLIPDiffusionSubjectSave": ["name", "overwrite"],
+    "BLIPDiffusionSubjectLoad": ["subject_file", "subject_word"],
+}
+SOCKETS = {"MODEL", "CLIP", "VAE", "IMAGE", "LATENT", "MASK", "BLIP_SUBJECT", "BLIP2_QFORMER"}
+
+
+@pytest.fixture(scope="module")
+def info(server) -> dict:
+    """What the server tells the frontend about our nodes."""
+    return {name: node for name, node in server.object_info().items() if node["category"] == "BLIP-Diffusion"}
+
+
+def inputs_of(node: dict) -> dict[str, list]:
+    return {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+
+
+def test_ids_and_names(info):
+    assert {name: node["display_name"] for name, node in info.items()} == NODES
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_every_input_and_output_has_a_tooltip(info, name):
+    assert info[name]["description"]
+    assert all(options.get("tooltip") for _, options in inputs_of(info[name]).values())
+    assert all(info[name]["output_tooltips"])
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_widgets_keep_their_order(info, name):
+    assert [key for key, (kind, _) in inputs_of(info[name]).items() if kind not in SOCKETS] == WIDGETS[name]
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_rare_widgets_are_marked_advanced_and_stand_last(info, name):
+    flags = [bool(inputs_of(info[name])[widget][1].get("advanced")) for widget in WIDGETS[name]]
+    assert flags == sorted(flags)
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_help_page_is_served_and_names_everything(info, frontend, name):
+    page = frontend.node_help(name)
+    assert page.startswith(f"# {NODES[name]}\n")
+    assert [each for each in [*inputs_of(info[name]), *info[name]["output_name"]] if f"| {each} " not in page] == []
+
+
+def test_every_id_is_a_literal_for_the_managers_scanner():
+    sources = "\n".join(path.read_text() for path in Path(ROOT / "nodes").glob("*.py"))
+    assert set(re.findall(r'node_id="(\w+)"', sources)) == set(NODES)
