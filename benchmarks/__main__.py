@@ -13,6 +13,7 @@ from tests.host import load_host
 from .encoding import compose_rows, encoder_rows
 from .models import SIZES, encoder_of, hosted, reference_pipeline
 from .sampling import sampling_rows
+from .subjects import VIEWS_HEAD, trajectory_rows, view_costs
 from .table import HEAD, RESULTS, machine, markdown_table, write_section
 
 COMMAND = "make bench"
@@ -32,16 +33,20 @@ def main() -> None:
             encoder_rows(encoder_of(pipeline), pipeline),
             compose_rows(host, loaded, pipeline),
             sampling_rows(host, loaded),
+            trajectory_rows(host, loaded),
         ):
             for row in group:
                 print(" | ".join(row.cells()), flush=True)
                 rows.append(row.cells())
+        views = [*view_costs(encoder_of(pipeline))]
 
     widths = "-".join(str(width) for width in SIZES.unet_channels)
     text = (
         f"{machine()}. Random weights, float32, both on the same tensors; full size, but the sampled U-Net, which is "
         f"SD1.5's with widths {widths}. Ours and the peer ran in turns; a ratio below 1 means ours is faster.\n\n"
-        f"{markdown_table(HEAD, rows)}"
+        f"{markdown_table(HEAD, rows)}\n\n"
+        f"A batch of views of one subject, 512x512, each batch in a process of its own:\n\n"
+        f"{markdown_table(VIEWS_HEAD, views)}"
     )
     print(f"\n{text}")
     if write:

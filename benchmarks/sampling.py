@@ -13,7 +13,7 @@ from .encoding import PROMPT
 from .measuring import compare
 from .table import Row
 
-PAIRS, STEPS = 5, 10
+PAIRS, STEPS = 3, 10
 EDGE = 512 if torch.cuda.is_available() else 256  # pixels
 
 

@@ -82,8 +82,12 @@ def stable_diffusion_checkpoint(
 ) -> dict[str, Tensor]:
     """Everything a stock SD1.5 checkpoint file holds, under the names the stock CheckpointLoaderSimple reads.
 
-    In: the weights of the three parts, in diffusers' names. Out: one state dict, of the same tensors or views of them.
-    Raises ValueError, naming the tensors, where a part is not of Stable Diffusion 1.5's kind.
+    Args:
+        unet, text_encoder, vae: the weights of the three parts, in diffusers' names.
+    Returns:
+        One state dict, of the same tensors or views of them.
+    Raises:
+        ValueError: a part is not of Stable Diffusion 1.5's kind; the tensors are named.
     """
     parts = {
         UNET_PREFIX: unet_to_ldm(unet),
@@ -96,7 +100,8 @@ def stable_diffusion_checkpoint(
 def unet_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A U-Net's weights under LDM's names, without prefix: `conv_in.weight` -> `input_blocks.0.0.weight`.
 
-    Raises ValueError, naming the tensors, if any is unknown or missing.
+    Raises:
+        ValueError: a tensor is unknown or missing; it is named.
     """
     return _renamed(weights, _unet_modules(weights), part="U-Net")
 
@@ -105,7 +110,8 @@ def vae_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A VAE's weights under LDM's names, without prefix: `encoder.mid_block.resnets.0.` -> `encoder.mid.block_1.`.
 
     LDM's attention projects with 1x1 convolutions where diffusers has linear layers: [C, C] becomes [C, C, 1, 1].
-    Raises ValueError, naming the tensors, if any is unknown or missing.
+    Raises:
+        ValueError: a tensor is unknown or missing; it is named.
     """
     renamed = _renamed(weights, _vae_modules(weights), part="VAE")
     for half in ("encoder", "decoder"):
@@ -119,7 +125,8 @@ def vae_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def controlnet_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A ControlNet's weights under LDM's names: a U-Net's way down, a picture's way in, and convolutions to the way up.
 
-    Raises ValueError, naming the tensors, if any is unknown or missing.
+    Raises:
+        ValueError: a tensor is unknown or missing; it is named.
     """
     return _renamed(weights, _controlnet_modules(weights), part="ControlNet")
 
@@ -127,7 +134,8 @@ def controlnet_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def text_encoder_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A CLIP text model's weights under LDM's names: `text_model.x` or plain `x` -> `transformer.text_model.x`.
 
-    Raises ValueError, naming the tensors, if any is unknown or missing.
+    Raises:
+        ValueError: a tensor is unknown or missing; it is named.
     """
     plain = _without_text_model(weights)
     modules = [*TEXT_ENDS]
@@ -139,9 +147,13 @@ def text_encoder_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def unet_config(weights: Mapping[str, Tensor], heads: int = 8) -> dict:
     """The arguments with which ComfyUI's UNetModel builds a U-Net of this size.
 
-    In: the weights in diffusers' names, and the number of attention heads (no shape tells it; SD1.5 has 8 everywhere).
-    Out: a plain dict, with no dtype and device in it: those are the host's to choose.
-    Raises ValueError if a tensor that tells a size is missing, or a level's width is no multiple of the first level's.
+    Args:
+        weights: in diffusers' names.
+        heads: of every attention; no shape tells their number, SD1.5 has 8.
+    Returns:
+        A plain dict, with no dtype and device in it: those are the host's to choose.
+    Raises:
+        ValueError: a tensor that tells a size is missing, or a level's width is no multiple of the first level's.
     """
     levels = range(_count(weights, "up_blocks"))
     depth_up = [depth for level in levels for depth in _transformer_depths(weights, f"up_blocks.{level}")]
@@ -193,8 +205,10 @@ def _way_down_config(weights: Mapping[str, Tensor], heads: int) -> dict:
 def vae_config(weights: Mapping[str, Tensor]) -> dict:
     """The arguments with which ComfyUI's AutoencoderKL builds a VAE of this size: `ddconfig` and `embed_dim`.
 
-    In: the weights in diffusers' names.
-    Raises ValueError if a tensor that tells a size is missing, or a level's width is no multiple of the first level's.
+    Args:
+        weights: in diffusers' names.
+    Raises:
+        ValueError: a tensor that tells a size is missing, or a level's width is no multiple of the first level's.
     """
     width, image_channels = _shape(weights, "encoder.conv_in.weight")[:2]
     latent_channels = _shape(weights, "decoder.conv_in.weight")[1]
@@ -225,8 +239,11 @@ def vae_config(weights: Mapping[str, Tensor]) -> dict:
 def text_encoder_config(weights: Mapping[str, Tensor], heads: int | None = None) -> dict:
     """The size of a CLIP text model, in the words of ComfyUI's `clip_l_model_config`.
 
-    In: the weights, with or without `text_model.`, and the number of attention heads; CLIP's are 64 wide if not told.
-    Raises ValueError if a tensor that tells a size is missing.
+    Args:
+        weights: with or without `text_model.` before their names.
+        heads: of every attention; if not told, they are 64 wide, as CLIP's.
+    Raises:
+        ValueError: a tensor that tells a size is missing.
     """
     plain = _without_text_model(weights)
     vocabulary, width = _shape(plain, "embeddings.token_embedding.weight")
@@ -244,8 +261,11 @@ def text_encoder_config(weights: Mapping[str, Tensor], heads: int | None = None)
 def check_depth(part: str, weights: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
     """Refuse weights that lack whole levels or layers, which no name tells: their config says how many there are.
 
-    In: the part's name ("unet", "vae", "text_encoder"), its weights in diffusers' names, its ``config.json``'s content.
-    Raises ValueError if the numbers differ; a config that does not tell them is trusted.
+    Args:
+        part: "unet", "controlnet", "vae" or "text_encoder".
+        weights: in diffusers' names; ``config``: what its ``config.json`` holds, as far as there is one.
+    Raises:
+        ValueError: the numbers differ. A config that does not tell them is trusted.
     """
     plain = _without_text_model(weights)
     levels = len(config["block_out_channels"]) if "block_out_channels" in config else None
@@ -270,7 +290,10 @@ def departures_from_stock(
     """What is not as in Stable Diffusion 1.5, in words, and so keeps the stock CheckpointLoaderSimple from loading it.
 
     That loader knows the model by these numbers, and builds VAE and text encoder of its own sizes. Empty for a model
-    it loads. In: the weights in diffusers' names.
+    it loads.
+
+    Args:
+        unet, text_encoder, vae: the weights in diffusers' names.
     """
     image, text, decoder = unet_config(unet), text_encoder_config(text_encoder), vae_config(vae)["ddconfig"]
     found_and_stock = {

@@ -45,14 +45,20 @@ def write_safetensors(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes tensors, of any shape and any memory layout, to a .safetensors file, all of it or nothing.
+    """Write tensors, of any shape and any memory layout, to a .safetensors file, all of it or nothing.
 
-    metadata: text by name, kept in the file's header. dtype: what floating-point tensors are cast to; others stay as
-    they are. progress: called after each tensor with the number of bytes just written; their sum is `data_size`.
     The file is written under a temporary name beside its own and renamed when complete, so that an interruption leaves
     neither half a file nor a damaged old one.
-    Raises FileExistsError if the file is there and overwrite is False, OSError if the disk is too full or the folder
-    is missing, ValueError if a tensor cannot be stored or does not fit into dtype.
+
+    Args:
+        metadata: text by name, kept in the file's header.
+        dtype: what floating-point tensors are cast to; others stay as they are.
+        overwrite: whether a file that is there may be replaced.
+        progress: called after each tensor with the number of bytes just written; their sum is `data_size`.
+    Raises:
+        FileExistsError: the file is there and ``overwrite`` is False.
+        OSError: the disk is too full, or the folder is missing.
+        ValueError: a tensor cannot be stored, or does not fit into ``dtype``.
     """
     path = Path(path)
     entries = _entries(tensors, dtype)
@@ -84,7 +90,12 @@ def data_size(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -
 
 
 def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Raises, in one sentence, if no file may be written at this path: FileExistsError or FileNotFoundError."""
+    """Refuse, in one sentence, a path at which no file may be written.
+
+    Raises:
+        FileExistsError: something is there, and it is a folder or may not be overwritten.
+        FileNotFoundError: its folder is not there.
+    """
     path = Path(path)
     if path.is_dir():
         raise FileExistsError(f"{path} is a folder, and a file was to be written there: choose another name.")
@@ -100,7 +111,13 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> No
 
 
 def check_free_space(folder: str | os.PathLike[str], needed: int) -> None:
-    """Raises OSError, in one sentence, if the disk that holds the folder has fewer free bytes than needed."""
+    """Refuse, in one sentence, a disk with less room than needed.
+
+    Args:
+        folder: any on that disk; ``needed``: bytes.
+    Raises:
+        OSError: there is too little room.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(

@@ -1,0 +1,87 @@
+"""Many subjects at once: a trajectory in one run, and the memory that a large batch of pictures takes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from blip_qformer.checkpoint import save_qformer
+from blip_qformer.encoder import SubjectEncoder
+from tests.host import Host
+
+from .encoding import PROMPT
+from .measuring import compare
+from .memory import cost_in_own_process
+from .table import Row
+
+PAIRS, TRAJECTORY, STEPS, EDGE = 3, 16, 4, 128
+VIEWS = (8, 64)
+
+
+def trajectory_rows(host: Host, loaded: SimpleNamespace) -> Iterator[Row]:
+    """Sixteen steps between two subjects as one batch, against sixteen graphs one after the other."""
+    pictures = torch.rand(2, 1, 256, 256, 3)
+    ends = [
+        host.run("BLIPDiffusionSubjectEncode", qformer=loaded.qformer, image=picture, subject_word="dog")[0]
+        for picture in pictures
+    ]
+    subjects = {"subject_1": ends[0], "subject_2": ends[1]}
+    (empty,) = host.run("EmptyLatentImage", width=EDGE, height=EDGE, batch_size=1)
+    (negative,) = host.run("CLIPTextEncode", clip=loaded.clip, text="ugly")
+
+    def draw(subject, latent):
+        positive, _ = host.run("BLIPDiffusionPromptCompose", clip=loaded.clip, subject=subject, prompt=PROMPT)
+        return host.run(
+            "KSampler",
+            model=loaded.model,
+            seed=0,
+            steps=STEPS,
+            cfg=7.5,
+            sampler_name="ddim",
+            scheduler="ddim_uniform",
+            positive=positive,
+            negative=negative,
+            latent_image=latent,
+            denoise=1.0,
+        )
+
+    def as_one_batch():
+        (path,), (latent,), _ = host.run(
+            "BLIPDiffusionSubjectTrajectory", **subjects, steps=TRAJECTORY, steps_at_once=TRAJECTORY, latent=empty
+        )
+        draw(path, latent)
+
+    def one_by_one():
+        for step in range(TRAJECTORY):
+            blended, _ = host.run("BLIPDiffusionSubjectInterpolate", **subjects, x=step / (TRAJECTORY - 1))
+            draw(blended, empty)
+
+    yield Row(
+        f"Subject Trajectory, {TRAJECTORY} pictures of {EDGE}x{EDGE}, {STEPS} steps",
+        f"{TRAJECTORY} runs with Subject Interpolate",
+        compare(as_one_batch, one_by_one, PAIRS),
+        "below 1",
+    )
+
+
+def view_costs(encoder: SubjectEncoder) -> Iterator[tuple[str, ...]]:
+    """What Subject Encode takes for a batch of views of 512x512, each in a process of its own: flat memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "qformer.safetensors"
+        save_qformer(file, encoder.state_dict(), encoder.config, dtype=torch.float32)
+        for views in VIEWS:
+            cost = cost_in_own_process("encode views", file, str(views))
+            pictures = views * 512 * 512 * 3 * 4
+            yield (
+                f"Subject Encode, {views} views",
+                f"{cost.seconds / views:.2f}",
+                f"{(cost.anonymous - pictures) / 1e9:.2f}",
+                f"{pictures / 1e9:.2f}",
+            )
+
+
+VIEWS_HEAD = ("what", "s a view", "RssAnon peak beside the pictures, GB", "the pictures themselves, GB")
