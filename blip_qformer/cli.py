@@ -31,6 +31,7 @@ from .checkpoint.writing import check_free_space, check_target, data_size, write
 
 CHECKPOINT_NAME = "blip_diffusion_sd15.safetensors"
 QFORMER_NAME = "blip2_qformer.safetensors"
+CONTROLNET_NAME = "blip_diffusion_controlnet.safetensors"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # The parts of a checkpoint that make Stable Diffusion, and what a person calls them.
@@ -72,12 +73,13 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser(
         "convert",
-        help="write a checkpoint's Stable Diffusion and its Q-Former as two .safetensors files",
-        description=f"Write {CHECKPOINT_NAME}, which the stock CheckpointLoaderSimple loads, and {QFORMER_NAME}.",
+        help="write a checkpoint's Stable Diffusion, Q-Former and ControlNet as .safetensors files",
+        description=f"Write {CHECKPOINT_NAME}, which the stock CheckpointLoaderSimple loads, and {QFORMER_NAME}; from "
+        f"a source with a ControlNet also {CONTROLNET_NAME}, which the stock ControlNetLoader loads.",
     )
     convert.add_argument("source", metavar="SRC", type=Path, help="a Hub folder, original folder or fine-tuned file")
     convert.add_argument("target", metavar="DST", type=Path, help="the folder to write into, made if missing")
-    convert.add_argument("--dtype", choices=DTYPES, default="float16", help="precision of both files (float16)")
+    convert.add_argument("--dtype", choices=DTYPES, default="float16", help="precision of the files (float16)")
     convert.add_argument("--force", action="store_true", help="overwrite files that are there already")
     convert.set_defaults(command=_convert)
 
@@ -96,23 +98,25 @@ def _convert(arguments: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(arguments.source)
     folder, dtype, force = arguments.target, DTYPES[arguments.dtype], arguments.force
     stable_diffusion, departures = _stable_diffusion(checkpoint)
-    _check_folder(folder, [QFORMER_NAME, CHECKPOINT_NAME] if stable_diffusion else [QFORMER_NAME], force)
-    needed = data_size(checkpoint.encoder_weights, dtype) + data_size(stable_diffusion, dtype)
-    check_free_space(_nearest_folder(folder), needed)
+    files = {CHECKPOINT_NAME: stable_diffusion, CONTROLNET_NAME: _controlnet(checkpoint)}
+    networks = {name: weights for name, weights in files.items() if weights}
+    _check_folder(folder, [QFORMER_NAME, *networks], force)
+    written = [checkpoint.encoder_weights, *networks.values()]
+    check_free_space(_nearest_folder(folder), sum(data_size(weights, dtype) for weights in written))
 
     folder.mkdir(parents=True, exist_ok=True)
-    if stable_diffusion:
-        path = folder / CHECKPOINT_NAME
-        with _progress(path.name, data_size(stable_diffusion, dtype)) as progress:
+    for name, weights in networks.items():
+        path = folder / name
+        with _progress(name, data_size(weights, dtype)) as progress:
             metadata = {"format": "pt"}
-            write_safetensors(
-                path, stable_diffusion, metadata=metadata, dtype=dtype, overwrite=force, progress=progress
-            )
+            write_safetensors(path, weights, metadata=metadata, dtype=dtype, overwrite=force, progress=progress)
         print(f"Wrote {path} ({_bytes(path.stat().st_size)}, {arguments.dtype}).")
-        if departures:
-            print(f"Note: CheckpointLoaderSimple loads only SD1.5's own sizes, and this has {', '.join(departures)}.")
-    else:
+    if departures:
+        print(f"Note: CheckpointLoaderSimple loads only SD1.5's own sizes, and this has {', '.join(departures)}.")
+    if not stable_diffusion:
         print(f"{checkpoint.path} ({checkpoint.format}) has no U-Net, so there is no {CHECKPOINT_NAME} to write.")
+    if CONTROLNET_NAME in networks:
+        print(f"{CONTROLNET_NAME} goes into models/controlnet, for the stock ControlNetLoader.")
 
     path = folder / QFORMER_NAME
     weights, config = checkpoint.encoder_weights, checkpoint.encoder_config
@@ -121,7 +125,9 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(f"Wrote {path} ({_bytes(path.stat().st_size)}, {arguments.dtype}).")
     if checkpoint.subject is not None:
         shape = list(checkpoint.subject.shape)
-        print(f"Note: {checkpoint.path} also holds a tuned subject {shape}, which neither file has a place for.")
+        print(f"Note: {checkpoint.path} also holds a tuned subject {shape}, which no file here has a place for.")
+    for problem in checkpoint.problems:  # such as a ControlNet that cannot be read, and so was not written
+        print(f"Note: {problem}")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -176,6 +182,15 @@ def _stable_diffusion(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[s
         check_depth(name, weights[name], part.config)
     parts = [*weights.values()]
     return stable_diffusion_checkpoint(*parts), departures_from_stock(*parts)
+
+
+def _controlnet(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The stock loader's ControlNet; empty if the checkpoint has none."""
+    if checkpoint.controlnet is None:
+        return {}
+    weights = checkpoint.controlnet.weights
+    check_depth("controlnet", weights, checkpoint.controlnet.config)
+    return controlnet_to_ldm(weights)
 
 
 def _check_folder(folder: Path, names: list[str], overwrite: bool) -> None:

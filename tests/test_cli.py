@@ -1,6 +1,7 @@
 """The command line: what it writes, what it says, and what it leaves alone."""
 
 import builtins
+import logging
 import os
 import shutil
 import subprocess
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ControlNetModel
 from safetensors.torch import load_file, save_file
 
 from blip_qformer.checkpoint import open_checkpoint
-from blip_qformer.checkpoint.stable_diffusion import stable_diffusion_checkpoint
-from blip_qformer.cli import CHECKPOINT_NAME, QFORMER_NAME, main
+from blip_qformer.checkpoint.stable_diffusion import controlnet_to_ldm, stable_diffusion_checkpoint
+from blip_qformer.cli import CHECKPOINT_NAME, CONTROLNET_NAME, QFORMER_NAME, main
 from tests import oracle
 from tests.random_weights import write_finetuned, write_hub_folder, write_lavis_folder
 from tools.host import comfyui_path
@@ -43,6 +45,14 @@ def sources(pipeline, tmp_path_factory):
         "fine-tuned file": write_finetuned(pipeline, folder / "checkpoint_40.pth", subject),
         "BLIP-2 Q-Former file": folder / "q-former.safetensors",
     }
+
+
+@pytest.fixture(scope="module")
+def with_controlnet(pipeline, tmp_path_factory):
+    """The Hub folder that brings a ControlNet."""
+    return write_hub_folder(
+        pipeline, tmp_path_factory.mktemp("canny") / "hub", controlnet=oracle.controlnet(oracle.SMALL)
+    )
 
 
 @pytest.fixture
@@ -105,6 +115,75 @@ def test_convert_says_that_a_small_model_is_not_for_the_stock_loader(sources, tm
         "Note: CheckpointLoaderSimple loads only SD1.5's own sizes, and this has U-Net width 32 instead of 320, U-Net"
         in (capsys.readouterr().out)
     )
+
+
+def test_convert_writes_a_controlnet_for_the_stock_loader_and_says_where_it_goes(with_controlnet, tmp_path, capsys):
+    assert main(["convert", str(with_controlnet), str(tmp_path)]) == 0
+    assert sorted(os.listdir(tmp_path)) == sorted([*BOTH, CONTROLNET_NAME])
+    written = load_file(tmp_path / CONTROLNET_NAME)
+    expected = controlnet_to_ldm(oracle.controlnet(oracle.SMALL).state_dict())
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], tensor.half()) for name, tensor in expected.items())
+    printed = capsys.readouterr().out
+    assert f"Wrote {tmp_path / CONTROLNET_NAME} (" in printed
+    assert f"{CONTROLNET_NAME} goes into models/controlnet, for the stock ControlNetLoader." in printed
+
+
+def test_an_existing_controlnet_stops_all_unless_forced(with_controlnet, tmp_path, capsys):
+    (tmp_path / CONTROLNET_NAME).write_bytes(b"mine")
+    code = main(["convert", str(with_controlnet), str(tmp_path)])
+    assert_one_line_refusal(code, capsys, str(tmp_path / CONTROLNET_NAME), "exists already", "--force")
+    assert os.listdir(tmp_path) == [CONTROLNET_NAME]
+    assert main(["convert", str(with_controlnet), str(tmp_path), "--force"]) == 0
+    assert load_file(tmp_path / CONTROLNET_NAME)
+
+
+def test_room_is_looked_for_with_the_controlnet(sources, with_controlnet, tmp_path, capsys, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    free = sum(file.stat().st_size for file in sources["Hub folder"].glob("*/*.bin")) // 2 + 10**5  # enough for two
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(free, 0, free))
+    assert main(["convert", str(sources["Hub folder"]), str(tmp_path / "two")]) == 0
+    capsys.readouterr()
+    code = main(["convert", str(with_controlnet), str(tmp_path / "three")])
+    assert_one_line_refusal(code, capsys, f"{tmp_path} has {free} bytes free and ", "make room")
+    assert os.listdir(tmp_path) == ["two"]
+
+
+def test_a_controlnet_that_lacks_tensors_is_refused_before_anything_is_written(with_controlnet, tmp_path, capsys):
+    hub = shutil.copytree(with_controlnet, tmp_path / "hub")
+    file = hub / "controlnet" / "diffusion_pytorch_model.bin"
+    weights = torch.load(file, weights_only=True)
+    del weights["controlnet_mid_block.weight"]
+    torch.save(weights, file)
+    code = main(["convert", str(hub), str(tmp_path / "new")])
+    assert_one_line_refusal(code, capsys, "The ControlNet lacks tensors", "controlnet_mid_block.weight")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_controlnet_that_cannot_be_read_is_told_of(with_controlnet, tmp_path, capsys):
+    hub = shutil.copytree(with_controlnet, tmp_path / "hub")
+    file = hub / "controlnet" / "diffusion_pytorch_model.bin"
+    file.write_bytes(b"")
+    assert main(["convert", str(hub), str(tmp_path / "new")]) == 0
+    assert sorted(os.listdir(tmp_path / "new")) == BOTH
+    assert f"Note: {file} is empty" in capsys.readouterr().out
+
+
+def test_the_stock_loader_takes_a_converted_controlnet_with_nothing_missing_or_left_over(host, caplog):
+    """At SD1.5's own size, every weight a view of one number: what is built and loaded is the host's affair."""
+    import comfy.controlnet
+
+    with torch.device("meta"):
+        weights = ControlNetModel(cross_attention_dim=768).state_dict()
+    converted = {
+        name: torch.tensor(number / 1024, dtype=torch.float16).expand(tensor.shape)
+        for number, (name, tensor) in enumerate(controlnet_to_ldm(weights).items(), start=1)
+    }
+    caplog.set_level(logging.DEBUG)
+    loaded = comfy.controlnet.load_controlnet_state_dict(dict(converted)).control_model.state_dict()
+    assert [line for line in caplog.messages if "controlnet keys" in line or "leftover" in line] == []
+    assert {name: tensor.shape for name, tensor in loaded.items()} == {n: t.shape for n, t in converted.items()}
+    assert all(loaded[name].flatten()[0] == tensor.flatten()[0] for name, tensor in converted.items())
 
 
 def test_a_qformer_alone_converts_to_a_qformer_alone_and_says_so(sources, tmp_path, capsys):

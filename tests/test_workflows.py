@@ -10,18 +10,21 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import requests
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from blip_qformer.checkpoint.stable_diffusion import controlnet_to_ldm, stable_diffusion_checkpoint
 from blip_qformer.cli import main as blip_qformer
 from tests import oracle
-from tests.random_weights import DEMO, write_hub_folder
+from tests.random_weights import DEMO, SMALL, write_hub_folder
 from tools.frontend import Frontend
 from tools.host import PACK_NAME, ROOT, ComfyServer, WorkflowError, comfyui_path, make_base_directory
 from tools.workflow import override, to_prompt
 
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 
-#: The smallest model the stock CheckpointLoaderSimple takes for SD1.5: its CLIP and VAE, and one level of its U-Net.
+#: The smallest model the stock loaders take for SD1.5: its CLIP and VAE, and one level of its U-Net and ControlNet.
 STOCK = dataclasses.replace(
     DEMO,
     width=768,
@@ -32,24 +35,61 @@ STOCK = dataclasses.replace(
     unet_attention=(True,),
     vae_channels=(128, 256, 512, 512),
 )
+CONTROLNETS = ("control_v11p_sd15_scribble_fp16.safetensors", "control_v11f1p_sd15_depth_fp16.safetensors")
+PLAIN_SD15, FAVOURITE = "v1-5-pruned-emaonly-fp16.safetensors", "my_favourite_sd15.safetensors"
+
+#: A picture of the same kind, for each that a workflow shows.
+OTHER = {"cat.jpg": "cup.jpg", "cup.jpg": "cat.jpg", "scribble.png": "depth.png", "depth.png": "scribble.png"}
+
+#: Whose widgets are pixels.
+SIZED = ("EmptyLatentImage", "ImageScale", "SolidMask", "MaskComposite")
+SHRUNK = 8
+TILE = 512 // SHRUNK
+STEPS = 3  # of subject-trajectory
+SHEET = ((STEPS + 2) * (TILE + 1) + 1, TILE + 12 + 2)  # a row with its sources, gaps of one pixel and labels of twelve
 
 
 @pytest.fixture(scope="module")
 def stocked(tmp_path_factory) -> Iterator[ComfyServer]:
-    """A server with the sample photographs and a random model under every name the workflows ask for."""
+    """A server with the sample pictures and a random model under every name the workflows ask for."""
     base = make_base_directory(tmp_path_factory.mktemp("workflows"))
-    for photograph in (ROOT / "workflows" / "inputs").glob("*.jpg"):
-        shutil.copy(photograph, base / "input")
+    for name in OTHER:
+        shutil.copy(ROOT / "workflows" / "inputs" / name, base / "input")
     models, folder = base / "models", tmp_path_factory.mktemp("weights")
     write_hub_folder(
-        oracle.pipeline(DEMO, folder / "demo", comfyui_path()), models / "blip_diffusion" / "blipdiffusion"
+        oracle.pipeline(DEMO, folder / "demo", comfyui_path()),
+        models / "blip_diffusion" / "blipdiffusion-controlnet",
+        controlnet=controlnet(DEMO),
     )
-    write_hub_folder(oracle.pipeline(STOCK, folder / "stock", comfyui_path()), folder / "hub")
-    assert blip_qformer(["convert", str(folder / "hub"), str(folder / "converted")]) == 0
+    tuned = oracle.pipeline(STOCK, folder / "stock", comfyui_path())
+    hub = write_hub_folder(tuned, models / "blip_diffusion" / "blipdiffusion")
+    assert blip_qformer(["convert", str(hub), str(folder / "converted")]) == 0
     shutil.move(folder / "converted" / "blip_diffusion_sd15.safetensors", models / "checkpoints")
     shutil.move(folder / "converted" / "blip2_qformer.safetensors", models / "blip_diffusion")
+    weights = stable_diffusion_checkpoint(*(part.state_dict() for part in (tuned.unet, tuned.text_encoder, tuned.vae)))
+    for seed, name in enumerate((PLAIN_SD15, FAVOURITE)):
+        weights = nearby(weights, seed)
+        save_file(weights, models / "checkpoints" / name)
+    for seed, name in enumerate(CONTROLNETS):
+        save_file(controlnet_to_ldm(controlnet(STOCK, seed).half().state_dict()), models / "controlnet" / name)
     with ComfyServer(base) as running:
         yield running
+
+
+def controlnet(sizes: oracle.Sizes, seed: int = 9) -> oracle.ControlNetModel:
+    """A random ControlNet whose way in keeps a picture's size: the oracle's is so strong that it drowns the prompt."""
+    model = oracle.controlnet(sizes, seed)
+    for weight in model.controlnet_cond_embedding.parameters():
+        if weight.ndim > 1:
+            weight.mul_(3 / weight[0].numel() ** 0.5)
+    return model
+
+
+def nearby(weights: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """The same weights and a little of others, in half precision: as checkpoints tuned from one another are."""
+    torch.manual_seed(seed)
+    noisy = {name: weight + torch.randn(weight.shape) * 0.1 * weight.std() for name, weight in weights.items()}
+    return {name: weight.half().contiguous() for name, weight in noisy.items()}
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +100,26 @@ def browser(stocked) -> Iterator[Frontend]:
 
 
 def small(server: ComfyServer, workflow: str) -> dict:
-    """A workflow's prompt, made quick: three steps of 64 x 64 pixels."""
+    """A workflow's prompt, made quick: three steps of 64 x 64 pixels, three pictures in a trajectory."""
     graph = json.loads((ROOT / "workflows" / f"{workflow}.json").read_text())
     prompt = to_prompt(graph, server.object_info())
-    prompt = override(prompt, "EmptyLatentImage", width=64, height=64)
+    for node in prompt.values():
+        inputs = node["inputs"]
+        if node["class_type"] in SIZED:
+            inputs |= {name: inputs[name] // SHRUNK for name in ("width", "height", "x", "y") if name in inputs}
+        elif node["class_type"] == "BLIPDiffusionSubjectTrajectory":
+            inputs["steps"] = STEPS
     return override(prompt, "KSampler", steps=3)
+
+
+def nodes_of(prompt: dict, class_type: str) -> list[str]:
+    """The ids of the nodes of one class."""
+    return [number for number, node in prompt.items() if node["class_type"] == class_type]
+
+
+def changed(prompt: dict, number: str, **inputs: object) -> dict:
+    """A copy of the prompt with other inputs in one node."""
+    return {**prompt, number: {**prompt[number], "inputs": {**prompt[number]["inputs"], **inputs}}}
 
 
 def picture(server: ComfyServer, prompt: dict) -> np.ndarray:
@@ -77,7 +132,7 @@ def test_runs_and_is_cached(stocked, workflow):
     prompt = small(stocked, workflow)
     first = stocked.queue(prompt)
     (pictures,) = first.files.values()
-    assert [Image.open(file).size for file in pictures] == [(64, 64)]
+    assert [Image.open(file).size for file in pictures] == [SHEET if workflow == "subject-trajectory" else (TILE, TILE)]
     assert {*first.executed, *first.cached} == set(prompt)  # a node another workflow shares may be cached already
     assert len(first.executed) > len(first.cached)
     assert not stocked.queue(prompt).executed
@@ -87,15 +142,13 @@ def test_runs_and_is_cached(stocked, workflow):
 def test_answers_to_picture_word_and_prompt(stocked, workflow):
     prompt = small(stocked, workflow)
     original = picture(stocked, prompt)
-    (shown,) = [node["inputs"]["image"] for node in prompt.values() if node["class_type"] == "LoadImage"]
-    (other,) = {"cat.jpg", "cup.jpg"} - {shown}
-    changes = [
-        override(prompt, "LoadImage", image=other),
-        override(prompt, "BLIPDiffusionSubjectEncode", subject_word="teapot"),
-        override(prompt, "BLIPDiffusionPromptCompose", prompt="under the night sky"),
-    ]
-    for changed in changes:
-        assert not np.array_equal(picture(stocked, changed), original)
+    changes = [override(prompt, "BLIPDiffusionPromptCompose", prompt="under the night sky")]
+    for number in nodes_of(prompt, "LoadImage"):
+        changes.append(changed(prompt, number, image=OTHER[prompt[number]["inputs"]["image"]]))
+    for number in nodes_of(prompt, "BLIPDiffusionSubjectEncode"):
+        changes.append(changed(prompt, number, subject_word="teapot"))
+    for each in changes:
+        assert not np.array_equal(picture(stocked, each), original)
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS)
@@ -112,6 +165,124 @@ def test_is_offered_as_a_template_with_a_thumbnail(stocked, workflow):
     assert workflow in requests.get(f"{stocked.url}/api/workflow_templates").json()[PACK_NAME]
     thumbnail = requests.get(f"{stocked.url}/api/workflow_templates/{PACK_NAME}/{workflow}.jpg")
     assert thumbnail.headers["Content-Type"] == "image/jpeg"
+    assert len(thumbnail.content) < 80_000
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_says_how_to_use_it_and_where_its_models_come_from(workflow):
+    nodes = json.loads((ROOT / "workflows" / f"{workflow}.json").read_text())["nodes"]
+    (note,) = [node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote"]
+    for node in nodes:
+        for model in node["properties"].get("models", []):  # what the dialog of missing models offers
+            assert model["name"] == node["widgets_values"][0]
+            assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(model["name"])
+            assert model["url"] in note
+
+
+def test_the_rest_of_an_inpainted_picture_stays(stocked):
+    prompt = small(stocked, "subject-inpaint")
+    (encoded,), (sampler,) = nodes_of(prompt, "VAEEncode"), nodes_of(prompt, "KSampler")
+    before, after = latents(stocked, prompt, encoded), latents(stocked, prompt, sampler)
+    drawn = torch.zeros(8, 8, dtype=torch.bool)
+    drawn[1:7, 1:7] = True  # 384 of 512 pixels, from the 64th on
+    same = torch.isclose(after, before, rtol=1e-5, atol=1e-5)[0].all(0)
+    assert torch.equal(same, ~drawn)
+
+
+def latents(server: ComfyServer, prompt: dict, number: str) -> torch.Tensor:
+    """What one node of a prompt gives as a latent."""
+    save = {"class_type": "SaveLatent", "inputs": {"samples": [number, 0], "filename_prefix": f"latents/{number}"}}
+    ((file,),) = [files for node, files in server.queue({**prompt, "save": save}).files.items() if node == "save"]
+    return load_file(file)["latent_tensor"]
+
+
+def test_a_trajectory_is_drawn_from_one_noise(stocked):
+    prompt = small(stocked, "subject-trajectory")
+    tiles = tiles_of(picture(stocked, prompt))
+    assert all(not np.array_equal(one, next_one) for one, next_one in zip(tiles, tiles[1:], strict=False))
+    same = override(override(prompt, "LoadImage", image="cup.jpg"), "BLIPDiffusionSubjectEncode", subject_word="cup")
+    tiles = tiles_of(picture(stocked, same))
+    assert max(np.abs(tile - tiles[0]).max() for tile in tiles) <= 1  # rows of a batch differ by rounding
+
+
+def tiles_of(sheet: np.ndarray) -> list[np.ndarray]:
+    """The pictures of a trajectory's sheet, without its sources at both ends."""
+    lefts = [1 + (TILE + 1) * column for column in range(1, STEPS + 1)]
+    return [sheet[1 : 1 + TILE, left : left + TILE].astype(int) for left in lefts]
+
+
+def test_what_was_learned_goes_onto_another_checkpoint(stocked):
+    """Strength 0 is the favourite itself; on plain SD1.5, strength 1 is BLIP-Diffusion again."""
+    prompt = small(stocked, "any-sd15")
+    (load,) = nodes_of(prompt, "BLIPDiffusionLoader")
+    (favourite,) = [
+        each for each in nodes_of(prompt, "CheckpointLoaderSimple") if prompt[each]["inputs"]["ckpt_name"] == FAVOURITE
+    ]
+    nothing = override(override(prompt, "ModelMergeSubtract", multiplier=0.0), "CLIPMergeSubtract", multiplier=0.0)
+    assert np.array_equal(picture(stocked, nothing), picture(stocked, drawn_by(prompt, favourite)))
+
+    tuned = picture(stocked, drawn_by(changed(prompt, favourite, ckpt_name=PLAIN_SD15), load)).astype(int)
+    on_plain = picture(stocked, changed(prompt, favourite, ckpt_name=PLAIN_SD15))
+    on_favourite, plain = picture(stocked, prompt), picture(stocked, nothing)
+    assert np.abs(on_plain - tuned).mean() < 0.02 * np.abs(plain - tuned).mean()  # rounding of float16 files
+    assert np.abs(on_favourite - tuned).mean() > 0.1 * np.abs(plain - tuned).mean()
+
+
+def drawn_by(prompt: dict, loader: str) -> dict:
+    """A prompt whose model and CLIP come straight from one loader."""
+    (sampler,) = nodes_of(prompt, "KSampler")
+    straight = changed(prompt, sampler, model=[loader, 0])
+    return override(
+        override(straight, "BLIPDiffusionPromptCompose", clip=[loader, 1]), "CLIPTextEncode", clip=[loader, 1]
+    )
+
+
+@pytest.fixture(scope="module")
+def networks(host, tmp_path_factory) -> dict[str, dict[str, object]]:
+    """Three small models, as MODEL and as CLIP, in the host that computes in float32."""
+    folder = tmp_path_factory.mktemp("merged")
+    models, clips = {}, {}
+    for seed, name in enumerate(("tuned", "base", "favourite")):
+        hub = host.base / "models" / "blip_diffusion" / f"merged-{name}"
+        write_hub_folder(oracle.pipeline(SMALL, folder / name, comfyui_path(), seed=20 * seed), hub)
+        models[name], clips[name], *_ = host.run("BLIPDiffusionLoader", checkpoint=hub.name)
+    return {"Model": models, "CLIP": clips}
+
+
+def merged(host, networks: dict, kind: str, onto: str, strength: float) -> dict[str, torch.Tensor]:
+    """The weights that the stock nodes make, wired as in any-sd15: onto + strength (tuned - base)."""
+    one, two = f"{kind.lower()}1", f"{kind.lower()}2"
+    subtracted = {one: networks[kind]["tuned"], two: networks[kind]["base"]}
+    (difference,) = host.run(f"{kind}MergeSubtract", **subtracted, multiplier=strength)
+    return weights_of(host.run(f"{kind}MergeAdd", **{one: networks[kind][onto], two: difference})[0])
+
+
+@pytest.mark.parametrize("kind", ["Model", "CLIP"])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_the_stock_merge_nodes_add_the_difference_to_every_weight(host, networks, kind, strength):
+    tuned, base, favourite = (weights_of(networks[kind][name]) for name in ("tuned", "base", "favourite"))
+    expected = {name: favourite[name] + strength * (tuned[name] - base[name]) for name in favourite}
+    found = merged(host, networks, kind, "favourite", strength)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    if strength == 0:
+        assert all(torch.equal(found[name], favourite[name]) for name in favourite)
+
+
+@pytest.mark.parametrize("kind", ["Model", "CLIP"])
+def test_plain_sd15_and_the_difference_are_blip_diffusion(host, networks, kind):
+    tuned = weights_of(networks[kind]["tuned"])
+    torch.testing.assert_close(merged(host, networks, kind, "base", 1.0), tuned, rtol=1e-6, atol=1e-6)
+
+
+def weights_of(network: object) -> dict[str, torch.Tensor]:
+    """A MODEL's or CLIP's weights as they are when it is used, without the one that no SD1.5 file holds."""
+    patcher = getattr(network, "patcher", network)
+    for name in patcher.patches:
+        patcher.patch_weight_to_device(name)
+    state = patcher.model.state_dict()
+    weights = {name: weight.clone() for name, weight in state.items() if "text_projection" not in name}
+    patcher.unpatch_model()
+    return weights
 
 
 def test_the_log_holds_no_complaint_about_the_pack(stocked):
