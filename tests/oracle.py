@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,9 @@ class Sizes:
     unet_layers: int = 1
     vae_channels: tuple[int, ...] = (32, 32, 64, 64)
 
+
+#: Tables of vectors, which are looked up and not multiplied with.
+TABLE = re.compile(r"(token|word|position|class)_embeddings?(\.weight)?$|query_tokens$")
 
 SMALL = Sizes()
 FULL = Sizes(
@@ -173,7 +177,7 @@ def randomized(model: nn.Module, seed: int) -> nn.Module:
             if weight.ndim == 1:  # biases are small, and a norm's scale lies around one
                 is_scale = "norm" in name.lower() and name.endswith("weight")
                 weight.copy_(noise * 0.1 + (1.0 if is_scale else 0.0))
-            elif "embed" in name or "token" in name:
+            elif TABLE.search(name):
                 weight.copy_(noise * 0.5)
             else:
                 weight.copy_(noise / weight[0].numel() ** 0.5)

@@ -59,7 +59,7 @@ def stocked(tmp_path_factory) -> Iterator[ComfyServer]:
     write_hub_folder(
         oracle.pipeline(DEMO, folder / "demo", comfyui_path()),
         models / "blip_diffusion" / "blipdiffusion-controlnet",
-        controlnet=controlnet(DEMO),
+        controlnet=oracle.controlnet(DEMO),
     )
     tuned = oracle.pipeline(STOCK, folder / "stock", comfyui_path())
     hub = write_hub_folder(tuned, models / "blip_diffusion" / "blipdiffusion")
@@ -71,18 +71,9 @@ def stocked(tmp_path_factory) -> Iterator[ComfyServer]:
         weights = nearby(weights, seed)
         save_file(weights, models / "checkpoints" / name)
     for seed, name in enumerate(CONTROLNETS):
-        save_file(controlnet_to_ldm(controlnet(STOCK, seed).half().state_dict()), models / "controlnet" / name)
+        save_file(controlnet_to_ldm(oracle.controlnet(STOCK, seed).half().state_dict()), models / "controlnet" / name)
     with ComfyServer(base) as running:
         yield running
-
-
-def controlnet(sizes: oracle.Sizes, seed: int = 9) -> oracle.ControlNetModel:
-    """A random ControlNet whose way in keeps a picture's size: the oracle's is so strong that it drowns the prompt."""
-    model = oracle.controlnet(sizes, seed)
-    for weight in model.controlnet_cond_embedding.parameters():
-        if weight.ndim > 1:
-            weight.mul_(3 / weight[0].numel() ** 0.5)
-    return model
 
 
 def nearby(weights: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
