@@ -196,6 +196,15 @@ def test_a_trajectory_is_drawn_from_one_noise(stocked):
     assert max(np.abs(tile - tiles[0]).max() for tile in tiles) <= 1  # rows of a batch differ by rounding
 
 
+def test_a_trajectory_too_large_for_memory_is_drawn_in_parts(stocked):
+    """The server runs what follows once for each part, and Subject Grid lays all of them out together."""
+    prompt = small(stocked, "subject-trajectory")
+    whole = picture(stocked, prompt).astype(int)
+    in_parts = picture(stocked, override(prompt, "BLIPDiffusionSubjectTrajectory", steps_at_once=2)).astype(int)
+    assert in_parts.shape == whole.shape
+    assert np.abs(in_parts - whole).mean() < 1  # of 255; weights are float16 here, and batches round differently
+
+
 def tiles_of(sheet: np.ndarray) -> list[np.ndarray]:
     """The pictures of a trajectory's sheet, without its sources at both ends."""
     lefts = [1 + (TILE + 1) * column for column in range(1, STEPS + 1)]
