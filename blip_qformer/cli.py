@@ -19,13 +19,11 @@ from .checkpoint import Checkpoint, open_checkpoint, save_qformer
 from .checkpoint.kinds import Kind, describe, kind_of
 from .checkpoint.reading import read_tensors
 from .checkpoint.stable_diffusion import (
+    CONVERSIONS,
     check_depth,
-    controlnet_to_ldm,
     departures_from_stock,
+    network_to_ldm,
     stable_diffusion_checkpoint,
-    text_encoder_to_ldm,
-    unet_to_ldm,
-    vae_to_ldm,
 )
 from .checkpoint.writing import check_free_space, check_target, data_size, write_safetensors
 
@@ -36,13 +34,6 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 # The parts of a checkpoint that make Stable Diffusion, and what a person calls them.
 NETWORKS = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "VAE"}
-
-CONVERSIONS = {
-    "unet": unet_to_ldm,
-    "text_encoder": text_encoder_to_ldm,
-    "vae": vae_to_ldm,
-    "controlnet": controlnet_to_ldm,
-}
 
 WHOLE = (Kind.QFORMER, Kind.FINETUNED)  # the kinds of file that are a checkpoint by themselves
 
@@ -159,12 +150,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _faults(checkpoint: Checkpoint) -> Iterator[str]:
     """A sentence for each network that lacks tensors or holds ones it should not."""
-    for name, convert in CONVERSIONS.items():
+    for name in CONVERSIONS:
         if part := getattr(checkpoint, name):
-            weights = part.weights
             try:
-                check_depth(name, weights, part.config)
-                convert(weights)
+                network_to_ldm(name, part.weights, part.config)
             except ValueError as error:
                 yield f"{_relative(part.path, checkpoint.path)}: {error}"
 
@@ -188,9 +177,7 @@ def _controlnet(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The stock loader's ControlNet; empty if the checkpoint has none."""
     if checkpoint.controlnet is None:
         return {}
-    weights = checkpoint.controlnet.weights
-    check_depth("controlnet", weights, checkpoint.controlnet.config)
-    return controlnet_to_ldm(weights)
+    return network_to_ldm("controlnet", checkpoint.controlnet.weights, checkpoint.controlnet.config)
 
 
 def _check_folder(folder: Path, names: list[str], overwrite: bool) -> None:

@@ -19,15 +19,11 @@ from comfy.supported_models_base import ClipTarget
 
 from ..blip_qformer.checkpoint import CheckpointError, Part
 from ..blip_qformer.checkpoint.stable_diffusion import (
-    check_depth,
     controlnet_config,
-    controlnet_to_ldm,
+    network_to_ldm,
     text_encoder_config,
-    text_encoder_to_ldm,
     unet_config,
-    unet_to_ldm,
     vae_config,
-    vae_to_ldm,
 )
 
 SD15_HEADS = 8
@@ -43,8 +39,7 @@ def build_model(unet: Part, vae: Part) -> comfy.model_patcher.ModelPatcher:
     management = comfy.model_management
     with naming(unet):
         published = unet.weights
-        check_depth("unet", published, unet.config)
-        weights = unet_to_ldm(published)
+        weights = network_to_ldm("unet", published, unet.config)
         config = comfy.supported_models.SD15(unet_config(published))
     config.unet_config["num_heads"] = _heads(unet.config)  # the class has just set SD1.5's own number
     config.latent_format.scale_factor = vae.config.get("scaling_factor", SD15_SCALING_FACTOR)
@@ -73,8 +68,7 @@ def build_clip(text_encoder: Part) -> comfy.sd.CLIP:
     """
     with naming(text_encoder):
         published = text_encoder.weights
-        check_depth("text_encoder", published, text_encoder.config)
-        converted = text_encoder_to_ldm(published)
+        converted = network_to_ldm("text_encoder", published, text_encoder.config)
         sizes = text_encoder_config(published, text_encoder.config.get("num_attention_heads"))
     weights = {name.removeprefix("transformer."): tensor for name, tensor in converted.items()}
     clip = comfy.sd.CLIP(
@@ -96,9 +90,9 @@ def build_vae(vae: Part) -> comfy.sd.VAE:
     """
     with naming(vae):
         published = vae.weights
-        check_depth("vae", published, vae.config)
+        weights = network_to_ldm("vae", published, vae.config)
         config = vae_config(published)
-        built = comfy.sd.VAE(sd=vae_to_ldm(published), config={"params": config})
+        built = comfy.sd.VAE(sd=weights, config={"params": config})
     built.downscale_ratio = built.upscale_ratio = 2 ** (len(config["ddconfig"]["ch_mult"]) - 1)
     return built
 
@@ -112,8 +106,7 @@ def build_controlnet(controlnet: Part) -> comfy.controlnet.ControlNet:
     management = comfy.model_management
     with naming(controlnet):
         published = controlnet.weights
-        check_depth("controlnet", published, controlnet.config)
-        weights = controlnet_to_ldm(published)
+        weights = network_to_ldm("controlnet", published, controlnet.config)
     dtype = management.unet_dtype(
         model_params=comfy.utils.calculate_parameters(weights),
         supported_dtypes=comfy.supported_models.SD15.supported_inference_dtypes,

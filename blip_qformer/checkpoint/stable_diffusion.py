@@ -144,6 +144,15 @@ def text_encoder_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _renamed(plain, {module: f"transformer.text_model.{module}" for module in modules}, part="text encoder")
 
 
+#: Part of a checkpoint -> what converts it.
+CONVERSIONS = {
+    "unet": unet_to_ldm,
+    "text_encoder": text_encoder_to_ldm,
+    "vae": vae_to_ldm,
+    "controlnet": controlnet_to_ldm,
+}
+
+
 def unet_config(weights: Mapping[str, Tensor], heads: int = 8) -> dict:
     """The arguments with which ComfyUI's UNetModel builds a U-Net of this size.
 
@@ -256,6 +265,18 @@ def text_encoder_config(weights: Mapping[str, Tensor], heads: int | None = None)
         "max_position_embeddings": _shape(plain, "embeddings.position_embedding.weight")[0],
         "hidden_act": "quick_gelu",
     }
+
+
+def network_to_ldm(part: str, weights: Mapping[str, Tensor], config: Mapping[str, object]) -> dict[str, Tensor]:
+    """A network's weights under LDM's names, held against its config first: nothing may be missing, on any level.
+
+    Args:
+        part, weights, config: as for `check_depth`.
+    Raises:
+        ValueError: levels, layers or tensors are missing, or unknown.
+    """
+    check_depth(part, weights, config)
+    return CONVERSIONS[part](weights)
 
 
 def check_depth(part: str, weights: Mapping[str, Tensor], config: Mapping[str, object]) -> None:

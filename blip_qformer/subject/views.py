@@ -20,7 +20,7 @@ def average_views(views: Subject, weights: Sequence[float] = ()) -> Subject:
     """The rows of a subject -> one row, their mean, weighted where there are weights.
 
     Raises:
-        ValueError: the weights cannot be used, see :func:`~blip_qformer.blend_weights.normalise_weights`.
+        ValueError: the weights cannot be used, see :func:`~blip_qformer.subject.weights.normalise_weights`.
     """
     if not weights:
         return views.average()

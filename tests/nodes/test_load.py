@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 from collections.abc import Callable
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from safetensors.torch import save_file
 
 from blip_qformer.checkpoint import open_checkpoint, save_qformer
 from blip_qformer.encoder import preprocess
-from tools.host import comfyui_path
 
 LOADERS = ["BLIPDiffusionLoader", "BLIPDiffusionQFormerLoader"]
 
@@ -51,24 +48,17 @@ def test_folders_and_files_are_listed(host, models, loader):
 
 def test_folders_of_extra_model_paths_are_listed(host, models, tmp_path):
     import folder_paths
+    from utils.extra_config import load_extra_path_config
 
     shutil.copytree(models / "blip_diffusion" / "hub" / "qformer", tmp_path / "elsewhere" / "mine" / "qformer")
     config = tmp_path / "extra_model_paths.yaml"
     config.write_text(f"mine:\n    base_path: {tmp_path}\n    blip_diffusion: elsewhere\n")
-    extra_config().load_extra_path_config(str(config))
+    load_extra_path_config(str(config))
     try:
         assert "mine" in options(host)
         host.run("BLIPDiffusionQFormerLoader", checkpoint="mine")
     finally:
         folder_paths.folder_names_and_paths["blip_diffusion"][0].remove(str(tmp_path / "elsewhere"))
-
-
-def extra_config() -> ModuleType:
-    """The host's reader of extra_model_paths.yaml; by its file, because ``utils`` is a name others have too."""
-    spec = importlib.util.spec_from_file_location("host_extra_config", comfyui_path() / "utils" / "extra_config.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_single_file_loads(host, models, loaded):
