@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from tests import oracle
@@ -93,7 +92,7 @@ def _parity(host: Host, pipeline: oracle.BlipDiffusionPipeline, edges: list[int]
         noise = torch.randn(1, 4, edge // 8, edge // 8, generator=torch.manual_seed(7))
         latents, seconds = _timed(lambda noise=noise: _sample(host, model, clip, positive, noise, 10))
         expected, peer_seconds = _timed(
-            lambda noise=noise: reference_ddim(pipeline, noise, pipeline.encode_prompt(subject.vectors, [text]), 10)
+            lambda noise=noise: _reference(pipeline, noise, pipeline.encode_prompt(subject.vectors, [text]), 10)
         )
         yield _row(
             f"latents after 10 DDIM steps, guidance {GUIDANCE}, {edge}x{edge}", latents, expected, seconds, peer_seconds
@@ -123,7 +122,7 @@ def _converted(host: Host, pipeline: oracle.BlipDiffusionPipeline) -> Iterator[R
     yield _row("converted: prompt embeddings", positive[0][0], expected)
     noise = torch.randn(1, 4, 32, 32, generator=torch.manual_seed(7))
     latents = _sample(host, model, clip, positive, noise, 4)
-    yield _row("converted: latents after 4 DDIM steps, 256x256", latents, reference_ddim(pipeline, noise, expected, 4))
+    yield _row("converted: latents after 4 DDIM steps, 256x256", latents, _reference(pipeline, noise, expected, 4))
 
 
 def _compose(host: Host, clip, subject):
@@ -133,40 +132,12 @@ def _compose(host: Host, clip, subject):
 def _sample(host: Host, model, clip, positive, noise: Tensor, steps: int) -> Tensor:
     """The stock KSampler's latents in the reference's scale; seed 7 makes the same noise in the host."""
     (negative,) = host.run("CLIPTextEncode", clip=clip, text=NEGATIVE)
-    (latent,) = host.run(
-        "KSampler",
-        model=model,
-        seed=7,
-        steps=steps,
-        cfg=GUIDANCE,
-        sampler_name="ddim",
-        scheduler="ddim_uniform",
-        positive=positive,
-        negative=negative,
-        latent_image={"samples": torch.zeros_like(noise)},
-        denoise=1.0,
-    )
+    latent = host.ddim(model, positive, negative, {"samples": torch.zeros_like(noise)}, steps, GUIDANCE, seed=7)
     return latent["samples"] * SCALING_FACTOR
 
 
-def reference_ddim(pipeline: oracle.BlipDiffusionPipeline, noise: Tensor, prompt: Tensor, steps: int) -> Tensor:
-    """The reference's loop, with a scheduler that visits the timesteps of the host's ddim_uniform."""
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=True,  # the host's last step ends at sigma 0
-        steps_offset=1,
-    )
-    scheduler.set_timesteps(steps)
-    latents = (1 - scheduler.alphas_cumprod[scheduler.timesteps[0]]).sqrt() * noise
-    tokens = pipeline.tokenizer([NEGATIVE], padding="max_length", max_length=77, return_tensors="pt")
-    context = torch.cat([pipeline.text_encoder(input_ids=tokens.input_ids)[0], prompt])
-    for timestep in scheduler.timesteps:
-        without, with_prompt = pipeline.unet(latents.repeat(2, 1, 1, 1), timestep, context).sample.chunk(2)
-        latents = scheduler.step(without + GUIDANCE * (with_prompt - without), timestep, latents).prev_sample
-    return latents
+def _reference(pipeline: oracle.BlipDiffusionPipeline, noise: Tensor, prompt: Tensor, steps: int) -> Tensor:
+    return oracle.ddim(pipeline, noise, prompt, NEGATIVE, steps, GUIDANCE)
 
 
 def _costs(hub: Path, converted: Path) -> Iterator[Row]:

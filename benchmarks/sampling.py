@@ -27,19 +27,8 @@ def sampling_rows(host: Host, loaded: SimpleNamespace) -> Iterator[Row]:
     assert with_subject[0][0].shape == plain[0][0].shape  # the same number of tokens
 
     def sample(positive):
-        return host.run(
-            "KSampler",
-            model=loaded.model,
-            seed=0,
-            steps=STEPS,
-            cfg=7.5,
-            sampler_name="ddim",
-            scheduler="ddim_uniform",
-            positive=positive,
-            negative=negative,
-            latent_image={"samples": torch.zeros(1, 4, EDGE // 8, EDGE // 8)},
-            denoise=1.0,
-        )
+        empty = {"samples": torch.zeros(1, 4, EDGE // 8, EDGE // 8)}
+        return host.ddim(loaded.model, positive, negative, empty, STEPS, guidance=7.5, seed=0)
 
     yield Row(
         f"KSampler with a subject, {STEPS} steps, {EDGE}x{EDGE}",

@@ -35,19 +35,7 @@ def trajectory_rows(host: Host, loaded: SimpleNamespace) -> Iterator[Row]:
 
     def draw(subject, latent):
         positive, _ = host.run("BLIPDiffusionPromptCompose", clip=loaded.clip, subject=subject, prompt=PROMPT)
-        return host.run(
-            "KSampler",
-            model=loaded.model,
-            seed=0,
-            steps=STEPS,
-            cfg=7.5,
-            sampler_name="ddim",
-            scheduler="ddim_uniform",
-            positive=positive,
-            negative=negative,
-            latent_image=latent,
-            denoise=1.0,
-        )
+        return host.ddim(loaded.model, positive, negative, latent, STEPS, guidance=7.5, seed=0)
 
     def as_one_batch():
         (path,), (latent,), _ = host.run(

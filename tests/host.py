@@ -58,6 +58,24 @@ class Host:
         is_list = getattr(node, "OUTPUT_IS_LIST", None) or [False] * len(outputs)
         return tuple(values if many else values[0] for values, many in zip(outputs, is_list, strict=True))
 
+    def ddim(
+        self, model: Any, positive: list, negative: list, latent: dict, steps: int, guidance: float, seed: int
+    ) -> dict[str, torch.Tensor]:
+        """The stock KSampler's DDIM run, whose timesteps ``tests.oracle.ddim`` visits too; returns the LATENT."""
+        return self.run(
+            "KSampler",
+            model=model,
+            seed=seed,
+            steps=steps,
+            cfg=guidance,
+            sampler_name="ddim",
+            scheduler="ddim_uniform",
+            positive=positive,
+            negative=negative,
+            latent_image=latent,
+            denoise=1.0,
+        )[0]
+
     def module(self, name: str) -> ModuleType:
         """A module of the loaded pack, such as ``"nodes.subject"``; not a second copy of it."""
         return importlib.import_module(f"{self.pack.__name__}.{name}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 from diffusers.pipelines.blip_diffusion.blip_image_processing import BlipImageProcessor
 from diffusers.pipelines.blip_diffusion.modeling_blip2 import Blip2QFormerModel
 from diffusers.pipelines.blip_diffusion.modeling_ctx_clip import ContextCLIPTextModel
@@ -163,6 +163,49 @@ def pipeline(sizes: Sizes, folder: Path, host: Path, seed: int = 0) -> BlipDiffu
         qformer=qformer(sizes, folder / "bert", seed),
         image_processor=BlipImageProcessor(size={"height": sizes.image_size, "width": sizes.image_size}),
     )
+
+
+def ddim(
+    pipeline: BlipDiffusionPipeline,
+    noise: torch.Tensor,
+    prompt: torch.Tensor,
+    negative: str,
+    steps: int,
+    guidance: float,
+    controlnet: ControlNetModel | None = None,
+    hint: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The reference pipelines' loop, with a scheduler that visits the timesteps of the host's ddim_uniform.
+
+    Args:
+        noise: [1, 4, H / 8, W / 8]; ``prompt``: [1, 77, width] from ``encode_prompt``.
+        steps: a divisor of 1000, so that both count time alike.
+        controlnet, hint: a ControlNet and its picture [1, 3, H, W] in 0..1.
+    Returns:
+        Latents, in diffusers' scale.
+    """
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,  # the host's last step ends at sigma 0
+        steps_offset=1,
+    )
+    scheduler.set_timesteps(steps)
+    # The host starts an empty latent as sigma * noise; in diffusers' variables that is sqrt(1 - alpha) * noise.
+    latents = (1 - scheduler.alphas_cumprod[scheduler.timesteps[0]]).sqrt() * noise
+    tokens = pipeline.tokenizer([negative], padding="max_length", max_length=77, return_tensors="pt")
+    context = torch.cat([pipeline.text_encoder(input_ids=tokens.input_ids)[0], prompt])
+    for timestep in scheduler.timesteps:
+        both = latents.repeat(2, 1, 1, 1)
+        residuals = {}
+        if controlnet is not None:
+            down, middle = controlnet(both, timestep, context, hint.repeat(2, 1, 1, 1), return_dict=False)
+            residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        without, with_prompt = pipeline.unet(both, timestep, context, **residuals).sample.chunk(2)
+        latents = scheduler.step(without + guidance * (with_prompt - without), timestep, latents).prev_sample
+    return latents
 
 
 def randomized(model: nn.Module, seed: int) -> nn.Module:

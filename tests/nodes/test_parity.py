@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
 from blip_qformer.encoder import preprocess
+from tests import oracle
 
 SEED, SIZE = 7, (128, 192)  # of the picture, in pixels
 STEPS, GUIDANCE = 10, 7.5  # 1000 is a multiple of the steps, so that both count time alike
@@ -92,46 +92,12 @@ def test_whole_ddim_run_with_a_controlnet(host, pipeline, controlnet, loaded, su
 
 def sample(host, model, positive, negative, steps: int = STEPS) -> dict[str, torch.Tensor]:
     """The host's DDIM run that ``reference_ddim`` repeats."""
-    return host.run(
-        "KSampler",
-        model=model,
-        seed=SEED,
-        steps=steps,
-        cfg=GUIDANCE,
-        sampler_name="ddim",
-        scheduler="ddim_uniform",
-        positive=positive,
-        negative=negative,
-        latent_image={"samples": torch.zeros(1, 4, SIZE[0] // 8, SIZE[1] // 8)},
-        denoise=1.0,
-    )[0]
+    empty = {"samples": torch.zeros(1, 4, SIZE[0] // 8, SIZE[1] // 8)}
+    return host.ddim(model, positive, negative, empty, steps, GUIDANCE, SEED)
 
 
 def reference_ddim(pipeline, subject, text, negative_text, steps=STEPS, controlnet=None, hint=None) -> torch.Tensor:
-    """The reference pipelines' loop, with a scheduler that visits the same timesteps as the host's ddim_uniform."""
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=True,  # the host's last step ends at sigma 0
-        steps_offset=1,
-    )
-    scheduler.set_timesteps(steps)
-    noise = torch.randn(1, 4, SIZE[0] // 8, SIZE[1] // 8, generator=torch.manual_seed(SEED))  # as the host makes it
-    # The host starts an empty latent as sigma * noise; in diffusers' variables that is sqrt(1 - alpha) * noise.
-    alpha = scheduler.alphas_cumprod[scheduler.timesteps[0]]
-    latents = (1 - alpha).sqrt() * noise
-    tokens = pipeline.tokenizer([negative_text], padding="max_length", max_length=77, return_tensors="pt")
-    negative = pipeline.text_encoder(input_ids=tokens.input_ids)[0]
-    context = torch.cat([negative, pipeline.encode_prompt(subject.vectors, [text])])
-    for timestep in scheduler.timesteps:
-        both = latents.repeat(2, 1, 1, 1)
-        residuals = {}
-        if controlnet is not None:
-            down, middle = controlnet(both, timestep, context, hint.repeat(2, 1, 1, 1), return_dict=False)
-            residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        without, with_prompt = pipeline.unet(both, timestep, context, **residuals).sample.chunk(2)
-        prediction = without + GUIDANCE * (with_prompt - without)
-        latents = scheduler.step(prediction, timestep, latents).prev_sample
-    return latents
+    """The reference's run from the same noise, as the host makes it."""
+    noise = torch.randn(1, 4, SIZE[0] // 8, SIZE[1] // 8, generator=torch.manual_seed(SEED))
+    prompt = pipeline.encode_prompt(subject.vectors, [text])
+    return oracle.ddim(pipeline, noise, prompt, negative_text, steps, GUIDANCE, controlnet, hint)
