@@ -1,0 +1,1 @@
+"""Training: the three stages, their data, and the small world they are proven in."""
