@@ -1,0 +1,84 @@
+"""The artwork folder: every thing in every style, and who may be trained on.
+
+A folder holds ``things.jsonl``, for each thing a line
+``{"code": "1f436", "word": "dog face", "category": "Animals & Nature"}``, and ``<style>/<code>.png`` or ``.webp`` with a
+transparent background for each style that draws it.
+``tools/artwork.py`` fills one from the npm registry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+#: The style that is never trained on.
+HELD_OUT_STYLE = "twemoji"
+
+#: The part of all words that is never trained on.
+HELD_OUT_WORDS = 0.2
+
+#: Categories whose pictures are things; the rest (faces, people) is only trained on.
+THINGS = frozenset({"Animals & Nature", "Food & Drink", "Objects", "Activities", "Travel & Places"})
+
+LISTING = "things.jsonl"
+PICTURE_SUFFIXES = (".png", ".webp")
+
+
+@dataclass(frozen=True)
+class Artwork:
+    """One thing drawn in one style."""
+
+    code: str
+    word: str
+    category: str
+    style: str
+    file: Path
+
+
+def read_artwork(folder: Path) -> list[Artwork]:
+    """All artwork in a folder, in an order that does not depend on the file system.
+
+    Raises:
+        FileNotFoundError: there is no ``things.jsonl``, or no picture beside it.
+    """
+    listing = folder / LISTING
+    if not listing.is_file():
+        raise FileNotFoundError(f"No {LISTING} is in '{folder}': fill it with 'python -m tools.artwork {folder}'.")
+    things = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines() if line]
+    styles = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    found = [
+        Artwork(thing["code"], thing["word"], thing["category"], style, file)
+        for thing in things
+        for style in styles
+        for file in [(folder / style / thing["code"]).with_suffix(suffix) for suffix in PICTURE_SUFFIXES]
+        if file.is_file()
+    ]
+    if not found:
+        raise FileNotFoundError(f"'{folder}' lists {len(things)} things and holds a picture of none: fill it anew.")
+    return found
+
+
+def is_held_out_word(word: str) -> bool:
+    """Whether a word is never trained on: a fixed fifth of all words, drawn by the word's own hash.
+
+    "dog" and "dog face" go together, or the one would be trained on as the other: what counts is the first word.
+    """
+    first = word.split()[0]
+    return int(hashlib.sha256(first.encode()).hexdigest(), 16) % 1000 < HELD_OUT_WORDS * 1000
+
+
+def is_trained_on(artwork: Artwork) -> bool:
+    """Whether a model may have seen this artwork."""
+    return artwork.style != HELD_OUT_STYLE and not is_held_out_word(artwork.word)
+
+
+def is_held_out_thing(artwork: Artwork) -> bool:
+    """Whether this is what models are judged by: a thing whose word was never trained on, in any style."""
+    return artwork.category in THINGS and is_held_out_word(artwork.word)
+
+
+#: The splits by name; what :class:`~blip_qformer.training.world.scenes.World` takes.
+SPLITS: dict[str, Callable[[Artwork], bool]] = {"train": is_trained_on, "held-out": is_held_out_thing}

@@ -1,0 +1,70 @@
+"""The world as a source of training pairs: the same subject in one place and in another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from ..shards import Pair
+from .artwork import SPLITS, Artwork, read_artwork
+from .scenes import CAPTION, compose, cut_out, paint_place, random_look, random_place, random_placement
+
+SUBJECT_EDGE = 128  # pixels; what the subject encoder sees is smaller still
+
+
+@dataclass(frozen=True)
+class World:
+    """Pairs of scenes, ``count`` of them; each a function of the seed and its index.
+
+    Args:
+        artwork: an artwork folder, see :mod:`.artwork`.
+        split: ``train`` or ``held-out``.
+        edge: of the target picture, in pixels.
+    """
+
+    artwork: Path
+    split: str = "train"
+    count: int = 10_000
+    edge: int = 256
+
+    def __len__(self) -> int:
+        return self.count
+
+    def pair(self, index: int, seed: int) -> Pair:
+        """One subject, with one look, in two places; the caption tells the target's place."""
+        random = np.random.default_rng((seed, index))
+        choices = artwork_of_split(self.artwork, self.split)
+        artwork = choices[random.integers(len(choices))]
+        look = random_look(random)
+        place = random_place(random)
+        phrase = place.phrases[random.integers(len(place.phrases))]
+        other = paint_place(random_place(random, other_than=place), SUBJECT_EDGE, random)
+        here, there = random_placement(random), random_placement(random)
+        return Pair(
+            key=f"{index:08d}",
+            subject=compose(cut_out(artwork, look, round(there.size * SUBJECT_EDGE)), other, there),
+            target=compose(
+                cut_out(artwork, look, round(here.size * self.edge)), paint_place(place, self.edge, random), here
+            ),
+            word=artwork.word,
+            caption=CAPTION.format(word=artwork.word, phrase=phrase),
+            extra={"code": artwork.code, "style": artwork.style, "place": place.name},
+        )
+
+
+@cache
+def artwork_of_split(folder: Path, split: str) -> list[Artwork]:
+    """The artwork of one split.
+
+    Raises:
+        ValueError: there is no such split, or nothing in it.
+    """
+    if split not in SPLITS:
+        raise ValueError(f'"{split}" is no split of the world: choose one of {", ".join(SPLITS)}.')
+    chosen = [artwork for artwork in read_artwork(folder) if SPLITS[split](artwork)]
+    if not chosen:
+        raise ValueError(f'"{folder}" has no artwork in the split "{split}": fill it anew with tools.artwork.')
+    return chosen
