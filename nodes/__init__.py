@@ -1,5 +1,5 @@
 """What a person sees in the graph."""
 
-from . import blend, keep, load, prompt, subject
+from . import background, blend, keep, load, prompt, subject
 
-NODES = [*load.NODES, *subject.NODES, *prompt.NODES, *blend.NODES, *keep.NODES]
+NODES = [*load.NODES, *subject.NODES, *prompt.NODES, *blend.NODES, *keep.NODES, *background.NODES]

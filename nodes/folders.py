@@ -9,6 +9,7 @@ import folder_paths
 from ..blip_qformer.checkpoint.reading import TENSOR_FILES
 
 FOLDER = "blip_diffusion"
+SEGMENTATION_FOLDER = "clipseg"
 NOTHING_FOUND = "(no model found)"
 
 # Subfolders of the two published layouts; a list must not open files of gigabytes to know what they are.
@@ -16,8 +17,9 @@ _SIGNS = ("qformer", "blip_model")
 
 
 def register_model_folder() -> None:
-    """Make ``models/blip_diffusion`` a model folder of the host, beside those of ``extra_model_paths.yaml``."""
-    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+    """Make our folders in ``models`` known to the host, beside those of ``extra_model_paths.yaml``."""
+    for name in (FOLDER, SEGMENTATION_FOLDER):
+        folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
 
 
 def list_checkpoints() -> list[str]:
@@ -46,6 +48,33 @@ def missing_checkpoint(name: str | None) -> str:
         f"text_encoder, qformer; 6.2 GB) into {_folders(FOLDER)[0]}, or put an original blip-diffusion folder, a "
         "fine-tuned .pth or a blip2_qformer.safetensors there, and press R to refresh."
     )
+
+
+def list_segmentation_models() -> list[str]:
+    """Names of CLIPSeg folders for a drop-down list; one that says so where there is none."""
+    return sorted(_segmentation_models()) or [NOTHING_FOUND]
+
+
+def segmentation_model_path(name: str) -> Path:
+    """The path of a listed CLIPSeg folder.
+
+    Raises:
+        ValueError: nothing of that name is there (any more).
+    """
+    found = _segmentation_models()
+    if name not in found:
+        searched = ", ".join(str(folder) for folder in _folders(SEGMENTATION_FOLDER))
+        what = "No CLIPSeg model was found" if name == NOTHING_FOUND else f'"{name}" was not found'
+        target = _folders(SEGMENTATION_FOLDER)[0] / "clipseg-rd64-refined"
+        raise ValueError(
+            f"{what} in {searched}: connect a mask instead, or run hf download CIDAS/clipseg-rd64-refined --local-dir "
+            f"{target} and press R to refresh."
+        )
+    return found[name]
+
+
+def _segmentation_models() -> dict[str, Path]:
+    return {folder.name: folder for parent in _folders(SEGMENTATION_FOLDER) for folder in _subfolders(parent)}
 
 
 def _found() -> dict[str, Path]:

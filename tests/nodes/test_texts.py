@@ -21,6 +21,7 @@ NODES = {
     "BLIPDiffusionSubjectGrid": "Subject Grid",
     "BLIPDiffusionSubjectSave": "Save Subject",
     "BLIPDiffusionSubjectLoad": "Load Subject",
+    "BLIPDiffusionSubjectOnBackground": "Subject on Background",
 }
 
 #: Saved graphs hold widgets by position: new ones go to the end.
@@ -42,6 +43,18 @@ WIDGETS = {
     "BLIPDiffusionSubjectGrid": ["columns", "labels", "longest_side"],
     "BLIPDiffusionSubjectSave": ["name", "overwrite"],
     "BLIPDiffusionSubjectLoad": ["subject_file", "subject_word"],
+    "BLIPDiffusionSubjectOnBackground": [
+        "subject_word",
+        "scale",
+        "x",
+        "y",
+        "output_size",
+        "soften_edge",
+        "segmentation_model",
+        "background_below",
+        "subject_above",
+        "matting_size",
+    ],
 }
 SOCKETS = {"MODEL", "CLIP", "VAE", "IMAGE", "LATENT", "MASK", "BLIP_SUBJECT", "BLIP2_QFORMER"}
 
