@@ -1,0 +1,179 @@
+"""Words of a prompt as people write them, such as ``red hat``, ``dog#2`` and ``swimming:2.0``, and where they stand."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..prompt import TokenSpan
+from .schedule import StepRange
+
+SEPARATORS = re.compile(r"[,;\n]")
+OCCURRENCE = re.compile(r"(.+?)\s*#\s*(\d+)")
+RANGE = re.compile(r"(?:([\d.]+)\s*-\s*)?([\d.]+)")
+
+
+class WordWeight(NamedTuple):
+    """A phrase, such as ``red hat`` or ``dog#2``, and its weight."""
+
+    phrase: str
+    weight: float
+
+
+class WordRange(NamedTuple):
+    """A phrase and the part of the steps that concerns it."""
+
+    phrase: str
+    range: StepRange
+
+
+def parse_words(text: str) -> list[str]:
+    """``"dog, red hat"`` -> ["dog", "red hat"]"""
+    return [piece.strip() for piece in SEPARATORS.split(text) if piece.strip()]
+
+
+def parse_word_weights(text: str) -> list[WordWeight]:
+    """``"swimming:2.0, red hat:-0.5"`` -> [("swimming", 2.0), ("red hat", -0.5)]; an empty text is none at all.
+
+    Raises:
+        ValueError: a piece is not a word, a colon and a finite number.
+    """
+    weights = []
+    for piece in parse_words(text):
+        phrase, _, number = (part.strip() for part in piece.rpartition(":"))
+        weight = _number(number)
+        if not phrase or weight is None:
+            raise ValueError(
+                f'"{piece}" is no word with a weight: write the word, a colon and a number, such as swimming:2.0, with '
+                "commas between several."
+            )
+        weights.append(WordWeight(phrase, weight))
+    return weights
+
+
+def parse_word_ranges(text: str) -> list[WordRange]:
+    """``"dog:0.5, hat:0.2-0.9"`` -> [("dog", 0 to 0.5), ("hat", 0.2 to 0.9)]; an empty text is none at all.
+
+    Raises:
+        ValueError: a piece is not a word, a colon and one or two numbers from 0 to 1, the second not the smaller.
+    """
+    ranges = []
+    for piece in parse_words(text):
+        phrase, _, numbers = (part.strip() for part in piece.rpartition(":"))
+        match = RANGE.fullmatch(numbers)
+        start, end = (_number(match[1] or "0"), _number(match[2])) if match else (None, None)
+        if not phrase or start is None or end is None or not 0 <= start <= end <= 1:
+            raise ValueError(
+                f'"{piece}" is no word with a part of the steps: write the word, a colon and where it ends, such as '
+                "dog:0.5, or where it starts and ends, such as dog:0.2-0.9, between 0 and 1."
+            )
+        ranges.append(WordRange(phrase, StepRange(start, end)))
+    return ranges
+
+
+def find_phrase(spans: Sequence[TokenSpan], phrase: str) -> tuple[int, ...]:
+    """The positions of a phrase's tokens: all its occurrences, or with ``#2`` the second alone.
+
+    Args:
+        spans: the words of a prompt in order, as :func:`~blip_qformer.prompt.find_words` gives them.
+        phrase: one or more words, in any case. A word that CLIP reads as several, such as ``8k``, is found too.
+    Raises:
+        ValueError: it does not stand there, or not that often.
+    """
+    match = OCCURRENCE.fullmatch(phrase.strip())
+    written, number = (match[1], int(match[2])) if match else (phrase, None)
+    wanted = written.lower().split()
+    found = [positions for start in range(len(spans)) if wanted and (positions := _match_at(spans, start, wanted))]
+    if not found:
+        raise ValueError(f'There is no "{written.strip()}" in this prompt; its words are: {_word_list(spans)}.')
+    if number is None:
+        return tuple(position for positions in found for position in positions)
+    if not 1 <= number <= len(found):
+        raise ValueError(
+            f'"{phrase.strip()}" asks for number {number} of "{written.strip()}", but this prompt has {len(found)}: '
+            f"write a number from 1 to {len(found)}."
+        )
+    return found[number - 1]
+
+
+def find_in_prompts(prompts: Sequence[Sequence[TokenSpan]], phrase: str) -> list[tuple[int, ...]]:
+    """The positions of a phrase in each of several prompts; none where it does not stand.
+
+    Raises:
+        ValueError: it stands in none of them.
+    """
+    found, missing = [], None
+    for spans in prompts:
+        try:
+            found.append(find_phrase(spans, phrase))
+        except ValueError as error:
+            found.append(())
+            missing = error
+    if missing is not None and not any(found):
+        raise missing
+    return found
+
+
+def weight_tokens(
+    prompts: Sequence[Sequence[TokenSpan]], weights: Sequence[WordWeight], tokens: Sequence[int]
+) -> list[Tensor]:
+    """For each prompt a factor for each token [tokens], 1 where no word has a weight; of two, the later is taken.
+
+    Raises:
+        ValueError: a word stands in none of the prompts.
+    """
+    factors = [torch.ones(count) for count in tokens]
+    for phrase, weight in weights:
+        for factor, positions in zip(factors, find_in_prompts(prompts, phrase), strict=True):
+            factor[list(positions)] = weight
+    return factors
+
+
+def readable(word: str) -> str:
+    """A word as CLIP's vocabulary spells it, a character a byte -> as people spell it: ``cafÃ©`` -> ``café``."""
+    try:
+        return bytes(_BYTES[character] for character in word).decode("utf-8")
+    except (KeyError, UnicodeDecodeError):  # not from the vocabulary, or cut in the middle of a character
+        return word
+
+
+def _match_at(spans: Sequence[TokenSpan], start: int, wanted: Sequence[str]) -> tuple[int, ...]:
+    """The positions of a phrase that begins at one span, or none; each wanted word is one or more spans in a row."""
+    positions: list[int] = []
+    place = start
+    for word in wanted:
+        spelled = ""
+        while len(spelled) < len(word) and place < len(spans):
+            spelled += readable(spans[place].word)
+            positions.extend(spans[place].positions)
+            place += 1
+        if spelled != word:
+            return ()
+    return tuple(positions)
+
+
+def _word_list(spans: Sequence[TokenSpan]) -> str:
+    return ", ".join(dict.fromkeys(word for span in spans if (word := readable(span.word)) not in ",;")) or "none"
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _byte_characters() -> dict[str, int]:
+    """The characters of a byte-level vocabulary: printable bytes are themselves, the others begin at 256 (GPT-2)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
