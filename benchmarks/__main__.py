@@ -10,6 +10,7 @@ import torch
 
 from tests.host import load_host
 
+from .editing import ATTENTION_HEAD, attention_costs, attention_rows, editing_rows
 from .encoding import compose_rows, encoder_rows
 from .models import SIZES, encoder_of, hosted, reference_pipeline
 from .sampling import sampling_rows
@@ -34,11 +35,14 @@ def main() -> None:
             compose_rows(host, loaded, pipeline),
             sampling_rows(host, loaded),
             trajectory_rows(host, loaded),
+            editing_rows(host, loaded),
+            attention_rows(),
         ):
             for row in group:
                 print(" | ".join(row.cells()), flush=True)
                 rows.append(row.cells())
         views = [*view_costs(encoder_of(pipeline))]
+        attention = [*attention_costs()]
 
     widths = "-".join(str(width) for width in SIZES.unet_channels)
     text = (
@@ -46,7 +50,9 @@ def main() -> None:
         f"SD1.5's with widths {widths}. Ours and the peer ran in turns; a ratio below 1 means ours is faster.\n\n"
         f"{markdown_table(HEAD, rows)}\n\n"
         f"A batch of views of one subject, 512x512, each batch in a process of its own:\n\n"
-        f"{markdown_table(VIEWS_HEAD, views)}"
+        f"{markdown_table(VIEWS_HEAD, views)}\n\n"
+        f"One self-attention layer that takes over another picture's, each in a process of its own:\n\n"
+        f"{markdown_table(ATTENTION_HEAD, attention)}"
     )
     print(f"\n{text}")
     if write:

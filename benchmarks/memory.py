@@ -106,6 +106,12 @@ def _convert(source: str, target: str, dtype: str) -> Callable[[], Any]:
     return work
 
 
+def _edit_attention(way: str, edge: str) -> Callable[[], Any]:
+    from .editing import attention_work
+
+    return attention_work(way, int(edge))
+
+
 def _bytes(field: str) -> int:
     """A field of this process's status, such as ``VmHWM``."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -118,6 +124,7 @@ WORK = {
     "load through host": _load_through_host,
     "encode views": _encode_views,
     "convert": _convert,
+    "edit attention": _edit_attention,
 }
 
 if __name__ == "__main__":

@@ -1,5 +1,15 @@
 """What a person sees in the graph."""
 
-from . import background, blend, keep, load, prompt, subject
+from . import attention, attention_map, background, blend, inversion, keep, load, prompt, subject
 
-NODES = [*load.NODES, *subject.NODES, *prompt.NODES, *blend.NODES, *keep.NODES, *background.NODES]
+NODES = [
+    *load.NODES,
+    *subject.NODES,
+    *prompt.NODES,
+    *blend.NODES,
+    *keep.NODES,
+    *attention.NODES,
+    *inversion.NODES,
+    *attention_map.NODES,
+    *background.NODES,
+]

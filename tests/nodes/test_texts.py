@@ -22,6 +22,12 @@ NODES = {
     "BLIPDiffusionSubjectSave": "Save Subject",
     "BLIPDiffusionSubjectLoad": "Load Subject",
     "BLIPDiffusionSubjectOnBackground": "Subject on Background",
+    "BLIPDiffusionAttentionReweight": "Attention Re-weight Edit",
+    "BLIPDiffusionPromptToPrompt": "Prompt-to-Prompt Edit",
+    "BLIPDiffusionEditMask": "Edit Mask",
+    "BLIPDiffusionDDIMInversion": "DDIM Inversion",
+    "BLIPDiffusionAttentionRecord": "Record Attention",
+    "BLIPDiffusionAttentionMap": "Subject Attention Map",
 }
 
 #: Saved graphs hold widgets by position: new ones go to the end.
@@ -55,8 +61,38 @@ WIDGETS = {
         "subject_above",
         "matting_size",
     ],
+    "BLIPDiffusionAttentionReweight": ["weights", "start", "end", "text"],
+    "BLIPDiffusionPromptToPrompt": [
+        "cross_end",
+        "self_end",
+        "weights",
+        "blend_words",
+        "source_blend_words",
+        "blend_threshold",
+        "cross_start",
+        "self_start",
+        "word_steps",
+        "source_unguided",
+        "source_text",
+        "edited_text",
+    ],
+    "BLIPDiffusionEditMask": [],
+    "BLIPDiffusionDDIMInversion": ["steps", "refinements"],
+    "BLIPDiffusionAttentionRecord": ["text"],
+    "BLIPDiffusionAttentionMap": ["words", "strength"],
 }
-SOCKETS = {"MODEL", "CLIP", "VAE", "IMAGE", "LATENT", "MASK", "BLIP_SUBJECT", "BLIP2_QFORMER"}
+SOCKETS = {
+    "MODEL",
+    "CLIP",
+    "VAE",
+    "IMAGE",
+    "LATENT",
+    "MASK",
+    "CONDITIONING",
+    "BLIP_SUBJECT",
+    "BLIP2_QFORMER",
+    "BLIP_ATTENTION_RECORD",
+}
 
 
 @pytest.fixture(scope="module")

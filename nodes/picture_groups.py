@@ -1,0 +1,120 @@
+"""A source and its edits as one batch: conditionings joined row by row, latents repeated, masks kept for later."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.hooks
+import torch
+from torch import Tensor
+
+from ..blip_qformer.attention.edits import PromptToPrompt
+from .conditioning import TOKEN_SPANS, Conditioning, stack_rows
+from .hooks import EDITS
+from .latents import Latent
+
+#: Key of a latent's dictionary for its :class:`EditMasks`; the host's samplers hand on what they do not know.
+EDIT_MASKS = "blip_edit_masks"
+
+OWN_KEYS = {"pooled_output", TOKEN_SPANS, EDITS}  # of a conditioning's dictionary: each picture may have its own
+
+
+def join_pictures(source: Conditioning, edited: Sequence[Conditioning]) -> Conditioning:
+    """Conditionings of one row each -> one with a row for each picture; everything else is the source's.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    for number, each in enumerate((source, *edited)):
+        check_fits(each, source, name="source" if number == 0 else "edited" if number == 1 else f"edited_{number}")
+    joined = stack_rows([source, *edited])
+    return [
+        [tensor, {key: value for key, value in options.items() if key != TOKEN_SPANS}] for tensor, options in joined
+    ]
+
+
+def check_fits(conditioning: Conditioning, source: Conditioning, name: str) -> None:
+    """Refuse a conditioning that cannot be drawn side by side with the source's.
+
+    Raises:
+        ValueError: in one sentence, why.
+    """
+    if len(conditioning) != len(source):
+        raise ValueError(
+            f"{name} is combined of {len(conditioning)} conditionings and source of {len(source)}: combine them behind "
+            "this node, or with the same number."
+        )
+    for (tensor, options), (source_tensor, source_options) in zip(conditioning, source, strict=True):
+        if any(isinstance(edit, PromptToPrompt) for edit in options.get(EDITS, ())):
+            raise ValueError(
+                f"{name} comes from another Prompt-to-Prompt Edit: connect all edited conditionings to one such node."
+            )
+        if len(tensor) != 1:
+            raise ValueError(
+                f"{name} has {len(tensor)} rows, but each picture of the edit has one prompt: use a single subject, "
+                'encoded as "one subject".'
+            )
+        if tensor.shape != source_tensor.shape:
+            raise ValueError(
+                f"{name} has {tensor.shape[1]} tokens and source {source_tensor.shape[1]}: set overflow to truncate in "
+                "Subject Prompt Compose, or make both prompts fill the same number of blocks of 77 tokens."
+            )
+        if differing := [
+            key for key in {*options, *source_options} - OWN_KEYS if not _same(options, source_options, key)
+        ]:
+            raise ValueError(
+                f"{name} and source differ in {', '.join(sorted(differing))}, but one call draws both: apply "
+                "ControlNets, areas, masks and hooks to the conditioning that comes out of this node."
+            )
+
+
+def repeat_with_source(latent: Latent, group: int, masks: EditMasks) -> Latent:
+    """A latent of N pictures -> each ``group`` times, one behind the other, with the same noise.
+
+    The host counts noise by ``batch_index``: equal numbers get equal noise.
+    """
+    samples = latent["samples"]
+    repeated = {**latent, "samples": samples.repeat_interleave(group, dim=0), EDIT_MASKS: masks}
+    numbers = latent.get("batch_index", range(len(samples)))
+    repeated["batch_index"] = [number for number in numbers for _ in range(group)]
+    if len(samples) > 1 and len(latent.get("noise_mask", ())) == len(samples):
+        repeated["noise_mask"] = latent["noise_mask"].repeat_interleave(group, dim=0)
+    return repeated
+
+
+class EditMasks:
+    """The masks of local blend of the last runs, found again by what was drawn in them.
+
+    A node's outputs are kept and used in many runs, and two samplers may use them in one; so a mask does not belong to
+    the node but to the latents that a run ended with.
+    """
+
+    RUNS = 8
+
+    def __init__(self) -> None:
+        self._runs: deque[tuple[Tensor, Tensor]] = deque(maxlen=self.RUNS)
+
+    def keep(self, samples: Tensor, masks: Tensor) -> None:
+        """Called at the end of a run with the latents [B, C, H, W] and the masks [B', H, W]."""
+        self._runs.appendleft((samples, masks))
+
+    def of(self, samples: Tensor) -> Tensor | None:
+        """The masks [B', H, W] of the run that drew these latents; None: they were not drawn with local blend."""
+        return next((masks for drawn, masks in self._runs if torch.equal(drawn, samples.cpu())), None)
+
+
+def _same(one: dict[str, Any], other: dict[str, Any], key: str) -> bool:
+    ours, theirs = one.get(key), other.get(key)
+    if key == "hooks":
+        ours, theirs = (_foreign_hooks(options) for options in (one, other))
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return torch.equal(ours, theirs)
+    return ours is theirs or (not isinstance(ours, Tensor) and not isinstance(theirs, Tensor) and ours == theirs)
+
+
+def _foreign_hooks(options: dict[str, Any]) -> set[comfy.hooks.Hook]:
+    """All but the one that brings our edits."""
+    group = options.get("hooks")
+    return {hook for hook in group.hooks if hook.hook_ref != EDITS} if group else set()
