@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from blip_qformer.cli import main as blip_qformer
 from tests import oracle
 from tests.random_weights import DEMO, SMALL, write_hub_folder
 from tools.frontend import Frontend
-from tools.host import PACK_NAME, ROOT, ComfyServer, WorkflowError, comfyui_path, make_base_directory
+from tools.host import PACK_NAME, ROOT, ComfyServer, History, WorkflowError, comfyui_path, make_base_directory
 from tools.workflow import override, to_prompt
 
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
@@ -43,10 +44,15 @@ OTHER = {"cat.jpg": "cup.jpg", "cup.jpg": "cat.jpg", "scribble.png": "depth.png"
 
 #: Whose widgets are pixels.
 SIZED = ("EmptyLatentImage", "ImageScale", "SolidMask", "MaskComposite")
+SAMPLERS = ("KSampler", "KSamplerAdvanced", "BLIPDiffusionDDIMInversion")
+SAMPLED = 3  # steps
 SHRUNK = 8
 TILE = 512 // SHRUNK
 STEPS = 3  # of subject-trajectory
 SHEET = ((STEPS + 2) * (TILE + 1) + 1, TILE + 12 + 2)  # a row with its sources, gaps of one pixel and labels of twelve
+
+#: Sizes of what is saved, where it is not one picture; an edit comes with its source.
+SAVED = {"subject-trajectory": [SHEET], "edit-generated": [(TILE, TILE)] * 2, "edit-photo": [(TILE, TILE)] * 2}
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +104,13 @@ def small(server: ComfyServer, workflow: str) -> dict:
         inputs = node["inputs"]
         if node["class_type"] in SIZED:
             inputs |= {name: inputs[name] // SHRUNK for name in ("width", "height", "x", "y") if name in inputs}
+        elif node["class_type"] in SAMPLERS:
+            inputs["steps"] = SAMPLED
         elif node["class_type"] == "BLIPDiffusionSubjectTrajectory":
             inputs["steps"] = STEPS
-    return override(prompt, "KSampler", steps=3)
+        elif node["class_type"] == "BLIPDiffusionLoader" and workflow in ("edit-generated", "edit-photo"):
+            inputs["checkpoint"] = "blipdiffusion-controlnet"  # the other one has no level at a quarter of the latent
+    return prompt
 
 
 def nodes_of(prompt: dict, class_type: str) -> list[str]:
@@ -113,17 +123,22 @@ def changed(prompt: dict, number: str, **inputs: object) -> dict:
     return {**prompt, number: {**prompt[number], "inputs": {**prompt[number]["inputs"], **inputs}}}
 
 
+def saved(history: History, prompt: dict) -> list[Path]:
+    """What the one Save Image of a prompt wrote; previews do not count."""
+    (number,) = nodes_of(prompt, "SaveImage")
+    return history.files[number]
+
+
 def picture(server: ComfyServer, prompt: dict) -> np.ndarray:
-    ((file,),) = server.queue(prompt).files.values()
-    return np.array(Image.open(file))
+    """What a prompt saves, several pictures below each other."""
+    return np.concatenate([np.array(Image.open(file)) for file in saved(server.queue(prompt), prompt)])
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS)
 def test_runs_and_is_cached(stocked, workflow):
     prompt = small(stocked, workflow)
     first = stocked.queue(prompt)
-    (pictures,) = first.files.values()
-    assert [Image.open(file).size for file in pictures] == [SHEET if workflow == "subject-trajectory" else (TILE, TILE)]
+    assert [Image.open(file).size for file in saved(first, prompt)] == SAVED.get(workflow, [(TILE, TILE)])
     assert {*first.executed, *first.cached} == set(prompt)  # a node another workflow shares may be cached already
     assert len(first.executed) > len(first.cached)
     assert not stocked.queue(prompt).executed
@@ -133,7 +148,7 @@ def test_runs_and_is_cached(stocked, workflow):
 def test_answers_to_picture_word_and_prompt(stocked, workflow):
     prompt = small(stocked, workflow)
     original = picture(stocked, prompt)
-    changes = [override(prompt, "BLIPDiffusionPromptCompose", prompt="under the night sky")]
+    changes = [override(prompt, "BLIPDiffusionPromptCompose", prompt="a table in a forest under the night sky")]
     for number in nodes_of(prompt, "LoadImage"):
         changes.append(changed(prompt, number, image=OTHER[prompt[number]["inputs"]["image"]]))
     for number in nodes_of(prompt, "BLIPDiffusionSubjectEncode"):
