@@ -100,7 +100,7 @@ def find_words(blocks: Sequence[Sequence[Token]], block_length: int) -> list[Tok
     ]
     spans: list[TokenSpan] = []
     word, positions = "", []
-    for (position, token), following in zip(placed, [token for _, token in placed[1:]] + [None], strict=True):
+    for (position, token), following in zip(placed, [*(token for _, token in placed[1:]), None], strict=False):
         positions.append(position)
         if isinstance(token.value, Tensor):  # the subject, or an embedding: all of its vectors are one word
             word, complete = token.piece, not _belong_together(token, following)

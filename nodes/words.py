@@ -52,4 +52,4 @@ def words_of_text(clip: comfy.sd.CLIP, text: str, encoded: Tensor) -> list[Token
             f"The text makes {len(blocks) * block} tokens and the conditioning has {encoded.shape[1]}: write the text "
             "that the conditioning was encoded from."
         )
-    return find_words(blocks, block) if tokens else []
+    return find_words(blocks, block)

@@ -72,3 +72,7 @@ def test_an_embedding_is_one_word_and_two_are_two():
         TokenSpan("<embedding>", (3,)),
         TokenSpan("dog", (4,)),
     ]
+
+
+def test_a_text_without_tokens_has_no_words():
+    assert find_words([[]], 77) == []
