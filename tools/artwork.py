@@ -13,10 +13,14 @@ import json
 import sys
 import tarfile
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 REGISTRY = "https://registry.npmjs.org"
+
+LIST = "package/emoji.json"
 
 #: Flags and symbols are no things; skin tones repeat a person.
 CATEGORIES = {
@@ -44,65 +48,71 @@ class Package:
     pictures: str
 
     @property
-    def url(self) -> str:
-        return f"{REGISTRY}/{self.name}/-/{self.name.rpartition('/')[2]}-{self.version}.tgz"
+    def path(self) -> str:
+        """Where it lies in a registry."""
+        return f"{self.name}/-/{self.name.rpartition('/')[2]}-{self.version}.tgz"
 
 
 PACKAGES = (
     Package(
         "emoji-datasource-google",
         "16.0.0",
-        "ZRexfzs7MVoLnmzZmNsO4TKhnAJp5D++Vm6PpUpH/jEQQlemp3l88CjZ+DoZ2faM9R4QxZkOPJCoT8DlPhfQ3A==",
+        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
         "noto",
         "package/img/google/64/",
     ),
     Package(
         "emoji-datasource-twitter",
         "16.0.0",
-        "7F+uCuHH+7Qnrc15P5tnbvKkg9E6tlzi4MnT2uW1RlN4pLYTza6cP/dstIfSDMtpjFLWuZewWg8jBbuL2eyELQ==",
+        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
         "twemoji",
         "package/img/twitter/64/",
     ),
     Package(
         "@lobehub/fluent-emoji-3d",
         "1.1.0",
-        "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
+        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
         "fluent",
         "package/assets/",
     ),
 )
 
 
-def fill(folder: Path) -> int:
+def fill(folder: Path, packages: Sequence[Package] = PACKAGES, registry: str = REGISTRY) -> int:
     """Fetch every package into ``folder`` and list the things; returns how many pictures there are.
 
+    Args:
+        packages: the first of them has the list, ``emoji.json``.
+        registry: npm's, or a mirror of it.
     Raises:
         OSError: the registry cannot be reached, or the disk is full.
         ValueError: what came is not what was asked for.
     """
     things: dict[str, dict[str, str]] = {}
     pictures = 0
-    for package in PACKAGES:
-        with tarfile.open(fileobj=io.BytesIO(_fetch(package))) as archive:
+    for package in packages:
+        with tarfile.open(fileobj=io.BytesIO(_fetch(f"{registry}/{package.path}", package.sha256))) as archive:
             if not things:
-                things = _read_things(archive)
+                things = _read_things(archive, package)
             pictures += _unpack(archive, package, folder / package.style, set(things))
     lines = [json.dumps({"code": code, **thing}, ensure_ascii=False) for code, thing in sorted(things.items())]
     (folder / "things.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return pictures
 
 
-def _fetch(package: Package) -> bytes:
-    with urllib.request.urlopen(package.url, timeout=120) as answer:
+def _fetch(url: str, sha256: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=120) as answer:
         content = answer.read()
     found = hashlib.sha256(content).hexdigest()
-    if found != package.sha256:
-        raise ValueError(f"{package.url} has the SHA-256 {found}, expected {package.sha256}: it is another file now.")
+    if found != sha256:
+        raise ValueError(f"{url} has the SHA-256 {found}, expected {sha256}: it is another file now, or not whole.")
     return content
 
 
-def _read_things(archive: tarfile.TarFile) -> dict[str, dict[str, str]]:
-    entries = json.load(archive.extractfile("package/emoji.json"))
+def _read_things(archive: tarfile.TarFile, package: Package) -> dict[str, dict[str, str]]:
+    if LIST not in archive.getnames():
+        raise ValueError(f"{package.path} has no {LIST}, which names what is drawn: put one first that has.")
+    entries = json.load(archive.extractfile(LIST))
     return {
         _code(entry["unified"]): {"word": _word(entry["name"]), "category": entry["category"]}
         for entry in entries
@@ -131,13 +141,15 @@ def _word(name: str) -> str:
     return name.lower().split(",")[0].split("(")[0].replace("-", " ").replace("’", "").strip()
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit code is 0, or 1 with one line on stderr if the artwork could not be fetched."""
     parser = argparse.ArgumentParser(prog="python -m tools.artwork", description="Fill an artwork folder.")
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--registry", default=REGISTRY, help=f"npm's registry, or a mirror of it ({REGISTRY})")
+    arguments = parser.parse_args(argv)
     try:
-        print(f"{fill(folder)} pictures in {folder}")
-    except (OSError, ValueError, tarfile.TarError) as problem:
+        print(f"{fill(arguments.folder, registry=arguments.registry)} pictures in {arguments.folder}")
+    except (OSError, HTTPException, ValueError, tarfile.TarError) as problem:
         print(f"The artwork could not be fetched: {problem}", file=sys.stderr)
         return 1
     return 0

@@ -16,5 +16,7 @@ class Projection(nn.Module):
         self.expand = make.linear(width, hidden_width)
         self.contract = make.linear(hidden_width, width)
 
-    def forward(self, queries: Tensor) -> Tensor:
-        return queries + self.contract(quick_gelu(self.expand(self.norm(queries))))
+    def forward(self, queries: Tensor, dropout: Tensor | None = None) -> Tensor:
+        """``dropout``: what training multiplies with what is added, [B, Q, width]."""
+        added = self.contract(quick_gelu(self.expand(self.norm(queries))))
+        return queries + (added if dropout is None else added * dropout)

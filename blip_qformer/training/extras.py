@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from types import ModuleType
 
 #: Modules whose package has another name.
 PACKAGES = {"yaml": "pyyaml"}
-
-#: What the stages of training need, the extra ``training`` of pyproject.toml.
-TRAINING = ("accelerate", "diffusers", "yaml", "tensorboard", "webdataset")
 
 
 def import_extra(name: str, purpose: str) -> ModuleType:
@@ -24,25 +20,8 @@ def import_extra(name: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = _package(name)
+        module = name.partition(".")[0]
+        package = PACKAGES.get(module, module)
         raise ValueError(
             f"{purpose} needs the package {package}, which cannot be imported ({error}): run pip install {package}."
         ) from error
-
-
-def require_training() -> None:
-    """Make sure of all packages that a run needs, before any of its modules is imported.
-
-    Raises:
-        ValueError: some are not installed.
-    """
-    if missing := [_package(name) for name in TRAINING if importlib.util.find_spec(name) is None]:
-        raise ValueError(
-            f"Training needs {', '.join(missing)}, which ComfyUI does not bring: run pip install {' '.join(missing)}."
-        )
-
-
-def _package(module: str) -> str:
-    """What pip calls the package of a module."""
-    name = module.partition(".")[0]
-    return PACKAGES.get(name, name)

@@ -1,8 +1,8 @@
 """The artwork folder: every thing in every style, and who may be trained on.
 
 A folder holds ``things.jsonl``, for each thing a line
-``{"code": "1f436", "word": "dog face", "category": "Animals & Nature"}``, and ``<style>/<code>.png`` or ``.webp`` with a
-transparent background for each style that draws it.
+``{"code": "1f436", "word": "dog face", "category": "Animals & Nature"}``, and for each style that draws it
+``<style>/<code>.png`` or ``.webp`` with a transparent background.
 ``tools/artwork.py`` fills one from the npm registry.
 """
 
@@ -43,22 +43,36 @@ def read_artwork(folder: Path) -> list[Artwork]:
 
     Raises:
         FileNotFoundError: there is no ``things.jsonl``, or no picture beside it.
+        ValueError: a line of it is not what it should be.
     """
     listing = folder / LISTING
     if not listing.is_file():
         raise FileNotFoundError(f"No {LISTING} is in '{folder}': fill it with 'python -m tools.artwork {folder}'.")
-    things = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines() if line]
+    lines = enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1)
+    things = [_read_thing(line, f"Line {number} of '{listing}'") for number, line in lines if line]
     styles = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     found = [
-        Artwork(thing["code"], thing["word"], thing["category"], style, file)
-        for thing in things
+        Artwork(code, word, category, style, file)
+        for code, word, category in things
         for style in styles
-        for file in [(folder / style / thing["code"]).with_suffix(suffix) for suffix in PICTURE_SUFFIXES]
+        for file in [(folder / style / code).with_suffix(suffix) for suffix in PICTURE_SUFFIXES]
         if file.is_file()
     ]
     if not found:
         raise FileNotFoundError(f"'{folder}' lists {len(things)} things and holds a picture of none: fill it anew.")
     return found
+
+
+def _read_thing(line: str, place: str) -> tuple[str, str, str]:
+    """Code, word and category of one line."""
+    try:
+        thing = json.loads(line)
+        code, word, category = (thing[name] for name in ("code", "word", "category"))
+        if not word.split():
+            raise ValueError("its word is empty")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{place} is no thing ({error!r}): fill the folder anew.") from error
+    return code, word, category
 
 
 def is_held_out_word(word: str) -> bool:

@@ -1,0 +1,104 @@
+"""Checkpoints of a run: written whole or not at all, and found again after the run was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+
+KEPT = 2  # the newest, and one before it
+NAME = re.compile(r"step-(\d+)")
+STATE = "run.json"
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in a folder, or None."""
+    found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name)]
+    return max(found, key=_step, default=None)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed run was writing or removing."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path)
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path:
+    """Write everything a run needs to go on, in all processes together.
+
+    It is written under a temporary name and renamed when complete; only then are older ones removed.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to; the checkpoint before it stays.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = _hidden(final)
+    problem: Exception | None = None
+    try:
+        accelerator.save_state(str(partial))
+        if accelerator.is_main_process:
+            state = {"step": step, "processes": accelerator.num_processes}
+            (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
+        _flush(partial)
+    except (OSError, RuntimeError, SafetensorError) as error:  # what Python, torch and safetensors make of a full disk
+        problem = error
+    if _in_any_process(accelerator, problem is not None):
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = latest_checkpoint(folder)
+        raise OSError(
+            f"The checkpoint of step {step} could not be written to {folder} ({problem or 'another process failed'}): "
+            f"make room there and start the run again, it goes on from {kept.name if kept else 'the beginning'}."
+        ) from problem
+    if accelerator.is_main_process:
+        partial.rename(final)
+        for old in sorted(folder.glob("step-*"), key=_step)[:-KEPT]:
+            shutil.rmtree(old.rename(_hidden(old)))
+    accelerator.wait_for_everyone()
+    return final
+
+
+def load_checkpoint(accelerator: Accelerator, path: Path) -> int:
+    """Take up where a checkpoint was written; returns how many steps were done.
+
+    Raises:
+        ValueError: it was written by another number of processes, which share the pairs otherwise, or by another run.
+    """
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    processes = state.get("processes", accelerator.num_processes)
+    if processes != accelerator.num_processes:
+        raise ValueError(
+            f"{path} was written by {processes} processes and cannot be taken up by {accelerator.num_processes}: start "
+            "as many again, or choose another output to begin anew."
+        )
+    try:
+        accelerator.load_state(str(path))
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not fit this run ({reason}): choose another output to begin anew.") from error
+    return int(state["step"])
+
+
+def _in_any_process(accelerator: Accelerator, here: bool) -> bool:
+    """Whether something is so in one of the processes at least; all wait for the answer."""
+    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device)))
+
+
+def _flush(folder: Path) -> None:
+    """Onto the disk with it, so that a checkpoint that has its name is whole even after a power failure."""
+    for path in folder.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _step(path: Path) -> int:
+    return int(NAME.fullmatch(path.name)[1])

@@ -1,0 +1,153 @@
+"""Stage 2, subject representation learning (arXiv 2305.14720, section 3.2): prompted context generation.
+
+The target is a photograph; the input is its subject on another background. The U-Net learns to draw the photograph from
+its caption with the input's sixteen vectors in it, and whatever makes the vectors learns with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from PIL import Image
+from torch import Tensor
+
+from ..batches import Batch, subject_batch
+from ..config import RunConfig
+from ..parts import SCHEDULER, image_size_of
+from ..sampling import NEGATIVE_PROMPT, draw, tokenize_prompts
+from ..shards import Pair
+from ..text_encoder import encode_prompts
+from .base import Stage, generators, normal, side_by_side
+
+SHOWN = 8
+
+
+class SubjectStage(Stage):
+    """Noise prediction on the target, with the subject's vectors in the caption.
+
+    Options:
+        resolution: edge of the target, in pixels; its short edge is fitted and the middle kept.
+        subject_dropout: how often the subject is left out, so that the model still draws without one.
+        caption_dropout: how often the whole caption is left out, for classifier-free guidance. The paper's U-Net knew
+            that already; one trained from nothing has to learn it.
+        repetitions: the caption is said up to so many times, as Subject Prompt Compose does; 1: once, as in the paper.
+        projection_dropout: inside the projection.
+        signal_to_noise: the loss of a step is weighted by min(signal-to-noise ratio, this) over that ratio (arXiv
+            2303.09556), which is worth most to a small model; 0: all steps count alike, as in the paper.
+        latents_kept: how many targets' latents are kept in memory, for small data that is seen many times.
+    """
+
+    name = "subject"
+    uses = ("encoder", "text_encoder", "unet", "vae")
+    trains = ("encoder.qformer", "encoder.projection", "text_encoder", "unet")
+
+    def __init__(self, config: RunConfig):
+        super().__init__(config)
+        if config.gradient_checkpointing:
+            self.parts.unet.enable_gradient_checkpointing()
+        if self.latents_kept and len(config.pairs) > 1:
+            raise ValueError("latents_kept tells targets apart by keys that only one source keeps unique: name one.")
+
+    def _set(
+        self,
+        resolution: int = 512,
+        subject_dropout: float = 0.15,
+        caption_dropout: float = 0.0,
+        repetitions: int = 1,
+        projection_dropout: float = 0.1,
+        signal_to_noise: float = 0.0,
+        latents_kept: int = 0,
+    ) -> None:
+        if resolution < 8 or resolution % 8:
+            raise ValueError(f"The option resolution is {resolution}, but the VAE reads multiples of 8.")
+        if projection_dropout >= 1:
+            raise ValueError(f"The option projection_dropout is {projection_dropout}, which leaves nothing.")
+        self.subject_dropout, self.caption_dropout = subject_dropout, caption_dropout
+        self.projection_dropout = projection_dropout
+        self.repetitions, self.signal_to_noise = repetitions, signal_to_noise
+        self.scheduler = DDPMScheduler.from_config(SCHEDULER)
+        self.register_buffer("alphas_cumprod", self.scheduler.alphas_cumprod, persistent=False)
+        self.latents_kept = latents_kept
+        self._latents: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def collate(cls, config: RunConfig) -> Callable[[Sequence[Pair]], Batch]:
+        return partial(subject_batch, size=image_size_of(config), resolution=cls.options(config)["resolution"])
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        sources = generators(batch["seeds"])
+        latents = self._encode_targets(batch, sources)  # [B, 4, H / 8, W / 8]
+        context = self._encode_captions(batch, sources)  # [B, 77, width]
+        noise = normal(sources, latents.shape[1:], latents.device)
+        steps = self.scheduler.config.num_train_timesteps
+        timesteps = torch.cat([torch.randint(steps, (1,), generator=source) for source in sources]).to(latents.device)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        predicted = self.parts.unet(noisy, timesteps, context).sample
+        errors = F.mse_loss(predicted.float(), noise, reduction="none").mean(dim=(1, 2, 3))  # [B]
+        self._shown = batch
+        return {"loss": (errors * self._weights(timesteps)).mean(), "error": errors.detach().mean()}
+
+    def samples(self) -> Image.Image:
+        """Subjects of the last batch, their targets, and what is drawn of them from noise."""
+        batch = {name: value[:SHOWN] for name, value in self._shown.items()}
+        vectors = self._encode_subjects(batch)
+        latent = [edge // 8 for edge in batch["targets"].shape[2:]]
+        noise = normal(generators(range(len(vectors))), (4, *latent), vectors.device)
+        drawn = draw(self.parts, batch["captions"], list(vectors), noise=noise)
+        subjects = F.interpolate(batch["subjects"].float(), drawn.shape[2:])
+        return side_by_side([subjects, batch["targets"], drawn])
+
+    @torch.no_grad()
+    def _encode_targets(self, batch: Batch, sources: list[torch.Generator]) -> Tensor:
+        kept = [self._latents.get(key) for key in batch["keys"]]
+        if None in kept:
+            distribution = self.parts.vae.encode(batch["targets"] * 2 - 1).latent_dist
+            kept = list(zip(distribution.mean.float(), distribution.std.float(), strict=True))
+            if len(self._latents) < self.latents_kept:
+                self._latents.update(zip(batch["keys"], kept, strict=True))
+        mean, deviation = (torch.stack(each) for each in zip(*kept, strict=True))
+        latents = mean + deviation * normal(sources, mean.shape[1:], mean.device)
+        return latents * self.parts.vae.config.scaling_factor
+
+    def _encode_captions(self, batch: Batch, sources: list[torch.Generator]) -> Tensor:
+        vectors = self._encode_subjects(batch, sources)
+        captions, subjects = [], []
+        for caption, own, source in zip(batch["captions"], vectors, sources, strict=True):
+            drop_subject, drop_caption, repeat, which = torch.rand(4, generator=source).tolist()
+            if drop_caption < self.caption_dropout:
+                captions.append(NEGATIVE_PROMPT if which < 0.5 else "")
+                subjects.append(None)
+            else:
+                captions.append(", ".join([caption] * (1 + int(repeat * self.repetitions))))
+                subjects.append(None if drop_subject < self.subject_dropout else own)
+        return encode_prompts(self.parts.text_encoder, tokenize_prompts(self.parts, captions), subjects)
+
+    def _encode_subjects(self, batch: Batch, sources: list[torch.Generator] | None = None) -> Tensor:
+        """[B, 16, width]; the same as the encoder's own forward, with tokens that the workers have made.
+
+        Args:
+            sources: of the projection's dropout; without them there is none.
+        """
+        encoder = self.parts.encoder
+        with torch.no_grad():
+            image_tokens = encoder.vision(batch["pixel_values"])
+        answer = encoder.qformer(image_tokens, batch["word_ids"], batch["word_mask"])
+        return encoder.projection(answer, self._dropout(answer, sources) if sources else None)
+
+    def _dropout(self, answer: Tensor, sources: list[torch.Generator]) -> Tensor | None:
+        """What to multiply with for dropout, drawn for each pair from its own source."""
+        if not self.projection_dropout:
+            return None
+        chances = torch.stack([torch.rand(answer.shape[1:], generator=source) for source in sources])
+        return ((chances >= self.projection_dropout) / (1 - self.projection_dropout)).to(answer)
+
+    def _weights(self, timesteps: Tensor) -> Tensor:
+        if not self.signal_to_noise:
+            return torch.ones_like(timesteps, dtype=torch.float32)
+        alphas = self.alphas_cumprod[timesteps]
+        ratio = alphas / (1 - alphas)
+        return ratio.clamp(max=self.signal_to_noise) / ratio

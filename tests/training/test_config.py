@@ -1,0 +1,172 @@
+"""Runs' files: what is read, what is refused, and that every run of the repository is one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from blip_qformer.training.config import config_from, read_config
+from blip_qformer.training.parts import new_parts
+from blip_qformer.training.stages import stage_class
+from tests import tiny
+from tools.host import ROOT
+
+RUNS = sorted((ROOT / "blip_qformer" / "training" / "runs").glob("*/*.yaml"))
+MODELS = [file for file in RUNS if file.name == "model.yaml"]
+
+TEXT = """
+stage: subject
+model: some/model
+pairs: [some/pairs, "more/{000..291}.tar"]
+output: some/output
+steps: 5e3
+batch_size: 16
+learning_rate: 2e-6
+mixed_precision: no
+betas: [0.9, 98e-2]
+gradient_checkpointing: true
+networks: {unet: other/model}
+options:
+  resolution: 256
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_a_file_becomes_settings(tmp_path):
+    """YAML reads 2e-6 as text and no as false; here they are what is meant."""
+    config = read_config(written(tmp_path, TEXT), steps=7)
+    assert (config.stage, config.model, config.output) == ("subject", "some/model", Path("some/output"))
+    assert config.pairs == ("some/pairs", "more/{000..291}.tar")
+    assert config.steps == 7
+    assert config.learning_rate == 2e-6
+    assert config.mixed_precision == "no"
+    assert config.betas == (0.9, 0.98)
+    assert config.gradient_checkpointing is True
+    assert config.networks == {"unet": "other/model"}
+    assert config.options == {"resolution": 256}
+    assert config.schedule == "constant"
+    assert read_config(written(tmp_path, TEXT)).steps == 5000
+
+
+def test_one_place_of_pairs_needs_no_list():
+    assert tiny.make_config(pairs="here").pairs == ("here",)
+
+
+def test_the_sizes_of_a_model_may_lie_beside_the_run(tmp_path):
+    (tmp_path / "model.yaml").write_text("vision: {width: 32}")
+    config = read_config(written(tmp_path, TEXT.replace("some/model", "model.yaml")))
+    assert config.model == {"vision": {"width": 32}}
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in RUNS if file not in MODELS], ids=lambda file: str(file.parent.name + "/" + file.stem)
+)
+def test_every_run_of_the_repository_fits_its_stage(file):
+    config = read_config(file)
+    stage_class(config.stage).options(config)
+
+
+@pytest.mark.parametrize("file", MODELS, ids=lambda file: file.parent.name)
+def test_every_model_of_the_repository_can_be_made(file, monkeypatch):
+    monkeypatch.chdir(ROOT)  # where runs are started
+    import yaml
+
+    new_parts(yaml.safe_load(file.read_text()), seed=0).check_widths()
+
+
+def test_the_papers_own_runs():
+    """REFERENCE 5: the figures that the paper gives."""
+    first, second = (read_config(file) for file in RUNS if file.parent.name == "blip_diffusion")
+    assert (first.stage, second.stage) == ("multimodal", "subject")
+    assert (second.steps, second.batch_size * 16, second.learning_rate) == (500_000, 16, 2e-6)
+    options = stage_class("subject").options(second)
+    assert (options["resolution"], options["subject_dropout"], options["caption_dropout"]) == (512, 0.15, 0)
+    assert (options["repetitions"], options["projection_dropout"], options["signal_to_noise"]) == (1, 0.1, 0)
+    assert second.model == str(first.output / "model")
+
+
+VALUES = {
+    "stage": "subject",
+    "model": "some/model",
+    "pairs": "some/pairs",
+    "output": "some/output",
+    "steps": 1,
+    "batch_size": 1,
+    "learning_rate": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"learning_rates": 1, "colour": 2},
+            "run.yaml sets colour, learning_rates, which no run has: choose from stage",
+        ),
+        ({"steps": "many"}, "run.yaml sets steps to 'many', where a whole number, 0 or more, is needed."),
+        ({"steps": 1.5}, "sets steps to 1.5, where a whole number"),
+        ({"steps": True}, "sets steps to True, where a whole number"),
+        ({"steps": -1}, "sets steps to -1, where a whole number"),
+        ({"steps": None}, "sets steps to None, where a whole number"),
+        ({"steps": 0}, "sets steps to 0, where at least 1 is needed"),
+        ({"batch_size": 0}, "sets batch_size to 0, where at least 1 is needed"),
+        ({"gradient_accumulation": 0}, "sets gradient_accumulation to 0, where at least 1 is needed"),
+        ({"learning_rate": "high"}, "sets learning_rate to 'high', where a number, 0 or more, is needed"),
+        ({"learning_rate": float("nan")}, "sets learning_rate to nan, where a number"),
+        ({"learning_rate": [1]}, r"sets learning_rate to \[1\], where a number"),
+        ({"average_decay": 1}, "sets average_decay to 1.0, where less than 1 is needed"),
+        ({"betas": [0.9]}, r"sets betas to \[0.9\], where a list of two numbers is needed"),
+        ({"betas": 0.9}, "sets betas to 0.9, where a list of two numbers is needed"),
+        ({"schedule": "linear"}, "sets schedule to 'linear', where one of constant, cosine is needed"),
+        ({"schedule": False}, "sets schedule to False, where one of constant, cosine is needed"),
+        ({"mixed_precision": "fp8"}, "sets mixed_precision to 'fp8', where one of no, fp16, bf16 is needed"),
+        ({"gradient_checkpointing": 1}, "sets gradient_checkpointing to 1, where true or false is needed"),
+        ({"stage": 2}, "sets stage to 2, where a name is needed"),
+        ({"model": 3}, "sets model to 3, where a folder, or a mapping of sizes, is needed"),
+        ({"networks": {"unet": 3}}, r"sets networks to {'unet': 3}, where a mapping of names to folders is needed"),
+        ({"pairs": []}, r"sets pairs to \[\], where a folder, a pattern of shards, or a list of them, is needed"),
+        ({"pairs": [1]}, r"sets pairs to \[1\], where a folder, a pattern"),
+        ({"output": 3}, "sets output to 3, where a folder is needed"),
+        ({"options": [1]}, r"sets options to \[1\], where a mapping is needed"),
+    ],
+)
+def test_what_does_not_fit_gets_one_sentence(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        config_from(VALUES | changes, "run.yaml")
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(
+        ValueError, match="run.yaml does not set batch_size, learning_rate, model, output, pairs, steps, w"
+    ):
+        config_from({"stage": "subject"}, "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"steps: [1", "is no YAML"),
+        (b"- 1\n- 2", "is no mapping of names to values: see"),
+        (b"\xff\xfe\x00", "is no YAML"),
+    ],
+)
+def test_a_file_that_is_none_says_so(tmp_path, content, sentence):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        read_config(file)
+    with pytest.raises(FileNotFoundError, match="There is no file .*gone.yaml: see blip_qformer/training/runs/"):
+        read_config(tmp_path / "gone.yaml")
+
+
+def test_a_missing_package_is_called_by_its_own_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ValueError, match="Reading a run's file needs the package pyyaml, .* run pip install pyyaml"):
+        read_config(written(tmp_path, TEXT))

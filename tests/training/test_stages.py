@@ -1,0 +1,311 @@
+"""What each stage computes and what it trains."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from blip_qformer.encoder import tokenize_subjects
+from blip_qformer.encoder.qformer import padding_mask
+from blip_qformer.encoder.tokenizer import bert_tokenizer
+from blip_qformer.training import sampling
+from blip_qformer.training.objectives import matching_mask
+from blip_qformer.training.sampling import NEGATIVE_PROMPT
+from blip_qformer.training.stages import STAGES, stage_class
+from blip_qformer.training.stages.base import generators
+from blip_qformer.training.stages.multimodal import read
+from tests import tiny
+
+NUMBERS = range(6)
+
+#: Each stage's networks that train, and of those what its loss does not hang on.
+TRAINED = {
+    "autoencoder": (("vae.",), ()),
+    "vision": (("encoder.vision.",), ()),
+    "multimodal": (("encoder.qformer.",), ()),
+    # The vectors are the queries' answer, so that nobody reads what the last layer makes of the text.
+    "subject": (
+        ("encoder.qformer.", "encoder.projection.", "text_encoder.", "unet."),
+        ("encoder.qformer.layers.1.text_feed_forward.",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_exactly_what_should_train_has_changed_after_one_step(name):
+    """Without weight decay, which changes all that trains; the heads that a stage adds train with it."""
+    stage = tiny.make_stage(name)
+    batch = tiny.make_batch(name, NUMBERS)
+    before = {key: weight.clone() for key, weight in stage.state_dict().items()}
+    optimizer = torch.optim.AdamW(stage.trained(), lr=1e-3, weight_decay=0.0)
+    stage(batch)["loss"].backward()
+    optimizer.step()
+    after = stage.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    prefixes, untouched = TRAINED[name]
+    expected = {
+        key
+        for key in before
+        if (not key.startswith("networks.") or key.removeprefix("networks.").startswith(prefixes))
+        and not key.removeprefix("networks.").startswith(untouched or ("none",))
+    }
+    assert changed == expected
+    untrained = {"encoder.vision": "vision", "vae": "autoencoder"}
+    for network, trainer in untrained.items():
+        assert any(key.startswith(f"networks.{network}.") for key in changed) == (name == trainer)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_loss_is_a_function_of_the_batch_alone(name):
+    """Whatever is random comes from the pairs' seeds."""
+    stage, batch = tiny.make_stage(name), tiny.make_batch(name, NUMBERS)
+    torch.manual_seed(1)
+    first = stage(batch)
+    torch.manual_seed(2)
+    random.seed(2)
+    np.random.seed(2)
+    assert {key: value.item() for key, value in stage(batch).items()} == {
+        key: value.item() for key, value in first.items()
+    }
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_half_precision_stays_near(name):
+    """As accelerate runs a stage in bf16: masks, norms and losses must bear it."""
+    stage, batch = tiny.make_stage(name), tiny.make_batch(name, NUMBERS)
+    expected = stage(batch)
+    expected["loss"].backward()
+    trained = [parameter.grad is not None for parameter in stage.trained()]
+    stage.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = stage(batch)
+    found["loss"].backward()
+    assert [parameter.grad is not None for parameter in stage.trained()] == trained
+    assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=0.03)
+    assert found["loss"].item() != expected["loss"].item()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in stage.trained())
+
+
+def test_the_encoder_of_training_is_the_encoder():
+    stage, batch = tiny.make_stage("subject"), tiny.make_batch("subject", NUMBERS)
+    words = [tiny.make_pair(number).word for number in NUMBERS]
+    expected = stage.parts.encoder(batch["pixel_values"], words)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(stage._encode_subjects(batch), expected, atol=1e-6, rtol=0)
+
+
+def test_the_projections_dropout_is_each_pairs_own():
+    batch = tiny.make_batch("subject", NUMBERS)
+    stage = tiny.make_stage("subject", options={"projection_dropout": 0.5})
+    whole = stage._encode_subjects(batch, generators(batch["seeds"]))
+    plain = stage._encode_subjects(batch)
+    encoder = stage.parts.encoder
+    image_tokens = encoder.vision(batch["pixel_values"])
+    answer = encoder.qformer(image_tokens, batch["word_ids"], batch["word_mask"])
+    share = ((whole - answer) / (plain - answer)).flatten()  # of what the projection adds
+    dropped, doubled = (torch.isclose(share, torch.tensor(value), atol=1e-2) for value in (0.0, 2.0))
+    assert (dropped | doubled).float().mean() > 0.99
+    assert dropped.float().mean() == pytest.approx(0.5, abs=0.05)
+    half = {key: value[3:] for key, value in batch.items()}
+    torch.testing.assert_close(stage._encode_subjects(half, generators(half["seeds"])), whole[3:])
+
+
+def test_without_padding_the_three_masks_meet_in_the_qformers_own():
+    """The Q-Former under the matching mask is the one that encodes subjects."""
+    stage = tiny.make_stage("multimodal")
+    encoder = stage.parts.encoder
+    ids, mask = tokenize_subjects(["dog", "teddy bear"])
+    image_tokens = encoder.vision(torch.randn(2, 3, 28, 28))
+    queries, text = read(encoder.qformer, image_tokens, ids, mask, matching_mask)
+    torch.testing.assert_close(queries, encoder.qformer(image_tokens, ids, mask))
+    assert text.shape == (2, ids.shape[1], 32)
+    added = padding_mask(mask, 16, torch.float32)
+    assert torch.equal(added[:, 0] == 0, matching_mask(mask, 16))
+
+
+def test_stage_1_against_a_loop():
+    """Every loss with the Q-Former run for one picture and one text at a time, under masks written out here."""
+    stage = tiny.make_stage("multimodal", options={**tiny.OPTIONS["multimodal"], "smoothing": 0.0})
+    batch = tiny.make_batch("multimodal", NUMBERS)
+    found = stage(batch)
+    encoder, count = stage.parts.encoder, len(NUMBERS)
+    image_tokens = encoder.vision(batch["pixel_values"]).detach()
+    ids, attention = batch["input_ids"], batch["attention_mask"]
+    tokens = ids.shape[1]
+
+    def answer(picture: int, text: torch.Tensor, padding: torch.Tensor, sees) -> tuple[torch.Tensor, torch.Tensor]:
+        """``sees(row, column)`` among 16 queries and the text."""
+        qformer = encoder.qformer
+        mask = torch.full((1, 1, 16 + tokens, 16 + tokens), -1e9)
+        for row in range(16 + tokens):
+            for column in range(16 + tokens):
+                if sees(row, column) and (column < 16 or padding[column - 16]):
+                    mask[0, 0, row, column] = 0
+        embedded = torch.cat([qformer.query_tokens, qformer.embed_text(text[None], torch.float32)], dim=1)
+        queries, words = qformer.embedding_norm(embedded).split([16, tokens], dim=1)
+        for layer in qformer.layers:
+            queries, words = layer(queries, words, image_tokens[picture][None], mask)
+        return queries[0], words[0]
+
+    def apart(row: int, column: int) -> bool:
+        return (row < 16) == (column < 16)
+
+    def causal(row: int, column: int) -> bool:
+        return column < 16 or (row >= 16 and column <= row)
+
+    pictures, texts = [], []
+    for index in range(count):
+        queries, words = answer(index, ids[index], attention[index], apart)
+        pictures.append(F.normalize(stage.image_head(queries), dim=-1))
+        texts.append(F.normalize(stage.text_head(words[0]), dim=0))
+    similarity = torch.stack([torch.stack([(picture @ text).max() for text in texts]) for picture in pictures]).detach()
+    scores = similarity / 0.07
+    contrast = torch.stack([-scores.log_softmax(dim).diagonal().mean() for dim in (0, 1)]).mean()
+    assert found["contrast"].item() == pytest.approx(contrast.item(), rel=1e-4)
+    assert found["retrieval"].item() == sum(similarity[i].argmax() == i for i in range(count)) / count
+
+    losses, words_seen = [], 0
+    for index in range(count):
+        begun = ids[index].clone()
+        begun[0] = bert_tokenizer().token_to_id("[DEC]")
+        _, words = answer(index, begun, attention[index], causal)
+        logits = stage.word_head(words, encoder.qformer.word_embedding.weight).log_softmax(dim=-1)
+        for place in range(tokens - 1):
+            if attention[index, place + 1]:
+                losses.append(-logits[place, ids[index, place + 1]])
+                words_seen += 1
+    assert words_seen == attention[:, 1:].sum()
+    assert found["generation"].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+
+    sources = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
+    wrong = []
+    for direction in (similarity, similarity.T):
+        weights = (direction / 0.07).softmax(dim=1) + 1e-4
+        weights.fill_diagonal_(0)
+        wrong.append([int(torch.multinomial(row, 1, generator=s)) for row, s in zip(weights, sources, strict=True)])
+    losses = []
+    for index in range(count):
+        trials = [(index, index, 1), (index, wrong[0][index], 0), (wrong[1][index], index, 0)]
+        for picture, text, label in trials:
+            queries, _ = answer(picture, ids[text], attention[text], lambda row, column: True)
+            losses.append(-stage.matching_head(queries).mean(dim=0).log_softmax(dim=0)[label])
+    assert found["matching"].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+    parts = sum(found[name].item() for name in ("contrast", "matching", "generation"))
+    assert found["loss"].item() == pytest.approx(parts)
+
+
+def test_a_temperature_at_zero_comes_back():
+    stage = tiny.make_stage("multimodal")
+    with torch.no_grad():
+        stage.temperature.fill_(-0.01)
+    assert torch.isfinite(stage(tiny.make_batch("multimodal", NUMBERS))["loss"])
+    assert stage.temperature.item() == pytest.approx(0.001)
+
+
+def test_stage_2_against_a_loop():
+    """One pair after the other, its chance drawn again from its seed in the documented order."""
+    options = {"subject_dropout": 0.4, "caption_dropout": 0.3, "repetitions": 3, "projection_dropout": 0.0}
+    stage = tiny.make_stage("subject", options={"resolution": 32, **options})
+    batch = tiny.make_batch("subject", range(12))
+    found = stage(batch)
+    parts, alphas = stage.parts, stage.scheduler.alphas_cumprod
+    losses, kinds = [], set()
+    for index in range(12):
+        source = torch.Generator().manual_seed(batch["seeds"][index])
+        distribution = parts.vae.encode(batch["targets"][index : index + 1] * 2 - 1).latent_dist
+        latents = distribution.mean + distribution.std * torch.randn(1, 4, 4, 4, generator=source)
+        latents = latents * parts.vae.config.scaling_factor
+        drop_subject, drop_caption, repeat, which = torch.rand(4, generator=source).tolist()
+        pair = tiny.make_pair(index)
+        if drop_caption < 0.3:
+            text, vectors = (NEGATIVE_PROMPT if which < 0.5 else ""), None
+        else:
+            text = ", ".join([pair.caption] * (1 + int(repeat * 3)))
+            vectors = None if drop_subject < 0.4 else parts.encoder(batch["pixel_values"][index][None], [pair.word])[0]
+        kinds.add((text == "", text == NEGATIVE_PROMPT, vectors is None, text.count(pair.caption)))
+        context = sampling.encode_prompts(parts.text_encoder, sampling.tokenize_prompts(parts, [text]), [vectors])
+        noise = torch.randn(1, 4, 4, 4, generator=source)
+        step = torch.randint(1000, (1,), generator=source)
+        noisy = alphas[step].sqrt() * latents + (1 - alphas[step]).sqrt() * noise
+        losses.append(F.mse_loss(parts.unet(noisy, step, context).sample, noise))
+    assert len(kinds) >= 5  # with and without a subject, once and twice, and without a caption
+    assert found["loss"].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+
+
+def test_steps_are_weighted_by_their_noise():
+    stage = tiny.make_stage("subject", options={"signal_to_noise": 5.0})
+    timesteps = torch.tensor([0, 100, 400, 999])
+    alphas = stage.scheduler.alphas_cumprod[timesteps].tolist()
+    expected = [min(a / (1 - a), 5.0) / (a / (1 - a)) for a in alphas]
+    assert expected[0] < 0.1
+    assert stage._weights(timesteps).tolist() == pytest.approx(expected)
+
+
+def test_latents_that_are_kept_change_nothing():
+    batch = tiny.make_batch("subject", NUMBERS)
+    stage = tiny.make_stage("subject", options={"resolution": 32, "latents_kept": 100})
+    first, again = stage(batch)["loss"], stage(batch)["loss"]
+    assert first.item() == again.item() == tiny.make_stage("subject")(batch)["loss"].item()
+    stage.parts.vae.encode = None  # is not asked again
+    stage(batch)
+    with pytest.raises(ValueError, match="only one source keeps unique: name one"):
+        tiny.make_stage("subject", pairs=["a", "b"], options={"latents_kept": 5})
+
+
+def test_the_vae_sees_crops_and_keeps_its_latents_at_one(monkeypatch):
+    """Also of pictures that are smaller than a crop."""
+    stage = tiny.make_stage("autoencoder", options={"crop": 48})
+    batch = tiny.make_batch("autoencoder", NUMBERS, crop=48)
+    assert {tuple(pixels.shape) for pixels in batch["pixels"]} == {(3, 48, 48)}
+    stage = tiny.make_stage("autoencoder")
+    batch = tiny.make_batch("autoencoder", NUMBERS)
+    crops = stage._crops(batch, [torch.Generator().manual_seed(seed) for seed in batch["seeds"]])
+    assert crops.shape == (6, 3, 16, 16)
+    for crop, picture in zip(crops, batch["pixels"], strict=True):
+        windows = picture.unfold(1, 16, 1).unfold(2, 16, 1)  # [3, 17, 17, 16, 16]
+        assert (windows == crop[:, None, None]).all(dim=(0, 3, 4)).any()
+    stage.finish(iter([batch, tiny.make_batch("autoencoder", range(6, 12))]))
+    factor = stage.parts.vae.config.scaling_factor
+    latents = stage.parts.vae.encode(crops * 2 - 1).latent_dist.mean * factor
+    assert factor != 0.18215
+    assert latents.std().item() == pytest.approx(1, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "subject"])
+def test_a_sheet_shows_how_far_it_has_come(name):
+    stage = tiny.make_stage(name, options={**tiny.OPTIONS[name]})
+    stage(tiny.make_batch(name, NUMBERS))
+    with torch.no_grad():
+        sheet = stage.eval().samples()
+    assert sheet.size == {"autoencoder": (4 * 16, 2 * 16), "subject": (6 * 32, 3 * 32)}[name]
+    assert np.asarray(sheet).std() > 10
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("subject", {"colour": 1}, "sets the options colour, which the stage subject does not have: choose from resol"),
+        ("subject", {"resolution": 500}, "resolution is 500, but the VAE reads multiples of 8"),
+        ("subject", {"resolution": "large"}, "sets resolution to 'large', where a whole number, 0 or more, is needed"),
+        ("subject", {"projection_dropout": 1}, "projection_dropout is 1.0, which leaves nothing"),
+        ("autoencoder", {"crop": 0}, "crop is 0, but the VAE halves a picture three times"),
+        ("multimodal", {"caption_tokens": 33}, "caption_tokens is 33, but this Q-Former reads 3 to 32"),
+    ],
+)
+def test_options_that_do_not_fit_get_one_sentence(name, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tiny.make_stage(name, options=options)
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers():
+    options = stage_class("autoencoder").options(tiny.make_config("autoencoder", options={"divergence_weight": "1e-3"}))
+    assert options == {"crop": 64, "edge_weight": 1.0, "divergence_weight": 0.001}
+
+
+def test_a_stage_that_is_not_there():
+    with pytest.raises(ValueError, match='no stage "dream": choose one of autoencoder, vision, multimodal, subject'):
+        stage_class("dream")

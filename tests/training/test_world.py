@@ -1,0 +1,186 @@
+"""The small world: its places, its scenes, and the pairs made of them."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blip_qformer.training.prepare import prepare
+from blip_qformer.training.shards import Pair, PairStream, encode_pair
+from blip_qformer.training.world import scenes, source
+from blip_qformer.training.world.artwork import HELD_OUT_STYLE, Artwork
+from blip_qformer.training.world.places import PLACES
+from blip_qformer.training.world.scenes import (
+    Look,
+    Placement,
+    compose,
+    cut_out,
+    picture_of,
+    random_place,
+    turn_hue,
+)
+from blip_qformer.training.world.source import World, artwork_of_split
+from tests.artwork import HELD_OUT, TRAINED, write_artwork
+
+PLACE = {place.name: place for place in PLACES}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_artwork(tmp_path_factory.mktemp("artwork"))
+
+
+@pytest.fixture
+def arrow(tmp_path) -> Artwork:
+    """A piece of artwork that is 40 wide and 20 high, red on its left, and lies off the middle of its picture."""
+    picture = Image.new("RGBA", (64, 64))
+    picture.paste((0, 0, 255, 255), (4, 30, 44, 50))
+    picture.paste((255, 0, 0, 255), (4, 30, 24, 50))
+    picture.save(tmp_path / "arrow.png")
+    return Artwork("1", "arrow", "Objects", "noto", tmp_path / "arrow.png")
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.name)
+def test_a_place_is_a_picture_of_its_seed(place):
+    for size in (32, 128):
+        pictures = [place.paint(size, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+        assert pictures[0].shape == (size, size, 3)
+        assert pictures[0].dtype == np.float32
+        assert 0 <= pictures[0].min() <= pictures[0].max() <= 1
+        assert np.array_equal(pictures[0], pictures[1])
+        assert not np.array_equal(pictures[0], pictures[2])
+
+
+def test_places_can_be_told_apart_by_their_colours():
+    """The nearest mean colour of the upper and the lower half is that of the own place, nearly always."""
+
+    def halves(place, seed):
+        picture = place.paint(64, np.random.default_rng(seed))
+        return np.concatenate([half.mean(axis=(0, 1)) for half in np.array_split(picture, 2)])
+
+    means = [np.mean([halves(place, seed) for seed in range(4)], axis=0) for place in PLACES]
+    right = [
+        np.argmin([np.linalg.norm(halves(place, seed) - mean) for mean in means]) == index
+        for index, place in enumerate(PLACES)
+        for seed in range(10, 20)
+    ]
+    assert np.mean(right) > 0.95
+
+
+def test_no_phrase_says_two_places():
+    phrases = [phrase for place in PLACES for phrase in place.phrases]
+    assert len(set(phrases)) == len(phrases)
+    assert len(PLACE) == len(PLACES) == 8
+
+
+def test_the_other_place_is_another():
+    random = np.random.default_rng(0)
+    for place in PLACES:
+        others = {random_place(random, other_than=place).name for _ in range(200)}
+        assert others == PLACE.keys() - {place.name}
+    assert {random_place(random).name for _ in range(200)} == PLACE.keys()
+
+
+def test_a_cut_out_is_what_is_drawn_and_no_more(arrow):
+    plain = cut_out(arrow, Look(), 80)
+    assert plain.size == (80, 40)
+    assert plain.getpixel((10, 20)) == (255, 0, 0, 255)
+    assert plain.getpixel((70, 20)) == (0, 0, 255, 255)
+    mirrored = cut_out(arrow, Look(mirrored=True), 80)
+    assert mirrored.getpixel((70, 20)) == (255, 0, 0, 255)
+    tilted = cut_out(arrow, Look(tilt=90), 80)
+    assert tilted.size == (40, 80)
+    assert tilted.getpixel((20, 70)) == (255, 0, 0, 255)  # against the clock
+
+
+def test_a_turned_hue_is_colorsys():
+    random = np.random.default_rng(0)
+    colours = random.integers(0, 256, (20, 3), dtype=np.uint8)
+    colours[:3] = [[0, 0, 0], [128, 128, 128], [255, 255, 255]]
+    alpha = random.integers(0, 256, (20, 1), dtype=np.uint8)
+    picture = Image.fromarray(np.concatenate([colours, alpha], axis=1)[None])
+    for turn in (0.25, 0.6):
+        found = np.asarray(turn_hue(picture, turn))[0]
+        assert np.array_equal(found[:, 3:], alpha)
+        assert np.array_equal(found[:3, :3], colours[:3])
+        for colour, result in zip(colours, found[:, :3], strict=True):
+            hue, saturation, value = colorsys.rgb_to_hsv(*colour / 255)
+            expected = np.multiply(255, colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value))
+            assert np.abs(result - expected).max() < 8  # Pillow counts hues in 256 steps
+
+
+def test_a_subject_stands_where_it_is_placed(arrow):
+    scene = compose(cut_out(arrow, Look(), 50), Image.new("RGB", (100, 200)), Placement(0.5, 0.4, 0.6))
+    ys, xs = np.nonzero(np.asarray(scene).max(axis=2))
+    assert (xs.min(), xs.max() + 1, ys.min(), ys.max() + 1) == (15, 65, 108, 133)
+
+
+def test_a_picture_is_a_function_of_its_arguments(arrow):
+    arguments = (arrow, Look(0.3, True, 5.0), PLACE["snow"], Placement(0.6, 0.5, 0.5), 64)
+    first, same, other = (np.asarray(picture_of(*arguments, seed)) for seed in (1, 1, 2))
+    assert first.shape == (64, 64, 3)
+    assert np.array_equal(first, same)
+    assert not np.array_equal(first, other)
+
+
+def content(pair: Pair) -> tuple:
+    return pair.key, pair.word, pair.caption, dict(pair.extra), pair.subject.tobytes(), pair.target.tobytes()
+
+
+def test_a_pair_is_a_function_of_seed_and_index(folder):
+    world = World(folder, count=50, edge=64)
+    first = content(world.pair(7, 3))
+    scenes._trimmed.cache_clear()
+    artwork_of_split.cache_clear()
+    world.pair(8, 3)  # what came before does not matter
+    assert content(world.pair(7, 3)) == first
+    assert content(World(folder, count=9, edge=64).pair(7, 3)) == first
+    assert len({content(world.pair(index, seed))[4] for index in range(5) for seed in range(3)}) == 15
+
+
+def test_pairs_show_one_subject_in_two_places(folder, monkeypatch):
+    painted = []
+    monkeypatch.setattr(
+        source, "paint_place", lambda place, *inputs: painted.append(place.name) or scenes.paint_place(place, *inputs)
+    )
+    world = World(folder, count=50, edge=96)
+    words, placed = set(), set()
+    for index in range(50):
+        painted.clear()
+        pair = world.pair(index, 0)
+        assert sorted(set(painted)) == sorted(painted)  # two, and not the same
+        assert pair.extra["place"] == painted[1]
+        assert pair.caption in {f"a {pair.word} {phrase}" for phrase in PLACE[painted[1]].phrases}
+        assert (pair.subject.size, pair.target.size) == ((128, 128), (96, 96))
+        colours = [np.asarray(each)[int(0.55 * each.height), each.width // 2] for each in (pair.subject, pair.target)]
+        assert np.abs(colours[0].astype(int) - colours[1]).max() <= 3  # the same shape in the same colour
+        words.add(pair.word)
+        placed.add(pair.extra["place"])
+    assert words == set(TRAINED)
+    assert placed == PLACE.keys()
+
+
+def test_the_splits_share_no_word_and_one_style_is_never_trained_on(folder):
+    train, held_out = ([World(folder, split, 200, 32).pair(i, 1) for i in range(60)] for split in ("train", "held-out"))
+    assert {pair.word for pair in train} == set(TRAINED)
+    assert {pair.word for pair in held_out} == set(HELD_OUT)
+    assert HELD_OUT_STYLE not in {pair.extra["style"] for pair in train}
+    assert HELD_OUT_STYLE in {pair.extra["style"] for pair in held_out}
+
+
+def test_a_world_becomes_shards(folder, tmp_path):
+    world = World(folder, count=6, edge=32)
+    assert prepare(world, tmp_path, seed=5).pairs == 6
+    found = {pair.key: pair for pair in itertools.islice(iter(PairStream(tmp_path)), 6)}
+    assert sorted(found) == [f"{index:08d}" for index in range(6)]
+    for index in range(6):
+        files = encode_pair(world.pair(index, 5))
+        again = found[f"{index:08d}"]
+        with Image.open(io.BytesIO(files["target.webp"])) as expected:
+            assert np.array_equal(np.asarray(again.target), np.asarray(expected.convert("RGB")))
