@@ -1,4 +1,4 @@
-"""The command line: `blip-qformer convert SRC DST` and `blip-qformer inspect PATH`.
+"""The command line: `blip-qformer convert | inspect | prepare | pretrain | evaluate`.
 
 A command is a function of its parsed arguments that prints what it did and raises what went wrong; `main` turns what it
 raises into one line and an exit code.
@@ -26,6 +26,9 @@ from .checkpoint.stable_diffusion import (
     stable_diffusion_checkpoint,
 )
 from .checkpoint.writing import check_free_space, check_target, data_size, write_safetensors
+from .evaluation.command import add_evaluate_command
+from .training.prepare_command import add_prepare_command
+from .training.pretrain_command import add_pretrain_command
 
 CHECKPOINT_NAME = "blip_diffusion_sd15.safetensors"
 QFORMER_NAME = "blip2_qformer.safetensors"
@@ -81,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("path", metavar="PATH", type=Path, help="a folder or a file")
     inspect.set_defaults(command=_inspect)
+
+    add_prepare_command(commands)
+    add_pretrain_command(commands)
+    add_evaluate_command(commands)
     return parser
 
 

@@ -1,0 +1,56 @@
+"""`blip-qformer evaluate mini`: the small model's report."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from ..training.extras import import_extra
+
+REPORT = "report.md"
+SHEET = "report.jpg"
+JUDGES = "judges.safetensors"
+
+
+def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
+    """Add `evaluate` to a parser's commands."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure how well a model draws what it was shown",
+        description="Draw things the small model never saw and judge the pictures: identity, context and blending, "
+        "beside three baselines.",
+    )
+    kinds = parser.add_subparsers(required=True, metavar="WHAT")
+    mini = kinds.add_parser("mini", help="the small model, on the held-out things of its world")
+    mini.add_argument("model", metavar="MODEL", type=Path, help="its folder, in the Hub layout")
+    mini.add_argument("artwork", metavar="ARTWORK", type=Path, help="an artwork folder, from tools/artwork.py")
+    mini.add_argument("target", metavar="DST", type=Path, help=f"the folder for {REPORT} and {SHEET}")
+    mini.add_argument("--judges", metavar="FILE", type=Path, help=f"trained judges; without, DST/{JUDGES} is trained")
+    mini.add_argument("--things", metavar="N", type=int, default=100, help="held-out things to draw (100)")
+    mini.add_argument("--seed", metavar="N", type=int, default=11, help="of what is drawn (11)")
+    mini.set_defaults(command=_evaluate_mini)
+
+
+def _evaluate_mini(arguments: argparse.Namespace) -> None:
+    """`evaluate mini`: draw, judge, write the report."""
+    import_extra("diffusers", "Evaluating")
+    from ..training.parts import load_parts
+    from .judges import JudgesTraining, load_judges, save_judges, train_judges
+    from .mini import Settings, evaluate
+
+    arguments.target.mkdir(parents=True, exist_ok=True)
+    file = arguments.judges or arguments.target / JUDGES
+    if not file.is_file():
+        if arguments.judges:
+            raise ValueError(f"No judges are at {file}: leave --judges out, and they are trained.")
+        save_judges(train_judges(arguments.artwork, JudgesTraining()), file)
+    parts = load_parts(arguments.model)
+    for network in parts.networks.values():
+        network.eval().requires_grad_(False)
+    settings = Settings(things=arguments.things, seed=arguments.seed)
+    report, sheet = evaluate(parts, load_judges(file), arguments.artwork, settings)
+    text = f"{report.table()}\n\nSettings: {', '.join(f'{k} {v}' for k, v in asdict(settings).items())}.\n"
+    (arguments.target / REPORT).write_text(text, encoding="utf-8")
+    sheet.save(arguments.target / SHEET, quality=90)
+    print(text)

@@ -1,0 +1,256 @@
+"""The small model's report: held-out things only, three questions, three baselines (``blip-qformer evaluate mini``).
+
+Identity: does a generated picture pick its reference out of twenty candidates? Context: is it where the prompt says?
+Blending: does the likeness move steadily from one subject to the other? The baselines answer the same questions with
+the same model: without a subject, with another thing's subject, and with the reference pasted into a picture that was
+drawn without a subject.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..encoder import preprocess
+from ..training.parts import ModelParts
+from ..training.sampling import draw
+from ..training.stages.base import to_picture, to_pixels
+from ..training.world.artwork import Artwork
+from ..training.world.places import PLACES, Place
+from ..training.world.scenes import (
+    CAPTION,
+    Look,
+    picture_of,
+    random_look,
+    random_place,
+    random_placement,
+)
+from ..training.world.source import artwork_of_split
+from .intervals import Share
+from .judges import Judges
+
+CANDIDATES = 20
+BLEND_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+PASTED_SIZE = 0.6  # of the picture's edge
+BATCH = 8
+
+GENERATED = "with its subject"
+WITHOUT = "without a subject"
+ANOTHER = "with another thing's subject"
+PASTED = "its reference pasted in"
+REAL = "real pictures (what the judges are worth)"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is drawn.
+
+    Args:
+        things: how many held-out subjects; ``places``: in how many places each.
+        blends: how many pairs of subjects are blended.
+        steps, guidance: of DDIM.
+        edge: of the pictures, in pixels.
+    """
+
+    things: int = 100
+    places: int = 2
+    blends: int = 40
+    steps: int = 20
+    guidance: float = 5.0
+    edge: int = 256
+    seed: int = 11
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One picture to be drawn: a subject, its reference, and the place that is asked for."""
+
+    artwork: Artwork
+    look: Look
+    reference: Image.Image
+    place: Place
+    noise_seed: int
+
+    @property
+    def prompt(self) -> str:
+        return CAPTION.format(word=self.artwork.word, phrase=self.place.phrases[0])
+
+
+@dataclass
+class Report:
+    """What was measured: for each way of drawing the share of right identities and of right places."""
+
+    identity: dict[str, Share] = field(default_factory=dict)
+    context: dict[str, Share] = field(default_factory=dict)
+    blending: Share | None = None
+    settings: Settings = field(default_factory=Settings)
+
+    def table(self) -> str:
+        """As Markdown; every share with its 95 % interval."""
+        lines = ["| drawn | identity, 1 of 20 | context, 1 of 8 |", "|---|---|---|"]
+        lines += [f"| {name} | {self.identity[name]} | {self.context[name]} |" for name in self.identity]
+        return "\n".join([*lines, "", f"Blending moves steadily: {self.blending} of pairs."])
+
+
+def make_cases(artwork: Path, settings: Settings) -> list[Case]:
+    """The held-out subjects and where they are asked for; a function of the seed."""
+    random = np.random.default_rng(settings.seed)
+    drawings = artwork_of_split(artwork, "held-out")
+    words = sorted({each.word for each in drawings})
+    chosen = random.permutation(len(words))[: settings.things]
+    cases = []
+    for number, index in enumerate(chosen):
+        same_word = [each for each in drawings if each.word == words[index]]
+        drawing, look = same_word[random.integers(len(same_word))], random_look(random)
+        shown_in = random_place(random)
+        reference = picture_of(drawing, look, shown_in, random_placement(random), settings.edge, 1000 + number)
+        others = [place for place in PLACES if place is not shown_in]
+        for which in random.permutation(len(others))[: settings.places]:
+            cases.append(Case(drawing, look, reference, others[which], noise_seed=len(cases)))
+    return cases
+
+
+def evaluate(
+    parts: ModelParts,
+    judges: Judges,
+    artwork: Path,
+    settings: Settings,
+    progress: Callable[[str], None] = print,
+) -> tuple[Report, Image.Image]:
+    """Draw everything and judge it.
+
+    Returns:
+        The report, and a contact sheet: reference, without a subject, with its subject.
+    """
+    cases = make_cases(artwork, settings)
+    subjects = encode_references(parts, cases)
+    turned = [subjects[(index + settings.places) % len(subjects)] for index in range(len(subjects))]
+    drawn = {}
+    for name, vectors in ((GENERATED, subjects), (WITHOUT, [None] * len(cases)), (ANOTHER, turned)):
+        progress(f"drawing {len(cases)} pictures {name}")
+        drawn[name] = draw_cases(parts, cases, vectors, settings)
+    drawn[PASTED] = [
+        paste_reference(picture, case.reference) for picture, case in zip(drawn[WITHOUT], cases, strict=True)
+    ]
+    random = np.random.default_rng(settings.seed + 1)
+    drawn[REAL] = [
+        to_pixels(picture_of(c.artwork, c.look, c.place, random_placement(random), settings.edge, 5000 + c.noise_seed))
+        for c in cases
+    ]
+    report = Report(settings=settings)
+    for name, pictures in drawn.items():
+        report.identity[name] = identity_share(judges, pictures, cases, settings.seed)
+        report.context[name] = context_share(judges, pictures, cases)
+    progress(f"blending {settings.blends} pairs")
+    report.blending = blending_share(parts, judges, cases, subjects, settings)
+    return report, contact_sheet(cases, drawn[WITHOUT], drawn[GENERATED])
+
+
+@torch.no_grad()
+def encode_references(parts: ModelParts, cases: Sequence[Case]) -> list[Tensor]:
+    """The sixteen vectors of each case's reference."""
+    size = parts.encoder.config.vision.image_size
+    vectors = []
+    for case in cases:
+        picture = to_pixels(case.reference).permute(1, 2, 0)[None]  # [1, H, W, 3]
+        vectors.append(parts.encoder(preprocess(picture, size=size), [case.artwork.word])[0])
+    return vectors
+
+
+def draw_cases(
+    parts: ModelParts, cases: Sequence[Case], subjects: Sequence[Tensor | None], settings: Settings
+) -> list[Tensor]:
+    """A picture [3, H, W] of each case; the same noise for the same case, whatever the subject."""
+    pictures: list[Tensor] = []
+    for start in range(0, len(cases), BATCH):
+        some = cases[start : start + BATCH]
+        noise = torch.stack([_noise(case.noise_seed, settings.edge) for case in some])
+        prompts = [case.prompt for case in some]
+        pictures += draw(
+            parts,
+            prompts,
+            subjects[start : start + BATCH],
+            noise=noise,
+            steps=settings.steps,
+            guidance=settings.guidance,
+        ).cpu()
+    return pictures
+
+
+def paste_reference(picture: Tensor, reference: Image.Image) -> Tensor:
+    """The reference, background and all, in the middle of a picture [3, H, W]."""
+    canvas = to_picture(picture)
+    size = round(PASTED_SIZE * canvas.width)
+    corner = (canvas.width - size) // 2
+    canvas.paste(reference.resize((size, size)), (corner, corner))
+    return to_pixels(canvas)
+
+
+def identity_share(judges: Judges, pictures: Sequence[Tensor], cases: Sequence[Case], seed: int) -> Share:
+    """How often a picture is closer to its own reference than to nineteen others of other words."""
+    random = np.random.default_rng(seed)
+    references = judges.embed(torch.stack([to_pixels(case.reference) for case in cases]))
+    embedded = judges.embed(torch.stack(list(pictures)))
+    right = 0
+    for index, case in enumerate(cases):
+        others = [i for i, other in enumerate(cases) if other.artwork.word != case.artwork.word]
+        others = _one_of_each_word(others, cases, random)[: CANDIDATES - 1]
+        similarity = references[[index, *others]] @ embedded[index]
+        right += int(similarity.argmax() == 0)
+    return Share(right, len(cases))
+
+
+def context_share(judges: Judges, pictures: Sequence[Tensor], cases: Sequence[Case]) -> Share:
+    """How often a picture shows the place that the prompt says."""
+    named = judges.name_places(torch.stack(list(pictures)))
+    return Share(sum(name == case.place.name for name, case in zip(named, cases, strict=True)), len(cases))
+
+
+def blending_share(
+    parts: ModelParts, judges: Judges, cases: Sequence[Case], subjects: Sequence[Tensor], settings: Settings
+) -> Share:
+    """How often likeness moves from the first subject to the second at every step of a blend, never back.
+
+    Likeness to the second minus likeness to the first is compared over the shares 0, 1/4, 1/2, 3/4, 1.
+    """
+    firsts = range(0, len(cases), settings.places)
+    pairs = list(zip(firsts, [*firsts[1:], firsts[0]], strict=True))[: settings.blends]
+    references = judges.embed(torch.stack([to_pixels(case.reference) for case in cases]))
+    steady = 0
+    for first, second in pairs:
+        blends = [(1 - share) * subjects[first] + share * subjects[second] for share in BLEND_SHARES]
+        pictures = draw_cases(parts, [cases[first]] * len(blends), blends, settings)
+        embedded = judges.embed(torch.stack(pictures))
+        likeness = embedded @ (references[second] - references[first])
+        steady += bool((likeness.diff() >= 0).all())
+    return Share(steady, len(pairs))
+
+
+def contact_sheet(cases: Sequence[Case], without: Sequence[Tensor], drawn: Sequence[Tensor], shown: int = 12) -> Image:
+    """Columns of reference, without a subject, with its subject."""
+    edge = 128
+    columns = min(shown, len(cases))
+    picked = np.linspace(0, len(cases) - 1, columns).round().astype(int)
+    sheet = Image.new("RGB", (columns * edge, 3 * edge))
+    for column, index in enumerate(picked):
+        rows = (cases[index].reference, to_picture(without[index]), to_picture(drawn[index]))
+        for row, picture in enumerate(rows):
+            sheet.paste(picture.resize((edge, edge), Image.Resampling.LANCZOS), (column * edge, row * edge))
+    return sheet
+
+
+def _one_of_each_word(indices: Sequence[int], cases: Sequence[Case], random: np.random.Generator) -> list[int]:
+    kept: dict[str, int] = {}
+    for index in random.permutation(indices).tolist():
+        kept.setdefault(cases[index].artwork.word, index)
+    return list(kept.values())
+
+
+def _noise(seed: int, edge: int) -> Tensor:
+    return torch.randn(4, edge // 8, edge // 8, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,25 @@
+"""Shares and how sure they are."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from blip_qformer.evaluation.intervals import Share
+
+
+@given(st.integers(1, 500).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials))))
+def test_the_interval_is_wilsons(counts):
+    successes, trials = counts
+    expected = binomtest(successes, trials).proportion_ci(method="wilson")
+    assert Share(successes, trials).interval == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_a_share_reads_as_percent():
+    assert str(Share(3, 4)) == "75.0% (30.1% .. 95.4%)"
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (5, 4), (-1, 3)])
+def test_no_share_of_nothing(successes, trials):
+    with pytest.raises(ValueError, match="is no share"):
+        Share(successes, trials)
