@@ -26,13 +26,14 @@ export TRANSFORMERS_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help env demo test bench lint browser
+.PHONY: help env demo test bench lint browser mini
 
 help:
 	@echo "make env      the environment in .venv and the host in .host/ComfyUI (or the one at COMFYUI_PATH)"
 	@echo "make demo     draw workflows/subject-generation.json in a real ComfyUI; prints the picture's path"
 	@echo "make test     everything that is tested; pass options as ARGS='-k name'"
 	@echo "make bench    speed, as ratios against the reference implementation"
+	@echo "make mini     train the small model from nothing and evaluate it, in output/mini"
 	@echo "make lint     style"
 	@echo "make browser  Chromium, which the tests open the real frontend in"
 
@@ -46,6 +47,16 @@ test: env browser
 
 bench: env
 	@$(RUN) -m benchmarks $(ARGS)
+
+# Every step can be interrupted and goes on where it was.
+MINI := output/mini
+MINI_RUNS := 1-autoencoder 2-vision 3-multimodal 4-subject-128 5-subject-256
+mini: env
+	@test -f output/artwork/things.jsonl || $(RUN) -m tools.artwork output/artwork
+	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-256 --count 6000 --edge 256 --seed 0
+	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-128 --count 40000 --edge 128 --seed 1
+	@for run in $(MINI_RUNS); do $(RUN) -m blip_qformer pretrain blip_qformer/training/runs/mini/$$run.yaml || exit; done
+	@$(RUN) -m blip_qformer evaluate mini $(MINI)/5-subject-256/model output/artwork $(MINI)/report
 
 lint: env
 	@$(RUN) -m ruff check .

@@ -16,6 +16,7 @@ from .models import SIZES, encoder_of, hosted, reference_pipeline
 from .sampling import sampling_rows
 from .subjects import VIEWS_HEAD, trajectory_rows, view_costs
 from .table import HEAD, RESULTS, machine, markdown_table, write_section
+from .training import SCALING_HEAD, scaling, training_rows
 
 COMMAND = "make bench"
 
@@ -43,6 +44,10 @@ def main() -> None:
                 rows.append(row.cells())
         views = [*view_costs(encoder_of(pipeline))]
         attention = [*attention_costs()]
+    for row in training_rows():
+        print(" | ".join(row.cells()), flush=True)
+        rows.append(row.cells())
+    processes = [*scaling()]
 
     widths = "-".join(str(width) for width in SIZES.unet_channels)
     text = (
@@ -52,7 +57,9 @@ def main() -> None:
         f"A batch of views of one subject, 512x512, each batch in a process of its own:\n\n"
         f"{markdown_table(VIEWS_HEAD, views)}\n\n"
         f"One self-attention layer that takes over another picture's, each in a process of its own:\n\n"
-        f"{markdown_table(ATTENTION_HEAD, attention)}"
+        f"{markdown_table(ATTENTION_HEAD, attention)}\n\n"
+        f"Stage 2 of the small model in several processes on this one machine:\n\n"
+        f"{markdown_table(SCALING_HEAD, processes)}"
     )
     print(f"\n{text}")
     if write:

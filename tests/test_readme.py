@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -9,8 +10,11 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
-from tests import oracle
+from blip_qformer.training.config import read_config
+from tests import oracle, tiny
+from tests.clipseg import write_clipseg
 from tests.random_weights import write_hub_folder
 from tools.host import ROOT, comfyui_path
 
@@ -21,8 +25,10 @@ COMMANDS = [line for language, block in BLOCKS if not language for line in block
 NEEDS_THE_NETWORK = {
     "comfy node install blip-diffusion",
     "hf download Salesforce/blipdiffusion --local-dir models/blip_diffusion/blipdiffusion",
+    "pip install accelerate diffusers tensorboard webdataset pymatting",
 }
 RUN_BY_CI_AND_OTHER_TESTS = {"make test", "make demo"}  # .ci/run, tests/test_demo.py
+TAKES_A_DAY = {"make mini"}  # what it runs, and with what, is tested here
 
 PUBLISHED = "../../models/blip_diffusion/blipdiffusion"
 
@@ -33,19 +39,48 @@ def checkpoint(tmp_path_factory):
     return write_hub_folder(oracle.pipeline(oracle.SMALL, folder / "bert", comfyui_path()), folder / "hub")
 
 
+@pytest.fixture(scope="module")
+def places(checkpoint, tmp_path_factory):
+    """What the commands name, and where it is here: a small one of each."""
+    folder = tmp_path_factory.mktemp("places")
+    for name in ("photographs", "backgrounds"):
+        (folder / name).mkdir()
+        Image.new("RGB", (64, 64), "green").save(folder / name / "one.png")
+    line = {"file": "one.png", "word": "lawn"}
+    (folder / "photographs" / "metadata.jsonl").write_text(json.dumps(line))
+    tiny.write_pairs(folder / "given")
+    run = {"stage": "vision", "model": tiny.SIZES, "pairs": str(folder / "given"), "output": str(folder / "trained")}
+    run |= {"steps": 1, "batch_size": 4, "learning_rate": 1e-4, "workers": 0}
+    (folder / "run.yaml").write_text(json.dumps(run))  # all JSON is YAML
+    named = {name: folder / name for name in ("photographs", "backgrounds", "pairs", "run.yaml", "converted")}
+    return {**named, PUBLISHED: checkpoint, "clipseg-rd64-refined": write_clipseg(folder / "clipseg")}
+
+
 def test_every_command_is_accounted_for():
     ours = {command for command in COMMANDS if command.startswith("python -m blip_qformer")}
     assert ours
-    assert set(COMMANDS) == ours | NEEDS_THE_NETWORK | RUN_BY_CI_AND_OTHER_TESTS
+    assert set(COMMANDS) == ours | NEEDS_THE_NETWORK | RUN_BY_CI_AND_OTHER_TESTS | TAKES_A_DAY
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m blip_qformer")])
-def test_commands_run_in_the_packs_folder(command, checkpoint, tmp_path):
-    words = [sys.executable, *shlex.split(command)[1:]]
-    words = [str(checkpoint) if word == PUBLISHED else word for word in words]
-    words = [str(tmp_path / word) if word == "converted" else word for word in words]
+def test_commands_run_in_the_packs_folder(command, places):
+    words = [sys.executable, *(str(places.get(word, word)) for word in shlex.split(command)[1:])]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_make_mini_runs_every_run_and_evaluates_the_last():
+    dry = subprocess.run(["make", "--dry-run", "mini"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (names,) = re.findall(r"for run in (.*?);", dry)
+    runs = [
+        read_config(ROOT / "blip_qformer" / "training" / "runs" / "mini" / f"{name}.yaml") for name in names.split()
+    ]
+    made = {ROOT / word for word in shlex.split(dry.replace(";", " ")) if "pairs-" in word}
+    for run in runs:
+        assert {ROOT / pairs for pairs in run.pairs} <= made
+        models = [*run.networks.values(), *([run.model] if isinstance(run.model, str) else [])]
+        assert {ROOT / model for model in models} <= {ROOT / each.output / "model" for each in runs}
+    assert f"evaluate mini {runs[-1].output / 'model'} " in dry
 
 
 def test_python_example_runs(checkpoint, monkeypatch):
