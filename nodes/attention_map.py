@@ -130,6 +130,7 @@ class SubjectAttentionMap(io.ComfyNode):
         phrases = parse_words(words) or attention.words()
         if not phrases:
             raise ValueError("The recorded prompt has no words, only punctuation: write some, and draw again.")
+        image = image.cpu()  # where the record is, whatever device the host keeps pictures on
         maps = torch.stack([attention.word_map(phrase, *image.shape[1:3]) for phrase in phrases], dim=1)  # [B, W, h, w]
         labels = [f"{phrase} {word.mean():.1%}" for row in maps for phrase, word in zip(phrases, row, strict=True)]
         heats = heat(maps.flatten(0, 1))
@@ -169,10 +170,11 @@ def watch_run(executor: Callable, noise: Tensor, *args: Any, **kwargs: Any) -> T
     merge_nested_dicts(guider.model_options, options, copy_dict1=False)
     for record in records:
         record.start(*noise.shape[-2:])
-    drawn = executor(noise, *args, **kwargs)
-    for record in records:
-        record.finish()
-    return drawn
+    try:
+        return executor(noise, *args, **kwargs)
+    finally:  # a run that was cancelled leaves nothing on the device either
+        for record in records:
+            record.finish()
 
 
 def take_watches(conds: dict[str, list[dict]]) -> dict[UUID, tuple[Watch, ...]]:

@@ -20,6 +20,9 @@ from ..blip_qformer.attention.edits import Edit, Reweight
 from .attention_run import AttentionRun, EditedConditioning
 from .conditioning import Conditioning
 
+#: Parts of the names of the host's samplers that add noise of their own.
+NOISY_SAMPLERS = ("ancestral", "sde", "ddpm", "lcm")
+
 #: Key of a conditioning's dictionary for its edits, and name of the hook that brings them to the sampler.
 EDITS = "blip_attention_edits"
 
@@ -54,6 +57,8 @@ def sample_with_edits(
     if not edited:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     check_model(guider.model_patcher)
+    if any(edit.source_unguided for each in edited.values() if (edit := each.prompt_to_prompt)):
+        check_adds_no_noise(noise, sampler)
     run = AttentionRun(edited, noise, sigmas.tolist())
     run.install(guider)
     return run.finish(executor(noise, latent_image, sampler, sigmas, *args, **kwargs))
@@ -92,6 +97,25 @@ def hook_group(hooks: Sequence[comfy.hooks.Hook]) -> comfy.hooks.HookGroup:
     for hook in hooks:
         group.add(hook)
     return group
+
+
+def check_adds_no_noise(noise: Tensor, sampler: Any) -> None:
+    """Refuse to draw a photograph again where noise is added to it.
+
+    Raises:
+        ValueError: the sampler starts from noise, or adds some at each step.
+    """
+    name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
+    if any(part in name for part in NOISY_SAMPLERS):
+        raise ValueError(
+            f"{name.removeprefix('sample_')} adds noise at every step, so that the photograph does not come back: "
+            "choose ddim, or switch source_unguided off in Prompt-to-Prompt Edit."
+        )
+    if noise.any():
+        raise ValueError(
+            "This sampler adds noise to the latent of DDIM Inversion, so that the photograph does not come back: use "
+            "KSampler (Advanced) with add_noise disabled, or switch source_unguided off in Prompt-to-Prompt Edit."
+        )
 
 
 def check_model(model: comfy.model_patcher.ModelPatcher) -> None:

@@ -57,8 +57,9 @@ def align(source: Sequence[TokenSpan], edited: Sequence[TokenSpan], tokens: int)
         _hand_over(mapper, source[one].positions, edited[other].positions)
     source_frame, edited_frame = _frame(source, tokens), _frame(edited, tokens)
     for ours, theirs in zip(edited_frame, source_frame, strict=True):
-        for index, position in enumerate(ours):
-            mapper[theirs[min(index, len(theirs) - 1)], position] = 1
+        lenders = [theirs[min(index, len(theirs) - 1)] for index in range(len(ours))]
+        for lender, position in zip(lenders, ours, strict=True):
+            mapper[lender, position] = 1 / lenders.count(lender)  # no token lends more attention than it has
     return Alignment(mapper, mapper.any(dim=0))
 
 

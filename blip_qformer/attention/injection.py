@@ -51,7 +51,9 @@ def edit_cross(query: Tensor, key: Tensor, values: Tensor, edited: EditedRows) -
         query: [B, N, C]; key, values: [B, T, C']; before the projections or behind them.
     """
     if any(plan.scales or plan.crosses for _, plan in edited):
-        query, key, values = query.clone(), key.clone(), values.clone()
+        values = values.clone()
+    if any(plan.crosses for _, plan in edited):
+        query, key = query.clone(), key.clone()
     for rows, plan in edited:
         for picture, factors in plan.scales:
             values[rows.of(picture)] = scale_values(values[rows.of(picture)], factors)

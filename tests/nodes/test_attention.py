@@ -498,11 +498,38 @@ def test_a_source_that_is_its_own_edit_is_the_plain_batch(host, small, sampler):
 
 def test_an_unguided_source_is_what_it_is_without_cfg(host, small):
     source, edited = inserted(host, small)
-    inputs = {"source_unguided": True, "texts": (SOURCE, "")}
-    drawn = draw(host, small, *pair(host, small, source, edited, **inputs))
-    close(drawn[:1], draw(host, small, source, cfg=1.0), 1e-4)
-    differ(drawn[:1], draw(host, small, source))
-    differ(drawn[1:], draw(host, small, *pair(host, small, source, edited, **inputs), cfg=1.0)[1:])
+    inverted = {"samples": torch.randn(empty()["samples"].shape, generator=torch.Generator().manual_seed(1))}
+    both = pair(host, small, source, edited, inverted, (SOURCE, ""), source_unguided=True)
+    drawn = draw_without_noise(host, small, *both)
+    close(drawn[:1], draw_without_noise(host, small, source, inverted, cfg=1.0), 1e-4)
+    differ(drawn[:1], draw_without_noise(host, small, source, inverted))
+    differ(drawn[1:], draw_without_noise(host, small, *both, cfg=1.0)[1:])
+
+
+def test_an_unguided_source_needs_a_sampler_without_noise(host, small):
+    both = pair(host, small, *inserted(host, small), texts=(SOURCE, ""), source_unguided=True)
+    with pytest.raises(ValueError, match="adds noise to the latent of DDIM Inversion.*add_noise disabled"):
+        draw(host, small, *both)
+    with pytest.raises(ValueError, match="euler_ancestral adds noise at every step.*choose ddim"):
+        draw_without_noise(host, small, *both, sampler_name="euler_ancestral")
+
+
+def draw_without_noise(host, small, positive, latent, **settings) -> torch.Tensor:
+    """As a photograph is drawn again from what DDIM Inversion found."""
+    settings = {"steps": 3, "cfg": 4.0, "sampler_name": "ddim", "scheduler": "ddim_uniform", **settings}
+    return host.run(
+        "KSamplerAdvanced",
+        model=small.model,
+        add_noise="disable",
+        noise_seed=0,
+        positive=positive,
+        negative=small.negative,
+        latent_image=latent,
+        start_at_step=0,
+        end_at_step=10000,
+        return_with_leftover_noise="disable",
+        **settings,
+    )[0]["samples"]
 
 
 def test_several_edits_of_several_pictures_are_those_of_each_alone(host, small):
