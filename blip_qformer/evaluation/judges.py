@@ -119,7 +119,9 @@ def load_judges(file: Path) -> Judges:
     try:
         judges.load_state_dict({name: weight.float() for name, weight in safetensors.load_file(str(file)).items()})
     except RuntimeError as error:
-        raise ValueError(f"{file} does not hold these judges: train them anew with --train-judges.") from error
+        raise ValueError(
+            f"{file} does not hold these judges: leave --judges out, and they are trained anew."
+        ) from error
     return judges.eval().requires_grad_(False)
 
 

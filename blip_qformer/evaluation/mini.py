@@ -56,6 +56,7 @@ class Settings:
         blends: how many pairs of subjects are blended.
         steps, guidance: of DDIM.
         edge: of the pictures, in pixels.
+        candidates: how many references a picture's own is to be picked from.
     """
 
     things: int = 100
@@ -64,6 +65,7 @@ class Settings:
     steps: int = 20
     guidance: float = 5.0
     edge: int = 256
+    candidates: int = CANDIDATES
     seed: int = 11
 
 
@@ -93,7 +95,8 @@ class Report:
 
     def table(self) -> str:
         """As Markdown; every share with its 95 % interval."""
-        lines = ["| drawn | identity, 1 of 20 | context, 1 of 8 |", "|---|---|---|"]
+        chances = f"identity, 1 of {self.settings.candidates} | context, 1 of {len(PLACES)}"
+        lines = [f"| drawn | {chances} |", "|---|---|---|"]
         lines += [f"| {name} | {self.identity[name]} | {self.context[name]} |" for name in self.identity]
         return "\n".join([*lines, "", f"Blending moves steadily: {self.blending} of pairs."])
 
@@ -145,7 +148,7 @@ def evaluate(
     ]
     report = Report(settings=settings)
     for name, pictures in drawn.items():
-        report.identity[name] = identity_share(judges, pictures, cases, settings.seed)
+        report.identity[name] = identity_share(judges, pictures, cases, settings.seed, settings.candidates)
         report.context[name] = context_share(judges, pictures, cases)
     progress(f"blending {settings.blends} pairs")
     report.blending = blending_share(parts, judges, cases, subjects, settings)
@@ -180,6 +183,10 @@ def draw_cases(
             steps=settings.steps,
             guidance=settings.guidance,
         ).cpu()
+    if any(not picture.isfinite().all() for picture in pictures):
+        raise ValueError(
+            "The model draws pictures that are not all numbers: train it anew, or take an older checkpoint."
+        )
     return pictures
 
 
@@ -192,17 +199,25 @@ def paste_reference(picture: Tensor, reference: Image.Image) -> Tensor:
     return to_pixels(canvas)
 
 
-def identity_share(judges: Judges, pictures: Sequence[Tensor], cases: Sequence[Case], seed: int) -> Share:
-    """How often a picture is closer to its own reference than to nineteen others of other words."""
+def identity_share(
+    judges: Judges, pictures: Sequence[Tensor], cases: Sequence[Case], seed: int, candidates: int = CANDIDATES
+) -> Share:
+    """How often a picture is closer to its own reference than to the other candidates, which have other words.
+
+    Raises:
+        ValueError: there are not so many words.
+    """
     random = np.random.default_rng(seed)
     references = judges.embed(torch.stack([to_pixels(case.reference) for case in cases]))
     embedded = judges.embed(torch.stack(list(pictures)))
     right = 0
     for index, case in enumerate(cases):
         others = [i for i, other in enumerate(cases) if other.artwork.word != case.artwork.word]
-        others = _one_of_each_word(others, cases, random)[: CANDIDATES - 1]
+        others = _one_of_each_word(others, cases, random)[: candidates - 1]
+        if len(others) < candidates - 1:
+            raise ValueError(f"{len(others) + 1} things are too few to pick one of {candidates}: draw more things.")
         similarity = references[[index, *others]] @ embedded[index]
-        right += int(similarity.argmax() == 0)
+        right += bool(similarity[0] > similarity[1:].max())  # no tie, and nothing that is no number
     return Share(right, len(cases))
 
 
@@ -228,7 +243,7 @@ def blending_share(
         pictures = draw_cases(parts, [cases[first]] * len(blends), blends, settings)
         embedded = judges.embed(torch.stack(pictures))
         likeness = embedded @ (references[second] - references[first])
-        steady += bool((likeness.diff() >= 0).all())
+        steady += bool((likeness.diff() > 0).all())  # a model that ignores its subjects does not move
     return Share(steady, len(pairs))
 
 

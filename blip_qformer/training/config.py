@@ -32,6 +32,7 @@ class RunConfig:
         mixed_precision: ``no``, ``fp16`` or ``bf16``.
         gradient_checkpointing: recompute the U-Net's activations instead of keeping them.
         average_decay: of the weights' moving average, which is what is saved at the end; 0 saves the weights.
+        saved_as: precision of the trained model's files.
         workers: processes that read pairs, for each training process.
         checkpoint_every, samples_every, log_every: in steps; 0 never.
         options: what only this stage has.
@@ -55,6 +56,7 @@ class RunConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
     average_decay: float = 0.0
+    saved_as: Literal["float32", "float16", "bfloat16"] = "float32"
     workers: int = 1
     shuffle_buffer: int = 1000
     networks: dict[str, str] = field(default_factory=dict)

@@ -52,7 +52,8 @@ def query_text_similarity(queries: Tensor, texts: Tensor) -> Tensor:
     Returns:
         [I, T], cosines.
     """
-    return torch.einsum("iqd,td->itq", queries, texts).amax(dim=-1)
+    with torch.autocast(queries.device.type, enabled=False):  # half precision would blur what a low temperature tells
+        return torch.einsum("iqd,td->itq", queries, texts).amax(dim=-1)
 
 
 def contrastive_loss(

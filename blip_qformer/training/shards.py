@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..encoder.tokenizer import tokenize_subjects
 from .extras import import_extra
 
 PICTURE_ENDINGS = ("webp", "png", "jpg", "jpeg")
@@ -93,6 +94,7 @@ def decode_pair(sample: Sample) -> Pair:
     """The pair in its files; anything may be raised by a file that is damaged."""
     details = json.loads(_content(sample.files["json"]))
     word, caption = details.pop("word"), details.pop("caption")
+    tokenize_subjects([word, caption])  # raises for what cannot be read
     pictures = [_decode_picture(sample.files, role) for role in ("subject", "target")]
     return Pair(sample.key, *pictures, word, caption, details)
 

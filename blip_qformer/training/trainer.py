@@ -95,8 +95,10 @@ def train(config: RunConfig) -> Path:
                     losses = model(batch)
                     check_is_number(losses["loss"], step, batch)
                     accelerator.backward(losses["loss"])
-                    if accelerator.sync_gradients and config.largest_gradient:
-                        accelerator.clip_grad_norm_(stage.trained(), config.largest_gradient)
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(stage.trained(), config.largest_gradient or math.inf)
+                        if config.mixed_precision != "fp16":  # there the scaler leaves such a step out by itself
+                            check_is_number(norm, step, batch, "gradient")
                     optimizer.step()
                     scheduler.step()
                     optimizer.zero_grad()
@@ -190,13 +192,13 @@ def averaged(stage: Stage, average: EMAModel | None) -> Iterator[None]:
         stage.train()
 
 
-def check_is_number(loss: torch.Tensor, step: int, batch: Batch) -> None:
-    """Raises :class:`NotANumberError` where a loss is NaN or infinite, naming the step and the pairs."""
-    if not math.isfinite(value := float(loss.detach())):
+def check_is_number(figure: torch.Tensor, step: int, batch: Batch, what: str = "loss") -> None:
+    """Raises :class:`NotANumberError` where a loss or a gradient is NaN or infinite, naming the step and the pairs."""
+    if not math.isfinite(value := float(figure.detach())):
         pairs = ", ".join(batch["keys"])
         raise NotANumberError(
-            f"The loss of step {step} is {value}, for the pairs {pairs}: look at them, or lower the learning rate; the "
-            "run goes on from its last checkpoint."
+            f"The {what} of step {step} is {value}, for the pairs {pairs}: look at them, or lower the learning rate; "
+            "the run goes on from its last checkpoint."
         )
 
 

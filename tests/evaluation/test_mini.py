@@ -20,7 +20,7 @@ from blip_qformer.training.world.artwork import is_held_out_word
 from blip_qformer.training.world.places import PLACES
 from tests.artwork import HELD_OUT, write_artwork
 
-SETTINGS = Settings(things=4, places=2, blends=3, steps=2, edge=64)
+SETTINGS = Settings(things=4, places=2, blends=3, steps=2, edge=64, candidates=4)
 
 
 class ColourJudges:
@@ -60,9 +60,20 @@ def test_a_thing_is_asked_for_in_different_places(cases):
 
 def test_copies_of_the_references_are_all_right_and_strangers_wrong(cases):
     references = [to_pixels(case.reference) for case in cases]
-    assert identity_share(ColourJudges(), references, cases, seed=0) == Share(8, 8)
+    assert identity_share(ColourJudges(), references, cases, seed=0, candidates=4) == Share(8, 8)
     turned = references[2:] + references[:2]  # every thing looks like the next one
-    assert identity_share(ColourJudges(), turned, cases, seed=0) == Share(0, 8)
+    assert identity_share(ColourJudges(), turned, cases, seed=0, candidates=4) == Share(0, 8)
+
+
+def test_gray_pictures_have_no_identity(cases):
+    nothing = [torch.full((3, 64, 64), 0.5)] * 8
+    assert identity_share(ColourJudges(), nothing, cases, seed=0, candidates=4) == Share(0, 8)
+
+
+def test_too_few_things_are_refused(cases):
+    references = [to_pixels(case.reference) for case in cases]
+    with pytest.raises(ValueError, match="4 things are too few to pick one of 20"):
+        identity_share(ColourJudges(), references, cases, seed=0)
 
 
 def test_context_counts_the_places_named(cases):
@@ -72,14 +83,14 @@ def test_context_counts_the_places_named(cases):
     assert context_share(ColourJudges(), pictures, cases) == Share(7, 8)
 
 
-@pytest.mark.parametrize(("wave", "expected"), [(False, 3), (True, 0)])
-def test_blending_must_never_go_back(cases, monkeypatch, wave, expected):
+@pytest.mark.parametrize(("way", "expected"), [("steady", 3), ("wave", 0), ("still", 0)])
+def test_blending_must_always_go_forward(cases, monkeypatch, way, expected):
     references = torch.stack([to_pixels(case.reference)[:, 32, 32] for case in cases])
     subjects = list(references)  # a subject's vectors are its colour, and drawing paints them
 
     def paint(parts, some, vectors, settings):
         pictures = [vector[:, None, None].expand(3, 64, 64) for vector in vectors]
-        return [pictures[0], pictures[3], pictures[1], pictures[2], pictures[4]] if wave else pictures
+        return {"steady": pictures, "wave": [pictures[i] for i in (0, 3, 1, 2, 4)], "still": [pictures[2]] * 5}[way]
 
     monkeypatch.setattr(mini, "draw_cases", paint)
     assert blending_share(None, ColourJudges(), cases, subjects, SETTINGS) == Share(expected, 3)

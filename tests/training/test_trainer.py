@@ -57,7 +57,13 @@ def seen_pairs(monkeypatch):
     """The keys of every batch that a loss was computed of."""
     seen: list[list[str]] = []
     original = trainer.check_is_number
-    monkeypatch.setattr(trainer, "check_is_number", lambda *inputs: (seen.append(inputs[2]["keys"]), original(*inputs)))
+
+    def check_is_number(figure, step, batch, what="loss"):
+        if what == "loss":
+            seen.append(batch["keys"])
+        original(figure, step, batch, what)
+
+    monkeypatch.setattr(trainer, "check_is_number", check_is_number)
     yield seen
     monkeypatch.undo()
 
@@ -185,7 +191,18 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(pairs, tmp_path, room):
     assert latest_checkpoint(checkpoints).name == "step-00000002"
 
 
-def test_a_loss_that_is_no_number_stops_the_run(pairs, tmp_path, monkeypatch):
+def poisoned_loss(stage, loss):
+    return loss * math.nan
+
+
+def poisoned_gradient(stage, loss):
+    """The same loss; but the square root's slope at 0 is infinite, and infinite times 0 is no number."""
+    parameter = stage.trained()[0]
+    return loss + (parameter - parameter.detach()).sum().abs().sqrt()
+
+
+@pytest.mark.parametrize(("poisoned", "what"), [(poisoned_loss, "loss"), (poisoned_gradient, "gradient")])
+def test_what_is_no_number_stops_the_run(pairs, tmp_path, monkeypatch, poisoned, what):
     """With the step and the pairs named, and before anything of it is kept."""
     original = SubjectStage.forward
     batches = []
@@ -193,14 +210,14 @@ def test_a_loss_that_is_no_number_stops_the_run(pairs, tmp_path, monkeypatch):
     def forward(self, batch):
         batches.append(batch["keys"])
         losses = original(self, batch)
-        return {**losses, "loss": losses["loss"] * math.nan} if len(batches) == 2 else losses
+        return {**losses, "loss": poisoned(self, losses["loss"])} if len(batches) == 2 else losses
 
     monkeypatch.setattr(SubjectStage, "forward", forward)
     config = tiny.make_config(pairs=pairs, output=str(tmp_path), checkpoint_every=1)
     with pytest.raises(NotANumberError) as error:
         tiny.run(config)
     assert str(error.value).startswith(
-        f"The loss of step 2 is nan, for the pairs {', '.join(batches[1])}: look at them"
+        f"The {what} of step 2 is nan, for the pairs {', '.join(batches[1])}: look at them"
     )
     assert latest_checkpoint(tmp_path / "checkpoints").name == "step-00000001"
     assert not (tmp_path / "model").exists()

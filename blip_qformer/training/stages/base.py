@@ -51,6 +51,7 @@ class Stage(nn.Module, ABC):
         self.networks.requires_grad_(False)
         for name in self.trains:
             self.networks.get_submodule(name).requires_grad_(True)
+        self.saved_as = getattr(torch, config.saved_as)
         self._set(**self.options(config))
 
     @abstractmethod
@@ -96,7 +97,7 @@ class Stage(nn.Module, ABC):
 
     def save(self, folder: Path) -> Path:
         """Write the whole model in the Hub layout."""
-        return save_parts(self.parts, folder)
+        return save_parts(self.parts, folder, self.saved_as)
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that train, in an order that does not change."""

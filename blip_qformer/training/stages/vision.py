@@ -52,7 +52,8 @@ class VisionStage(Stage):
         tokens = self.parts.encoder.vision(pixels)  # [2 B, 1 + N, width]
         here, there = F.normalize(self.identity_head(tokens[:, 0]).float(), dim=-1).chunk(2)
         first = process_index() * len(subjects)
-        forwards, backwards = here @ gather_rows(there).T, there @ gather_rows(here).T
+        with torch.autocast(pixels.device.type, enabled=False):  # as in query_text_similarity
+            forwards, backwards = here @ gather_rows(there).T, there @ gather_rows(here).T
         identity = contrastive_loss(forwards, backwards, first, self.temperature)
         patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch_size, q=self.patch_size)
         reconstruction = F.mse_loss(self.pixel_head(tokens[:, 1:]).float(), patches)

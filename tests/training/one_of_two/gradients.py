@@ -5,12 +5,15 @@ pairs) as globals; the first process writes what it found into the folder.
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, root)  # noqa: F821
-from tests import tiny
+# The host's `tests` has an __init__.py, and would be taken for ours wherever it stands on the path.
+others = [path for path in sys.path if not Path(path, "tests", "__init__.py").is_file()]
+sys.path[:] = [root, *others]  # noqa: F821
+from tests import tiny  # noqa: E402
 
 torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)  # noqa: F821
 found = {}
