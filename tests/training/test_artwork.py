@@ -62,10 +62,19 @@ def test_a_fifth_of_all_words_is_held_out_and_relatives_go_together():
 
 
 def test_people_are_no_things_to_be_judged_by():
-    (word,) = HELD_OUT[:1]
-    assert SPLITS["held-out"](Artwork("1", word, "Objects", "noto", Path()))
-    assert not SPLITS["held-out"](Artwork("1", word, "People & Body", "noto", Path()))
-    assert not SPLITS["train"](Artwork("1", word, "People & Body", "noto", Path()))
+    thing, person = (drawn(HELD_OUT[0], category) for category in ("Objects", "People & Body"))
+    assert SPLITS["held-out"]([thing, person]) == [thing]
+    assert SPLITS["train"]([thing, person]) == []
+
+
+def test_what_shares_a_part_of_its_name_with_a_held_out_thing_is_not_trained_on():
+    related, other = drawn(f"{TRAINED[0]} {HELD_OUT[0]}"), drawn(f"{TRAINED[0]} face")
+    assert SPLITS["train"]([drawn(HELD_OUT[0]), related, other]) == [other]
+    assert SPLITS["train"]([drawn(f"{HELD_OUT[0]} face"), related, other]) == [other]  # "face" tells nothing
+
+
+def drawn(word: str, category: str = "Objects") -> Artwork:
+    return Artwork("1", word, category, "noto", Path())
 
 
 def test_a_folder_that_is_not_whole_gets_one_sentence(tmp_path):

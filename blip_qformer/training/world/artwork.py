@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,12 @@ HELD_OUT_STYLE = "twemoji"
 
 #: The part of all words that is never trained on.
 HELD_OUT_WORDS = 0.2
+
+#: Parts of many names, which make no two things alike.
+COMMON_PARTS = frozenset(
+    "a and closed down eyes face for hand hands in left man of on open person right sign symbol the up with "
+    "woman".split()
+)
 
 #: Categories whose pictures are things; the rest (faces, people) is only trained on.
 THINGS = frozenset({"Animals & Nature", "Food & Drink", "Objects", "Activities", "Travel & Places"})
@@ -84,15 +90,23 @@ def is_held_out_word(word: str) -> bool:
     return int(hashlib.sha256(first.encode()).hexdigest(), 16) % 1000 < HELD_OUT_WORDS * 1000
 
 
-def is_trained_on(artwork: Artwork) -> bool:
-    """Whether a model may have seen this artwork."""
-    return artwork.style != HELD_OUT_STYLE and not is_held_out_word(artwork.word)
+def trained_on(artwork: Sequence[Artwork]) -> list[Artwork]:
+    """What a model may see: nothing held out, nor what shares a part of its name with it.
+
+    An open lock is drawn like a lock, and a tropical fish like a fish.
+    """
+    held_out = {part for each in artwork if is_held_out_word(each.word) for part in _telling_parts(each.word)}
+    return [each for each in artwork if each.style != HELD_OUT_STYLE and held_out.isdisjoint(_telling_parts(each.word))]
 
 
-def is_held_out_thing(artwork: Artwork) -> bool:
-    """Whether this is what models are judged by: a thing whose word was never trained on, in any style."""
-    return artwork.category in THINGS and is_held_out_word(artwork.word)
+def held_out_things(artwork: Sequence[Artwork]) -> list[Artwork]:
+    """What models are judged by: things whose word was never trained on, in any style."""
+    return [each for each in artwork if each.category in THINGS and is_held_out_word(each.word)]
 
 
-#: The splits by name; what :class:`~blip_qformer.training.world.scenes.World` takes.
-SPLITS: dict[str, Callable[[Artwork], bool]] = {"train": is_trained_on, "held-out": is_held_out_thing}
+def _telling_parts(word: str) -> set[str]:
+    return set(word.split()) - COMMON_PARTS or {word}
+
+
+#: The splits by name; what :class:`~blip_qformer.training.world.source.World` takes.
+SPLITS: dict[str, Callable[[Sequence[Artwork]], list[Artwork]]] = {"train": trained_on, "held-out": held_out_things}

@@ -64,7 +64,7 @@ def artwork_of_split(folder: Path, split: str) -> list[Artwork]:
     """
     if split not in SPLITS:
         raise ValueError(f'"{split}" is no split of the world: choose one of {", ".join(SPLITS)}.')
-    chosen = [artwork for artwork in read_artwork(folder) if SPLITS[split](artwork)]
+    chosen = SPLITS[split](read_artwork(folder))
     if not chosen:
         raise ValueError(f'"{folder}" has no artwork in the split "{split}": fill it anew with tools.artwork.')
     return chosen
