@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -75,7 +76,7 @@ class Studio:
         return self.host.run("VAEDecode", samples=latent, vae=self.loaded.vae)[0]
 
 
-def edits(studio: Studio, word: str) -> tuple[list[tuple[str, Tensor]], list[tuple[str, str]]]:
+def edits(studio: Studio, picture: Tensor, word: str) -> tuple[list[tuple[str, Tensor]], list[tuple[str, str]]]:
     """Pairs (before, after) by name, and the figures."""
     plain, with_subject = studio.prompt(0.0), studio.prompt(1.0)
     other = studio.prompt(0.0, target="dog")
@@ -96,8 +97,8 @@ def edits(studio: Studio, word: str) -> tuple[list[tuple[str, Tensor]], list[tup
     return shown, [
         ("background outside the mask: change with blend / without", f"{kept_background(shown, mask):.3f}"),
         (
-            f"inversion, {INVERSION_STEPS} steps: PSNR of the picture drawn again",
-            f"{inversion_psnr(studio, subject):.1f} dB",
+            f"inversion, {INVERSION_STEPS} steps: PSNR of the given picture drawn again",
+            f"{inversion_psnr(studio, picture):.1f} dB",
         ),
     ]
 
@@ -114,9 +115,10 @@ def kept_background(shown: list[tuple[str, Tensor]], mask: Tensor) -> float:
 
 
 def inversion_psnr(studio: Studio, picture: Tensor) -> float:
-    """A picture inverted by DDIM Inversion and drawn again by KSampler (Advanced), in decibels."""
+    """A picture [1, H, W, 3] inverted by DDIM Inversion and drawn again by KSampler (Advanced), in decibels."""
+    square = F.interpolate(picture.movedim(-1, 1), (EDGE, EDGE), mode="area").movedim(1, -1)
     prompt = studio.prompt(1.0)
-    (encoded,) = studio.host.run("VAEEncode", pixels=picture, vae=studio.loaded.vae)
+    (encoded,) = studio.host.run("VAEEncode", pixels=square, vae=studio.loaded.vae)
     inverted, _ = studio.host.run(
         "BLIPDiffusionDDIMInversion",
         model=studio.loaded.model,
@@ -140,7 +142,7 @@ def inversion_psnr(studio: Studio, picture: Tensor) -> float:
         end_at_step=10000,
         return_with_leftover_noise="disable",
     )
-    error = (studio.pictures(again) - studio.pictures(encoded)).square().mean()
+    error = (studio.pictures(again) - square).square().mean()
     return float(-10 * error.log10())
 
 
@@ -156,9 +158,9 @@ def main() -> None:
         host = load_host(Path(folder))
         placed = host.base / "models" / "blip_diffusion" / "model"
         placed.symlink_to(chosen.checkpoint.resolve())
-        shown, figures = edits(Studio.open(host, placed.name, picture, chosen.word), chosen.word)
+        shown, figures = edits(Studio.open(host, placed.name, picture, chosen.word), picture, chosen.word)
     pictures = torch.cat([pair for _, pair in shown])
-    labels = [label for name, _ in shown for label in (name, "after")]
+    labels = [label for name, _ in shown for label in (f"{name}: before", "after")]
     chosen.output.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet(pictures, labels=labels, columns=4)[0]
     Image.fromarray((sheet * 255).round().byte().numpy()).save(chosen.output / SHEET)
