@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..blip_qformer.attention.edits import PromptToPrompt
+from .attention_map import WATCHES
 from .conditioning import TOKEN_SPANS, Conditioning, stack_rows
 from .hooks import EDITS
 from .latents import Latent
@@ -61,7 +62,7 @@ def check_fits(conditioning: Conditioning, source: Conditioning, name: str) -> N
                 f"{name} has {tensor.shape[1]} tokens and source {source_tensor.shape[1]}: set overflow to truncate in "
                 "Subject Prompt Compose, or make both prompts fill the same number of blocks of 77 tokens."
             )
-        if "blip_attention_watches" in {*options, *source_options}:
+        if WATCHES in {*options, *source_options}:
             raise ValueError(f"{name} or source comes from Record Attention: put that behind this node.")
         if differing := [
             key for key in {*options, *source_options} - OWN_KEYS if not _same(options, source_options, key)

@@ -687,3 +687,10 @@ def test_local_blend_that_cannot_be_is_refused(host, small):
     for each in (latent, empty()):
         with pytest.raises(ValueError, match="This latent was not drawn with local blend: write blend_words"):
             host.run("BLIPDiffusionEditMask", latent=each)
+
+
+def test_a_watched_prompt_is_refused_with_what_to_do(host, small):
+    source, edited = inserted(host, small)
+    watched, _ = host.run("BLIPDiffusionAttentionRecord", conditioning=edited, clip=small.clip, text=SOURCE)
+    with pytest.raises(ValueError, match="comes from Record Attention: put that behind this node"):
+        pair(host, small, source, watched, texts=(SOURCE, ""))
