@@ -15,9 +15,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..training.extras import import_extra
 from ..training.objectives import contrastive_loss
 from ..training.stages.base import to_pixels
 from ..training.world.artwork import Artwork
@@ -104,8 +104,7 @@ def train_judges(artwork: Path, settings: JudgesTraining, progress: Callable[[st
 
 def save_judges(judges: Judges, file: Path) -> None:
     """Write both networks as one .safetensors file, in half precision."""
-    safetensors = import_extra("safetensors.torch", "Saving the judges")
-    safetensors.save_file({name: weight.half() for name, weight in judges.state_dict().items()}, str(file))
+    save_file({name: weight.half() for name, weight in judges.state_dict().items()}, str(file))
 
 
 def load_judges(file: Path) -> Judges:
@@ -114,10 +113,9 @@ def load_judges(file: Path) -> Judges:
     Raises:
         ValueError: it is another file.
     """
-    safetensors = import_extra("safetensors.torch", "Reading the judges")
     judges = Judges()
     try:
-        judges.load_state_dict({name: weight.float() for name, weight in safetensors.load_file(str(file)).items()})
+        judges.load_state_dict({name: weight.float() for name, weight in load_file(str(file)).items()})
     except RuntimeError as error:
         raise ValueError(
             f"{file} does not hold these judges: leave --judges out, and they are trained anew."
