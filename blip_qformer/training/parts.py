@@ -26,6 +26,7 @@ from ..checkpoint.parts import Part, find_parts
 from ..checkpoint.writing import write_safetensors
 from ..encoder import QFormerConfig, SubjectEncoder, SubjectEncoderConfig, VisionConfig
 from ..encoder.tokenizer import VOCABULARY
+from .carried_colours import carry_colours
 from .config import RunConfig
 from .text_encoder import TextEncoder, TextEncoderConfig
 
@@ -157,6 +158,7 @@ def new_parts(sizes: dict[str, Any], seed: int) -> ModelParts:
             initialise(network)
         unet = _sized("unet", UNet2DConditionModel, sizes)
         vae = _sized("vae", AutoencoderKL, sizes)
+        carry_colours(vae)
     tokenizer = CLIPTokenizer.from_pretrained(sizes["tokenizer"], model_max_length=text_encoder.config.positions)
     return ModelParts(encoder, text_encoder, unet, vae, tokenizer)
 
