@@ -245,15 +245,17 @@ def test_steps_are_weighted_by_their_noise():
     assert stage._weights(timesteps).tolist() == pytest.approx(expected)
 
 
-def test_latents_that_are_kept_change_nothing():
+def test_latents_that_are_kept_change_nothing(tmp_path):
     batch = tiny.make_batch("subject", NUMBERS)
-    stage = tiny.make_stage("subject", options={"resolution": 32, "latents_kept": 100})
+    kept = {"output": tmp_path, "options": {"resolution": 32, "keep_latents": True}}
+    stage = tiny.make_stage("subject", **kept)
     first, again = stage(batch)["loss"], stage(batch)["loss"]
     assert first.item() == again.item() == tiny.make_stage("subject")(batch)["loss"].item()
-    stage.parts.vae.encode = None  # is not asked again
-    stage(batch)
+    restarted = tiny.make_stage("subject", **kept)
+    restarted.parts.vae.encode = None  # is not asked again
+    assert restarted(batch)["loss"].item() == first.item()
     with pytest.raises(ValueError, match="only one source keeps unique: name one"):
-        tiny.make_stage("subject", pairs=["a", "b"], options={"latents_kept": 5})
+        tiny.make_stage("subject", pairs=["a", "b"], options={"keep_latents": True})
 
 
 def test_the_vae_sees_crops_and_keeps_its_latents_at_one(monkeypatch):

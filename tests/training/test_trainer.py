@@ -81,7 +81,7 @@ HARD = {
         "caption_dropout": 0.1,
         "repetitions": 3,
         "projection_dropout": 0.2,
-        "latents_kept": 20,
+        "keep_latents": True,
     },
 }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..batches import Batch, subject_batch
 from ..config import RunConfig
+from ..latent_cache import LatentCache
 from ..parts import SCHEDULER, image_size_of
 from ..sampling import NEGATIVE_PROMPT, draw, tokenize_prompts
 from ..shards import Pair
@@ -38,7 +39,7 @@ class SubjectStage(Stage):
         projection_dropout: inside the projection.
         signal_to_noise: the loss of a step is weighted by min(signal-to-noise ratio, this) over that ratio (arXiv
             2303.09556), which is worth most to a small model; 0: all steps count alike, as in the paper.
-        latents_kept: how many targets' latents are kept in memory, for small data that is seen many times.
+        keep_latents: whether targets' latents are kept on disk, for small data that is seen many times.
     """
 
     name = "subject"
@@ -49,8 +50,11 @@ class SubjectStage(Stage):
         super().__init__(config)
         if config.gradient_checkpointing:
             self.parts.unet.enable_gradient_checkpointing()
-        if self.latents_kept and len(config.pairs) > 1:
-            raise ValueError("latents_kept tells targets apart by keys that only one source keeps unique: name one.")
+        if self.keep_latents and len(config.pairs) > 1:
+            raise ValueError("keep_latents tells targets apart by keys that only one source keeps unique: name one.")
+        self.latents = None
+        if self.keep_latents:
+            self.latents = LatentCache(config.output / "latents", self.parts.vae, self.options(config)["resolution"])
 
     def _set(
         self,
@@ -60,7 +64,7 @@ class SubjectStage(Stage):
         repetitions: int = 1,
         projection_dropout: float = 0.1,
         signal_to_noise: float = 0.0,
-        latents_kept: int = 0,
+        keep_latents: bool = False,
     ) -> None:
         if resolution < 8 or resolution % 8:
             raise ValueError(f"The option resolution is {resolution}, but the VAE reads multiples of 8.")
@@ -71,8 +75,7 @@ class SubjectStage(Stage):
         self.repetitions, self.signal_to_noise = repetitions, signal_to_noise
         self.scheduler = DDPMScheduler.from_config(SCHEDULER)
         self.register_buffer("alphas_cumprod", self.scheduler.alphas_cumprod, persistent=False)
-        self.latents_kept = latents_kept
-        self._latents: dict[str, tuple[Tensor, Tensor]] = {}
+        self.keep_latents = keep_latents
 
     @classmethod
     def collate(cls, config: RunConfig) -> Callable[[Sequence[Pair]], Batch]:
@@ -103,13 +106,11 @@ class SubjectStage(Stage):
 
     @torch.no_grad()
     def _encode_targets(self, batch: Batch, sources: list[torch.Generator]) -> Tensor:
-        kept = [self._latents.get(key) for key in batch["keys"]]
-        if None in kept:
+        if self.latents:
+            mean, deviation = self.latents.encode(batch["keys"], batch["targets"])
+        else:
             distribution = self.parts.vae.encode(batch["targets"] * 2 - 1).latent_dist
-            kept = list(zip(distribution.mean.float(), distribution.std.float(), strict=True))
-            if len(self._latents) < self.latents_kept:
-                self._latents.update(zip(batch["keys"], kept, strict=True))
-        mean, deviation = (torch.stack(each) for each in zip(*kept, strict=True))
+            mean, deviation = distribution.mean.float(), distribution.std.float()
         latents = mean + deviation * normal(sources, mean.shape[1:], mean.device)
         return latents * self.parts.vae.config.scaling_factor
 

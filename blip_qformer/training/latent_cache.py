@@ -1,0 +1,53 @@
+"""Latents of pictures that are seen many times, on disk, for all processes of a run and for the run after a restart."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .shards import whole_file
+
+MEAN, DEVIATION = "mean", "deviation"
+
+
+class LatentCache:
+    """What a VAE makes of pictures, each encoded once.
+
+    Args:
+        folder: for the files; those of another VAE or size lie beside each other in folders of their own.
+        resolution: edge of the pictures, in pixels.
+    """
+
+    def __init__(self, folder: Path, vae: AutoencoderKL, resolution: int):
+        digest = hashlib.sha256()
+        for name, weight in vae.encoder.state_dict().items():
+            digest.update(name.encode() + weight.detach().cpu().float().numpy().tobytes())
+        self.vae, self.folder = vae, folder / f"{resolution}-{digest.hexdigest()[:16]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def encode(self, keys: Sequence[str], pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [B, 4, h, w] of each picture's latents.
+
+        Args:
+            keys: the pictures' names; one key is always the same picture.
+            pictures: [B, 3, H, W] in 0..1.
+        """
+        paths = [self.folder / f"{key}.safetensors" for key in keys]
+        new = [index for index, path in enumerate(paths) if not path.is_file()]
+        if new:
+            distribution = self.vae.encode(pictures[new] * 2 - 1).latent_dist
+            for index, mean, deviation in zip(new, distribution.mean, distribution.std, strict=True):
+                with whole_file(paths[index]) as temporary:
+                    save_file({MEAN: _plain(mean), DEVIATION: _plain(deviation)}, temporary)
+        kept = [load_file(path, device=str(pictures.device)) for path in paths]
+        return torch.stack([each[MEAN] for each in kept]), torch.stack([each[DEVIATION] for each in kept])
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous()
