@@ -1,4 +1,4 @@
-"""The command line: `blip-qformer convert | inspect | prepare | pretrain | evaluate`.
+"""The command line: `blip-qformer convert | inspect | prepare | pretrain | finetune | evaluate`.
 
 A command is a function of its parsed arguments that prints what it did and raises what went wrong; `main` turns what it
 raises into one line and an exit code.
@@ -27,6 +27,7 @@ from .checkpoint.stable_diffusion import (
 )
 from .checkpoint.writing import check_free_space, check_target, data_size, write_safetensors
 from .evaluation.command import add_evaluate_command
+from .training.finetune_command import add_finetune_command
 from .training.prepare_command import add_prepare_command
 from .training.pretrain_command import add_pretrain_command
 
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_prepare_command(commands)
     add_pretrain_command(commands)
+    add_finetune_command(commands)
     add_evaluate_command(commands)
     return parser
 

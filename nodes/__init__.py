@@ -1,6 +1,6 @@
 """What a person sees in the graph."""
 
-from . import attention, attention_map, background, blend, inversion, keep, load, prompt, subject
+from . import attention, attention_map, background, blend, finetune, inversion, keep, load, prompt, subject
 
 NODES = [
     *load.NODES,
@@ -12,4 +12,5 @@ NODES = [
     *inversion.NODES,
     *attention_map.NODES,
     *background.NODES,
+    *finetune.NODES,
 ]

@@ -8,7 +8,15 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ..blip_qformer.prompt import EMBEDDING_WORD, Overflow, Token, fill_blocks, find_words, insert_subject
+from ..blip_qformer.prompt import (
+    EMBEDDING_WORD,
+    Overflow,
+    Token,
+    TokenSpan,
+    fill_blocks,
+    find_words,
+    insert_subject,
+)
 from ..blip_qformer.subject import Subject
 
 #: Key of the conditioning's dictionary under which later nodes find which positions are which word.
@@ -89,14 +97,19 @@ def read_tokens(clip: comfy.sd.CLIP, text: str, width: int) -> list[Token]:
 
 def encode_tokens(clip: comfy.sd.CLIP, tokens: list[Token], overflow: Overflow) -> Conditioning:
     """Tokens through the host's text encoder; the conditioning says which of its positions are which word."""
+    filled, words = host_tokens(clip, tokens, overflow)
+    return clip.encode_from_tokens_scheduled(filled, add_dict={TOKEN_SPANS: words})
+
+
+def host_tokens(clip: comfy.sd.CLIP, tokens: list[Token], overflow: Overflow) -> tuple[dict, list[TokenSpan]]:
+    """Tokens as the host's text encoder takes them, and which of its positions are which word."""
     empty_block = clip.tokenize("")[CLIP_L][0]  # <bos>, <eos> and padding
     blocks = fill_blocks(tokens, len(empty_block) - 2, overflow)
     filled = []
     for block in blocks:
         content = [(token.value, token.weight) for token in block]
         filled.append([empty_block[0], *content, *empty_block[1 : len(empty_block) - len(block)]])
-    words = find_words(blocks, len(empty_block))
-    return clip.encode_from_tokens_scheduled({CLIP_L: filled}, add_dict={TOKEN_SPANS: words})
+    return {CLIP_L: filled}, find_words(blocks, len(empty_block))
 
 
 def stack_rows(rows: list[Conditioning]) -> Conditioning:

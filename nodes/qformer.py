@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
@@ -60,8 +62,16 @@ class HostedQFormer:
             comfy.model_management.throw_exception_if_processing_interrupted()
             chosen = slice(begin, begin + PICTURES_AT_ONCE)
             pixel_values = preprocess(images[chosen], preprocessing, None if mask is None else mask[chosen], size)
-            pixel_values = pixel_values.to(self.patcher.load_device, torch.float32)  # [at most 8, 3, 224, 224]
-            seen = self.encoder(pixel_values, [word] * len(pixel_values))
-            vectors.append(seen.to(comfy.model_management.intermediate_device()))
+            vectors.append(self._look(pixel_values, [word] * len(pixel_values)))
             progress.update(len(pixel_values))
         return torch.cat(vectors)
+
+    def look(self, images: Tensor, words: Sequence[str]) -> Tensor:
+        """A few pictures [B, H, W, C], each asked about a word of its own -> [B, 16, 768], without a progress bar."""
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=len(images) * ACTIVATION_BYTES)
+        return self._look(preprocess(images, size=self.encoder.config.vision.image_size), words)
+
+    def _look(self, pixel_values: Tensor, words: Sequence[str]) -> Tensor:
+        """[B, 3, 224, 224] -> [B, 16, 768]"""
+        seen = self.encoder(pixel_values.to(self.patcher.load_device, torch.float32), list(words))
+        return seen.to(comfy.model_management.intermediate_device())

@@ -40,7 +40,14 @@ CONTROLNETS = ("control_v11p_sd15_scribble_fp16.safetensors", "control_v11f1p_sd
 PLAIN_SD15, FAVOURITE = "v1-5-pruned-emaonly-fp16.safetensors", "my_favourite_sd15.safetensors"
 
 #: A picture of the same kind, for each that a workflow shows.
-OTHER = {"cat.jpg": "cup.jpg", "cup.jpg": "cat.jpg", "scribble.png": "depth.png", "depth.png": "scribble.png"}
+OTHER = {
+    "cat.jpg": "cup.jpg",
+    "cat-near.jpg": "cup.jpg",
+    "cat-evening.jpg": "cup.jpg",
+    "cup.jpg": "cat.jpg",
+    "scribble.png": "depth.png",
+    "depth.png": "scribble.png",
+}
 
 #: Whose widgets are pixels.
 SIZED = ("EmptyLatentImage", "ImageScale", "SolidMask", "MaskComposite")
@@ -108,6 +115,8 @@ def small(server: ComfyServer, workflow: str) -> dict:
             inputs["steps"] = SAMPLED
         elif node["class_type"] == "BLIPDiffusionSubjectTrajectory":
             inputs["steps"] = STEPS
+        elif node["class_type"] == "BLIPDiffusionSubjectFinetune":
+            inputs |= {"steps": SAMPLED, "look_every": SAMPLED, "look_prompts": "in the snow", "resolution": TILE}
         elif node["class_type"] == "BLIPDiffusionLoader" and workflow in ("edit-generated", "edit-photo"):
             inputs["checkpoint"] = "blipdiffusion-controlnet"  # the other one has no level at a quarter of the latent
     return prompt
@@ -151,7 +160,7 @@ def test_answers_to_picture_word_and_prompt(stocked, workflow):
     changes = [override(prompt, "BLIPDiffusionPromptCompose", prompt="a table in a forest under the night sky")]
     for number in nodes_of(prompt, "LoadImage"):
         changes.append(changed(prompt, number, image=OTHER[prompt[number]["inputs"]["image"]]))
-    for number in nodes_of(prompt, "BLIPDiffusionSubjectEncode"):
+    for number in nodes_of(prompt, "BLIPDiffusionSubjectEncode") + nodes_of(prompt, "BLIPDiffusionSubjectFinetune"):
         changes.append(changed(prompt, number, subject_word="teapot"))
     for each in changes:
         assert not np.array_equal(picture(stocked, each), original)

@@ -28,6 +28,7 @@ NODES = {
     "BLIPDiffusionDDIMInversion": "DDIM Inversion",
     "BLIPDiffusionAttentionRecord": "Record Attention",
     "BLIPDiffusionAttentionMap": "Subject Attention Map",
+    "BLIPDiffusionSubjectFinetune": "Subject Fine-tune",
 }
 
 #: Saved graphs hold widgets by position: new ones go to the end.
@@ -80,6 +81,20 @@ WIDGETS = {
     "BLIPDiffusionDDIMInversion": ["steps", "refinements"],
     "BLIPDiffusionAttentionRecord": ["text"],
     "BLIPDiffusionAttentionMap": ["words", "strength"],
+    "BLIPDiffusionSubjectFinetune": [
+        "subject_word",
+        "steps",
+        "trains",
+        "learning_rate",
+        "seed",
+        "batch_size",
+        "resolution",
+        "rank",
+        "look_every",
+        "look_prompts",
+        "gradient_checkpointing",
+        "mirror",
+    ],
 }
 SOCKETS = {
     "MODEL",

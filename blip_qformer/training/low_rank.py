@@ -1,0 +1,110 @@
+"""Low-rank adaptation (arXiv 2106.09685) of a U-Net's attention: a file of a few megabytes instead of a U-Net.
+
+It works on any network whose attention layers carry SD's names, the host's as well as diffusers': it listens at their
+projections and adds to what they give out. Nothing of the network is replaced.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+RANK = 16
+PROJECTIONS = re.compile(r"\battn[12]\.(to_q|to_k|to_v|to_out\.0)$")
+
+
+class LowRank:
+    """Factors beside every attention projection of a network, in force inside a ``with``.
+
+    With the up factors at zero they change nothing, which is how they begin.
+
+    Args:
+        network: its attention projections are linear layers named ``...attn1.to_q`` and so on.
+        rank: of what is added; alpha equals it, so that a strength of 1 is what was trained.
+        seed: of the down factors.
+        device: where the factors live, float32.
+    Raises:
+        ValueError: the network has no such layers, or the rank is not positive.
+    """
+
+    def __init__(self, network: nn.Module, rank: int = RANK, seed: int = 0, device: torch.device | str = "cpu"):
+        if rank < 1:
+            raise ValueError(
+                f"The rank is {rank}, but low-rank factors have one of 1 or more: {RANK} suits most subjects."
+            )
+        self.layers = {name: module for name, module in network.named_modules() if PROJECTIONS.search(name)}
+        if not self.layers:
+            raise ValueError("This model has no attention layers of SD1.5's names to adapt: choose full instead.")
+        source = torch.Generator().manual_seed(seed)
+        self.down, self.up = {}, {}
+        for name, layer in self.layers.items():
+            outwards, inwards = layer.weight.shape
+            # As nn.Linear begins: uniform with a bound of one over the root of its inputs.
+            down = (torch.rand(rank, inwards, generator=source) * 2 - 1) / inwards**0.5
+            self.down[name] = nn.Parameter(down.to(device))
+            self.up[name] = nn.Parameter(torch.zeros(outwards, rank, device=device))
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All factors."""
+        return [*self.down.values(), *self.up.values()]
+
+    def __enter__(self) -> LowRank:
+        for name, layer in self.layers.items():
+            self._handles.append(layer.register_forward_hook(self._adding(name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def file(self, lora_names: Mapping[str, str], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The factors as a LoRA file has them, with the names that the stock LoraLoader and other programs know.
+
+        Args:
+            lora_names: the network's name of a layer -> the file's, see :func:`lora_name`.
+        """
+        tensors = {}
+        for name in self.layers:
+            rank = self.down[name].shape[0]
+            tensors[f"{lora_names[name]}.lora_down.weight"] = self.down[name].detach().to(dtype)
+            tensors[f"{lora_names[name]}.lora_up.weight"] = self.up[name].detach().to(dtype)
+            tensors[f"{lora_names[name]}.alpha"] = torch.tensor(float(rank), dtype=dtype)
+        return tensors
+
+    def _adding(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        down, up = self.down[name], self.up[name]
+
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output + inputs[0] @ down.to(output.dtype).T @ up.to(output.dtype).T
+
+        return add
+
+
+def lora_name(diffusers_name: str) -> str:
+    """A U-Net's layer in a LoRA file: ``lora_unet_`` and diffusers' name of it with underscores."""
+    return f"lora_unet_{diffusers_name.replace('.', '_')}"
+
+
+def difference_file(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], lora_names: Mapping[str, str], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """What full training changed, as the stock LoraLoader reads it: ``.diff`` for weights and ``.diff_b`` for biases.
+
+    Args:
+        before, after: the U-Net's tensors in the network's own names.
+        lora_names: the network's name of a layer -> the file's.
+    """
+    tensors = {}
+    for name, trained in after.items():
+        layer, _, kind = name.rpartition(".")
+        change = trained.detach().float() - before[name].detach().to(trained.device).float()
+        tensors[f"{lora_names[layer]}.{'diff' if kind == 'weight' else 'diff_b'}"] = change.to(dtype)
+    return tensors
