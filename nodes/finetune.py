@@ -30,7 +30,7 @@ from ..blip_qformer.training.finetune import (
     finetune,
 )
 from ..blip_qformer.training.loss_curve import loss_curve
-from ..blip_qformer.training.low_rank import RANK, LowRank, difference_file, lora_name
+from ..blip_qformer.training.low_rank import RANK, LowRank, difference_file
 from ..blip_qformer.training.noise import draw_latents
 from ..blip_qformer.training.validation import VALIDATION_PROMPTS, Validation
 from .conditioning import require_clip_l
@@ -253,6 +253,7 @@ class Bench:
     ):
         self.model, self.clip, self.vae, self.qformer = training_model(model), clip, vae, qformer
         self.word, self.full, self.rank, self.saving = word, full, rank, saving
+        self.names = diffusers_names(model)
 
     @property
     def network(self) -> nn.Module:
@@ -265,7 +266,7 @@ class Bench:
         device = self.model.load_device
         self._load()
         self._check_memory(settings, latents)
-        low_rank = LowRank(self.network, self.rank, settings.seed, device)
+        low_rank = LowRank(self.network, self.rank, settings.seed, device, self.names)
         masters = self._masters() if self.full else {}
         tuning = SubjectTuning(
             host_denoiser(self.model),
@@ -313,12 +314,11 @@ class Bench:
         )
         if not outcome.losses:
             comfy.model_management.throw_exception_if_processing_interrupted()
-        names = lora_names(self.model)
         if self.full:
             before = dict(self.network.named_parameters())
-            weights = difference_file(before, masters, names, torch.float16)
+            weights = difference_file(before, masters, self.names, torch.float16)
         else:
-            weights = low_rank.file(names)
+            weights = low_rank.file()
         weights = {name: tensor.to("cpu") for name, tensor in weights.items()}
         return Tuned(tuning.vectors.detach().to(comfy.model_management.intermediate_device()), weights, outcome)
 
@@ -328,7 +328,7 @@ class Bench:
     def _check_memory(self, settings: FinetuneSettings, latents: Tensor) -> None:
         trained = {
             FULL: sum(weight.numel() for weight in self.network.parameters()),
-            LOW_RANK: sum(weight.numel() for weight in LowRank(self.network, self.rank).parameters),
+            LOW_RANK: sum(weight.numel() for weight in LowRank(self.network, self.rank, names=self.names).parameters),
         }
         shape = (settings.batch_size, *latents.shape[1:])
         check_memory(self.model, trained, FULL if self.full else LOW_RANK, shape, self.saving)
@@ -377,12 +377,12 @@ def noise_like(latent: Tensor, seed: int) -> Tensor:
     return torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
 
 
-def lora_names(model: ModelPatcher) -> dict[str, str]:
-    """The host's name of each of a U-Net's layers -> a LoRA file's."""
+def diffusers_names(model: ModelPatcher) -> dict[str, str]:
+    """The host's name of each of a U-Net's layers -> diffusers'."""
     diffusers_to_host = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     endings = (".weight", ".bias")
     return {
-        host.removesuffix(ending): lora_name(diffusers.removesuffix(ending))
+        host.removesuffix(ending): diffusers.removesuffix(ending)
         for diffusers, host in diffusers_to_host.items()
         for ending in endings
         if host.endswith(ending)

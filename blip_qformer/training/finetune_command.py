@@ -24,7 +24,7 @@ from ..subject.provenance import encoder_hash, picture_hash
 from .extras import import_extra
 from .finetune import FinetuneSettings, Outcome, Step, SubjectTuning, check_count, check_size, finetune
 from .loss_curve import loss_curve
-from .low_rank import RANK, LowRank, lora_name
+from .low_rank import RANK, LowRank
 from .noise import draw_latents
 from .validation import VALIDATION_PROMPTS, Validation
 
@@ -164,8 +164,7 @@ class FinetuneRun:
             unet, text_encoder, vae = (_weights(network) for network in networks)
             weights, dtype = stable_diffusion_checkpoint(unet, text_encoder, vae), torch.float16
         else:
-            names = {layer: lora_name(layer) for layer in self.low_rank.layers}
-            weights, dtype = self.low_rank.file(names), torch.float32
+            weights, dtype = self.low_rank.file(), torch.float32
         write_safetensors(paths[1], weights, metadata={"format": "pt"}, dtype=dtype, overwrite=True)
         paths.append(folder / f"{name}-curve.png")
         loss_curve(outcome.losses, outcome.scores, outcome.kept).save(paths[-1])

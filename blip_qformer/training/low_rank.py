@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,20 @@ class LowRank:
         rank: of what is added; alpha equals it, so that a strength of 1 is what was trained.
         seed: of the down factors.
         device: where the factors live, float32.
+        names: what :func:`lora_name` has to be told: the network's name of a layer -> diffusers'. None: they are the
+            same.
     Raises:
         ValueError: the network has no such layers, or the rank is not positive.
     """
 
-    def __init__(self, network: nn.Module, rank: int = RANK, seed: int = 0, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        network: nn.Module,
+        rank: int = RANK,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        names: Mapping[str, str] | None = None,
+    ):
         if rank < 1:
             raise ValueError(
                 f"The rank is {rank}, but low-rank factors have one of 1 or more: {RANK} suits most subjects."
@@ -39,10 +49,12 @@ class LowRank:
         self.layers = {name: module for name, module in network.named_modules() if PROJECTIONS.search(name)}
         if not self.layers:
             raise ValueError("This model has no attention layers of SD1.5's names to adapt: choose full instead.")
-        source = torch.Generator().manual_seed(seed)
+        self.lora_names = {name: lora_name(names[name] if names else name) for name in self.layers}
         self.down, self.up = {}, {}
         for name, layer in self.layers.items():
             outwards, inwards = layer.weight.shape
+            # A source for each layer: networks list the same layers in different orders.
+            source = torch.Generator().manual_seed(seed * 1_000_003 + crc32(self.lora_names[name].encode()))
             # As nn.Linear begins: uniform with a bound of one over the root of its inputs.
             down = (torch.rand(rank, inwards, generator=source) * 2 - 1) / inwards**0.5
             self.down[name] = nn.Parameter(down.to(device))
@@ -65,18 +77,14 @@ class LowRank:
         while self._handles:
             self._handles.pop().remove()
 
-    def file(self, lora_names: Mapping[str, str], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """The factors as a LoRA file has them, with the names that the stock LoraLoader and other programs know.
-
-        Args:
-            lora_names: the network's name of a layer -> the file's, see :func:`lora_name`.
-        """
+    def file(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The factors as a LoRA file has them, with the names that the stock LoraLoader and other programs know."""
         tensors = {}
-        for name in self.layers:
+        for name, file_name in self.lora_names.items():
             rank = self.down[name].shape[0]
-            tensors[f"{lora_names[name]}.lora_down.weight"] = self.down[name].detach().to(dtype)
-            tensors[f"{lora_names[name]}.lora_up.weight"] = self.up[name].detach().to(dtype)
-            tensors[f"{lora_names[name]}.alpha"] = torch.tensor(float(rank), dtype=dtype)
+            tensors[f"{file_name}.lora_down.weight"] = self.down[name].detach().to(dtype)
+            tensors[f"{file_name}.lora_up.weight"] = self.up[name].detach().to(dtype)
+            tensors[f"{file_name}.alpha"] = torch.tensor(float(rank), dtype=dtype)
         return tensors
 
     def _adding(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -94,17 +102,17 @@ def lora_name(diffusers_name: str) -> str:
 
 
 def difference_file(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], lora_names: Mapping[str, str], dtype: torch.dtype
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Mapping[str, str], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """What full training changed, as the stock LoraLoader reads it: ``.diff`` for weights and ``.diff_b`` for biases.
 
     Args:
         before, after: the U-Net's tensors in the network's own names.
-        lora_names: the network's name of a layer -> the file's.
+        names: the network's name of a layer -> diffusers'.
     """
     tensors = {}
     for name, trained in after.items():
         layer, _, kind = name.rpartition(".")
         change = trained.detach().float() - before[name].detach().to(trained.device).float()
-        tensors[f"{lora_names[layer]}.{'diff' if kind == 'weight' else 'diff_b'}"] = change.to(dtype)
+        tensors[f"{lora_name(names[layer])}.{'diff' if kind == 'weight' else 'diff_b'}"] = change.to(dtype)
     return tensors
