@@ -12,6 +12,7 @@ from tests.host import load_host
 
 from .editing import ATTENTION_HEAD, attention_costs, attention_rows, editing_rows
 from .encoding import compose_rows, encoder_rows
+from .finetune import MEMORY_HEAD, finetune_costs, finetune_rows
 from .models import SIZES, encoder_of, hosted, reference_pipeline
 from .sampling import sampling_rows
 from .subjects import VIEWS_HEAD, trajectory_rows, view_costs
@@ -38,6 +39,7 @@ def main() -> None:
             trajectory_rows(host, loaded),
             editing_rows(host, loaded),
             attention_rows(),
+            finetune_rows(host, loaded, pipeline.unet),
         ):
             for row in group:
                 print(" | ".join(row.cells()), flush=True)
@@ -48,6 +50,7 @@ def main() -> None:
         print(" | ".join(row.cells()), flush=True)
         rows.append(row.cells())
     processes = [*scaling()]
+    tuning = [*finetune_costs()]
 
     widths = "-".join(str(width) for width in SIZES.unet_channels)
     text = (
@@ -58,6 +61,8 @@ def main() -> None:
         f"{markdown_table(VIEWS_HEAD, views)}\n\n"
         f"One self-attention layer that takes over another picture's, each in a process of its own:\n\n"
         f"{markdown_table(ATTENTION_HEAD, attention)}\n\n"
+        f"Fine-tuning on one subject, each way in a process of its own:\n\n"
+        f"{markdown_table(MEMORY_HEAD, tuning)}\n\n"
         f"Stage 2 of the small model in several processes on this one machine:\n\n"
         f"{markdown_table(SCALING_HEAD, processes)}"
     )

@@ -112,6 +112,12 @@ def _edit_attention(way: str, edge: str) -> Callable[[], Any]:
     return attention_work(way, int(edge))
 
 
+def _finetune(way: str) -> Callable[[], Any]:
+    from .finetune import one_way
+
+    return one_way(way)
+
+
 def _bytes(field: str) -> int:
     """A field of this process's status, such as ``VmHWM``."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -125,6 +131,7 @@ WORK = {
     "encode views": _encode_views,
     "convert": _convert,
     "edit attention": _edit_attention,
+    "finetune": _finetune,
 }
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from blip_qformer.training.config import read_config
+from blip_qformer.training.parts import new_parts, save_parts
 from tests import oracle, tiny
 from tests.clipseg import write_clipseg
 from tests.random_weights import write_hub_folder
@@ -52,7 +53,21 @@ def places(checkpoint, tmp_path_factory):
     run = {"stage": "vision", "model": tiny.SIZES, "pairs": str(folder / "given"), "output": str(folder / "trained")}
     run |= {"steps": 1, "batch_size": 4, "learning_rate": 1e-4, "workers": 0}
     (folder / "run.yaml").write_text(json.dumps(run))  # all JSON is YAML
-    named = {name: folder / name for name in ("photographs", "backgrounds", "pairs", "run.yaml", "converted")}
+    for number in (1, 2, 3):
+        Image.effect_noise((512, 512), 60).convert("RGB").save(folder / f"rex-{number}.jpg")
+    names = (
+        "photographs",
+        "backgrounds",
+        "pairs",
+        "run.yaml",
+        "converted",
+        "tuned",
+        "rex-1.jpg",
+        "rex-2.jpg",
+        "rex-3.jpg",
+    )
+    named = {name: folder / name for name in names}
+    named["models/blip_diffusion/blipdiffusion"] = save_parts(new_parts(tiny.SIZES, seed=0), folder / "model")
     return {**named, PUBLISHED: checkpoint, "clipseg-rd64-refined": write_clipseg(folder / "clipseg")}
 
 
@@ -71,13 +86,12 @@ def test_commands_run_in_the_packs_folder(command, places):
 
 def test_make_mini_runs_every_run_and_evaluates_the_last():
     dry = subprocess.run(["make", "--dry-run", "mini"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (names,) = re.findall(r"for run in (.*?);", dry)
-    runs = [
-        read_config(ROOT / "blip_qformer" / "training" / "runs" / "mini" / f"{name}.yaml") for name in names.split()
-    ]
+    names = re.findall(r"pretrain (\S+/runs/mini/\S+\.yaml)", dry)
+    runs = [read_config(ROOT / name) for name in names]
+    assert len(runs) == 5
     made = {ROOT / word for word in shlex.split(dry.replace(";", " ")) if "pairs-" in word}
     for run in runs:
-        assert {ROOT / pairs for pairs in run.pairs} <= made
+        assert {ROOT / pairs.partition("/pairs-{")[0] for pairs in run.pairs} <= made
         models = [*run.networks.values(), *([run.model] if isinstance(run.model, str) else [])]
         assert {ROOT / model for model in models} <= {ROOT / each.output / "model" for each in runs}
     assert f"evaluate mini {runs[-1].output / 'model'} " in dry

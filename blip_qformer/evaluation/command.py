@@ -1,4 +1,4 @@
-"""`blip-qformer evaluate mini`: the small model's report."""
+"""`blip-qformer evaluate mini | tuned`: what the small model, and fine-tuning it, is worth."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..training.extras import import_extra
 REPORT = "report.md"
 SHEET = "report.jpg"
 JUDGES = "judges.safetensors"
+TUNED_REPORT, TUNED_SHEET = "tuned.md", "tuned.jpg"
 
 
 def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
@@ -30,6 +31,15 @@ def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
     mini.add_argument("--things", metavar="N", type=int, default=100, help="held-out things to draw (100)")
     mini.add_argument("--seed", metavar="N", type=int, default=11, help="of what is drawn (11)")
     mini.set_defaults(command=_evaluate_mini)
+
+    tuned = kinds.add_parser("tuned", help="fine-tuning of the small model, on held-out things of its world")
+    tuned.add_argument("model", metavar="MODEL", type=Path, help="its folder, in the Hub layout")
+    tuned.add_argument("artwork", metavar="ARTWORK", type=Path, help="an artwork folder, from tools/artwork.py")
+    tuned.add_argument("target", metavar="DST", type=Path, help=f"the folder for {TUNED_REPORT} and {TUNED_SHEET}")
+    tuned.add_argument("--judges", metavar="FILE", type=Path, required=True, help="what evaluate mini has trained")
+    tuned.add_argument("--things", metavar="N", type=int, default=8, help="held-out things to learn (8)")
+    tuned.add_argument("--learning-rate", type=float, default=5e-5, help="of the fine-tuning (5e-5)")
+    tuned.set_defaults(command=_evaluate_tuned)
 
 
 def _evaluate_mini(arguments: argparse.Namespace) -> None:
@@ -53,4 +63,24 @@ def _evaluate_mini(arguments: argparse.Namespace) -> None:
     text = f"{report.table()}\n\nSettings: {', '.join(f'{k} {v}' for k, v in asdict(settings).items())}.\n"
     (arguments.target / REPORT).write_text(text, encoding="utf-8")
     sheet.save(arguments.target / SHEET, quality=90)
+    print(text)
+
+
+def _evaluate_tuned(arguments: argparse.Namespace) -> None:
+    """`evaluate tuned`: fine-tune, judge, write the report."""
+    for name in ("diffusers", "accelerate"):
+        import_extra(name, "Evaluating")
+    from ..training.parts import load_parts
+    from .judges import load_judges
+    from .tuned import TunedSettings, evaluate_tuned
+
+    if not arguments.judges.is_file():
+        raise ValueError(f"No judges are at {arguments.judges}: evaluate mini trains them.")
+    arguments.target.mkdir(parents=True, exist_ok=True)
+    settings = TunedSettings(things=arguments.things, learning_rate=arguments.learning_rate)
+    judges = load_judges(arguments.judges)
+    report, sheet = evaluate_tuned(load_parts(arguments.model), judges, arguments.artwork, settings)
+    text = f"{report.table()}\n\nSettings: {', '.join(f'{k} {v}' for k, v in asdict(settings).items())}.\n"
+    (arguments.target / TUNED_REPORT).write_text(text, encoding="utf-8")
+    sheet.save(arguments.target / TUNED_SHEET, quality=90)
     print(text)

@@ -1,0 +1,118 @@
+"""Fine-tuning on one subject: seconds and memory, against the stock Train LoRA node and a plain diffusers loop."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from blip_qformer.training.parts import SCHEDULER
+from tests.host import Host, load_host
+
+from .measuring import compare
+from .memory import cost_in_own_process
+from .models import hosted, reference_pipeline
+from .table import Row
+
+PAIRS, STEPS, BATCH, RANK, WORD = 3, 3, 3, 16, "dog"
+EDGE = 512 if torch.cuda.is_available() else 256
+RATES = {"low-rank": 1e-4, "full": 5e-6}
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+MEMORY_HEAD = ("what", "seconds", "peak beside the models, GB")
+WAYS = ("low-rank", "low-rank, diffusers and peft", "low-rank, stock Train LoRA", "full", "full, diffusers")
+
+
+def finetune_rows(host: Host, loaded: SimpleNamespace, unet: UNet2DConditionModel) -> Iterator[Row]:
+    """A few steps each, on the same latents, with gradient checkpointing."""
+    work = works(host, loaded, unet)
+    where = f"{STEPS} steps of {BATCH} at {EDGE}x{EDGE}"
+    for ours, peer, named in (
+        ("low-rank", "low-rank, diffusers and peft", "a plain diffusers and peft loop, rank and layers the same"),
+        ("low-rank", "low-rank, stock Train LoRA", "the stock Train LoRA node, rank the same, all layers"),
+        ("full", "full, diffusers", "a plain diffusers loop"),
+    ):
+        yield Row(f"Subject Fine-tune, {ours}, {where}", named, compare(work[ours], work[peer], PAIRS), "at most 1")
+
+
+def finetune_costs() -> Iterator[tuple[str, ...]]:
+    """The same in memory, each in a process of its own."""
+    for way in WAYS:
+        cost = cost_in_own_process("finetune", way)
+        yield way, f"{cost.seconds:.1f}", f"{cost.anonymous / 1e9:.2f}"
+
+
+def one_way(way: str) -> Callable[[], Any]:
+    """One of :data:`WAYS`, with models of its own."""
+    folder = Path(tempfile.mkdtemp())
+    host = load_host(folder / "host")
+    pipeline = reference_pipeline(folder / "reference")
+    return works(host, hosted(host, pipeline), pipeline.unet)[way]
+
+
+def works(host: Host, loaded: SimpleNamespace, unet: UNet2DConditionModel) -> dict[str, Callable[[], Any]]:
+    """What is measured, by its name."""
+    width = unet.config.cross_attention_dim
+    vectors = torch.randn(16, width, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(BATCH, 4, EDGE // 8, EDGE // 8, generator=torch.Generator().manual_seed(1))
+    (caption,) = host.run("CLIPTextEncode", clip=loaded.clip, text=f"a {WORD}")
+
+    def ours(full: bool) -> Callable[[], Any]:
+        return lambda: _ours(host, loaded, vectors, latents, full)
+
+    def plain(low_rank: bool) -> Callable[[], None]:
+        return lambda: _plain(unet, caption[0][0].clone(), latents, low_rank)
+
+    stock = {"algorithm": "LoRA", "training_dtype": "fp32", "lora_dtype": "fp32", "learning_rate": RATES["low-rank"]}
+    stock |= {"steps": STEPS, "batch_size": BATCH, "rank": RANK, "gradient_checkpointing": True}
+
+    def train_lora() -> None:
+        listed = {name: [value] for name, value in stock.items()}
+        rest = {"grad_accumulation_steps": [1], "optimizer": ["AdamW"], "loss_function": ["MSE"], "seed": [0]}
+        inputs = {"model": [loaded.model], "latents": [{"samples": latents}], "positive": [caption]}
+        with torch.inference_mode():
+            host.nodes["TrainLoraNode"].execute(**inputs, **listed, **rest, existing_lora=["[None]"])
+
+    return dict(zip(WAYS, (ours(False), plain(True), train_lora, ours(True), plain(False)), strict=True))
+
+
+def _ours(host: Host, loaded: SimpleNamespace, vectors: Tensor, latents: Tensor, full: bool) -> Any:
+    """The node's own way, without its pictures."""
+    node = host.module("nodes.finetune")
+    settings = host.module("blip_qformer.training.finetune").FinetuneSettings(STEPS, batch_size=BATCH)
+    with torch.inference_mode(False):
+        bench = node.Bench(loaded.model, loaded.clip, None, loaded.qformer, WORD, full, RANK, True)
+        return bench.tune(vectors.clone(), latents.clone(), settings, 0, [])
+
+
+def _plain(unet: UNet2DConditionModel, context: Tensor, latents: Tensor, low_rank: bool) -> None:
+    """As diffusers' own examples train: frozen text, noise prediction, AdamW."""
+    device = next(unet.parameters()).device
+    with torch.inference_mode(False):
+        unet.train()
+        unet.enable_gradient_checkpointing()
+        unet.requires_grad_(not low_rank)
+        if low_rank:
+            unet.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=ATTENTION))
+        trained = [weight for weight in unet.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=RATES["low-rank" if low_rank else "full"], weight_decay=0.01)
+        scheduler = DDPMScheduler.from_config(SCHEDULER)
+        latents, context = latents.to(device), context.to(device).expand(BATCH, -1, -1)
+        for _ in range(STEPS):
+            noise = torch.randn_like(latents)
+            timesteps = torch.randint(1000, (BATCH,), device=device)
+            noisy = scheduler.add_noise(latents, noise, timesteps)
+            F.mse_loss(unet(noisy, timesteps, context).sample, noise).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if low_rank:
+            unet.delete_adapters("default")
+        unet.disable_gradient_checkpointing()
+        unet.requires_grad_(False).eval()
