@@ -125,7 +125,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(f"Wrote {path} ({_bytes(path.stat().st_size)}, {arguments.dtype}).")
     if checkpoint.subject is not None:
         shape = list(checkpoint.subject.shape)
-        print(f"Note: {checkpoint.path} also holds a tuned subject {shape}, which no file here has a place for.")
+        print(f"Note: {checkpoint.path} also holds a tuned subject {shape}, which Load Tuned Subject takes from it.")
     for problem in checkpoint.problems:  # such as a ControlNet that cannot be read, and so was not written
         print(f"Note: {problem}")
 

@@ -1,14 +1,16 @@
-"""Load BLIP-Diffusion · Load BLIP-2 Q-Former · Load BLIP-Diffusion ControlNet."""
+"""Load BLIP-Diffusion · Load BLIP-2 Q-Former · Load BLIP-Diffusion ControlNet · Load Tuned Subject."""
 
 from __future__ import annotations
 
 import logging
 
 from ..blip_qformer.checkpoint import open_checkpoint
+from ..blip_qformer.subject import Subject
+from ..blip_qformer.subject.provenance import encoder_hash
 from .folders import NOTHING_FOUND, checkpoint_path, list_checkpoints, missing_checkpoint
 from .networks import build_clip, build_controlnet, build_model, build_vae
 from .qformer import HostedQFormer
-from .types import CATEGORY, Blip2QFormer, io
+from .types import CATEGORY, Blip2QFormer, BlipSubject, io
 
 log = logging.getLogger("blip_diffusion")
 
@@ -55,7 +57,9 @@ class LoadBLIPDiffusion(io.ComfyNode):
         opened = open_checkpoint(checkpoint_path(checkpoint))
         unet, text_encoder, vae = (opened.require(part, QFORMER_ALONE) for part in ("unet", "text_encoder", "vae"))
         if opened.subject is not None:
-            log.info("%s also holds a tuned subject, which Load BLIP-Diffusion does not use yet.", opened.path)
+            log.info(
+                "%s also holds a tuned subject: Load Tuned Subject gives it to Subject Prompt Compose.", opened.path
+            )
         return io.NodeOutput(build_model(unet, vae), build_clip(text_encoder), build_vae(vae), HostedQFormer(opened))
 
 
@@ -108,6 +112,43 @@ class LoadBLIPDiffusionControlNet(io.ComfyNode):
         return io.NodeOutput(build_controlnet(open_checkpoint(checkpoint_path(checkpoint)).require("controlnet")))
 
 
+class LoadTunedSubject(io.ComfyNode):
+    """The subject inside a checkpoint that the authors' code has tuned."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BLIPDiffusionTunedSubjectLoader",
+            display_name="Load Tuned Subject",
+            category=CATEGORY,
+            description="A checkpoint that was tuned with the authors' code, such as checkpoint_40.pth, holds the "
+            "subject it was tuned on. This takes it out; no picture and no BLIP-2 Subject Encode is needed then.",
+            inputs=[
+                checkpoint_input(),
+                io.String.Input(
+                    "subject_word", default="dog", tooltip="What the subject is. The checkpoint itself does not say."
+                ),
+            ],
+            outputs=[
+                BlipSubject.Output(display_name="subject", tooltip="For Subject Prompt Compose, or Save Subject.")
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, checkpoint: str | None) -> bool | str:
+        return listed_or_reason(checkpoint)
+
+    @classmethod
+    def execute(cls, checkpoint: str, subject_word: str) -> io.NodeOutput:
+        opened = open_checkpoint(checkpoint_path(checkpoint))
+        if opened.subject is None:
+            raise ValueError(
+                f"{opened.path} holds no tuned subject: choose a checkpoint that was tuned on one, or make a subject "
+                "of a picture with BLIP-2 Subject Encode."
+            )
+        return io.NodeOutput(Subject(opened.subject, subject_word.strip(), encoder_hash(opened.encoder_weights)))
+
+
 def listed_or_reason(checkpoint: str | None) -> bool | str:
     """True, or why the graph cannot be queued: nothing to load. What comes over a link is not known yet (None)."""
     if checkpoint is not None and (checkpoint == NOTHING_FOUND or checkpoint not in list_checkpoints()):
@@ -115,4 +156,4 @@ def listed_or_reason(checkpoint: str | None) -> bool | str:
     return True
 
 
-NODES = [LoadBLIPDiffusion, LoadBLIP2QFormer, LoadBLIPDiffusionControlNet]
+NODES = [LoadBLIPDiffusion, LoadBLIP2QFormer, LoadBLIPDiffusionControlNet, LoadTunedSubject]

@@ -218,3 +218,21 @@ def test_a_lora_is_called_a_lora(host, models):
     save_file(lora, models / "blip_diffusion" / "lora.safetensors")
     with pytest.raises(ValueError, match="is a LoRA, not BLIP-Diffusion"):
         host.run("BLIPDiffusionLoader", checkpoint="lora.safetensors")
+
+
+def test_a_tuned_checkpoint_gives_its_subject(host, checkpoints):
+    """The authors' layout: the U-Net and the vectors it was tuned with, in one file."""
+    (subject,) = host.run("BLIPDiffusionTunedSubjectLoader", checkpoint="checkpoint_40.pth", subject_word=" teapot ")
+    model, clip, *_ = host.run("BLIPDiffusionLoader", checkpoint="checkpoint_40.pth")
+    saved = torch.load(host.base / "models" / "blip_diffusion" / "checkpoint_40.pth")["model"]["ctx_embeddings_cache"]
+    assert torch.equal(subject.vectors, saved)
+    assert subject.word == "teapot"
+    positive, text = host.run("BLIPDiffusionPromptCompose", clip=clip, subject=subject, prompt="in the snow")
+    assert text.startswith("a teapot in the snow")
+    latent = host.ddim(model, positive, positive, {"samples": torch.zeros(1, 4, 8, 8)}, 2, 1.0, 0)
+    assert latent["samples"].isfinite().all()
+
+
+def test_a_checkpoint_without_a_tuned_subject_says_so(host, checkpoints):
+    with pytest.raises(ValueError, match="hub holds no tuned subject: choose"):
+        host.run("BLIPDiffusionTunedSubjectLoader", checkpoint="hub", subject_word="dog")

@@ -14,6 +14,7 @@ NODES = {
     "BLIPDiffusionLoader": "Load BLIP-Diffusion",
     "BLIPDiffusionQFormerLoader": "Load BLIP-2 Q-Former",
     "BLIPDiffusionControlNetLoader": "Load BLIP-Diffusion ControlNet",
+    "BLIPDiffusionTunedSubjectLoader": "Load Tuned Subject",
     "BLIPDiffusionSubjectEncode": "BLIP-2 Subject Encode",
     "BLIPDiffusionPromptCompose": "Subject Prompt Compose",
     "BLIPDiffusionSubjectInterpolate": "Subject Interpolate",
@@ -36,6 +37,7 @@ WIDGETS = {
     "BLIPDiffusionLoader": ["checkpoint"],
     "BLIPDiffusionQFormerLoader": ["checkpoint"],
     "BLIPDiffusionControlNetLoader": ["checkpoint"],
+    "BLIPDiffusionTunedSubjectLoader": ["checkpoint", "subject_word"],
     "BLIPDiffusionSubjectEncode": ["subject_word", "average_batch", "preprocessing", "view_weights"],
     "BLIPDiffusionPromptCompose": [
         "prompt",
