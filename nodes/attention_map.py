@@ -163,7 +163,7 @@ def watch_run(executor: Callable, noise: Tensor, *args: Any, **kwargs: Any) -> T
             f"This model is of the kind {type(model).__name__}, in which words are not looked at through "
             "cross-attention: use an SD1.5 model, or take Record Attention out."
         )
-    watches = take_watches(guider.conds)
+    watches = take_watches(guider)
     records = {watch.record for each in watches.values() for watch in each}
     patch = partial(watch_layer, watches, guider, model.diffusion_model)
     options = {"transformer_options": {"patches": {"attn2_patch": [patch]}}}
@@ -177,10 +177,11 @@ def watch_run(executor: Callable, noise: Tensor, *args: Any, **kwargs: Any) -> T
             record.finish()
 
 
-def take_watches(conds: dict[str, list[dict]]) -> dict[UUID, tuple[Watch, ...]]:
+def take_watches(guider: comfy.samplers.CFGGuider) -> dict[UUID, tuple[Watch, ...]]:
     """Take watches and hook off the conditionings of a run, so that the picture is the same to the last bit."""
-    watches = {entry["uuid"]: entry.pop(WATCHES) for entries in conds.values() for entry in entries if WATCHES in entry}
-    take_off_hook(conds, WATCHES)
+    entries = [entry for entries in guider.conds.values() for entry in entries]
+    watches = {entry["uuid"]: entry.pop(WATCHES) for entry in entries if WATCHES in entry}
+    take_off_hook(guider, WATCHES)
     return watches
 
 

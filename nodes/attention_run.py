@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 
 import comfy.samplers
 import torch
+from comfy.extra_samplers.uni_pc import sample_unipc, sample_unipc_bh2
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
@@ -24,6 +25,9 @@ from ..blip_qformer.attention.schedule import step_of
 
 KEY = "blip_attention"  # of our wrappers
 QUARTER = 4  # self-injection goes up to maps of a quarter of the latent's edges: 16 x 16 for 512 x 512 pixels
+
+#: Samplers that hand the model a copy of their latents, and then reckon with that copy as they made it.
+COPYING_SAMPLERS = (sample_unipc, sample_unipc_bh2)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class AttentionRun:
         self.sigmas = sigmas
         self.size = tuple(noise.shape[-2:])
         self.step = -1
+        self.blends_in_place = True
         self.plans: dict[UUID, StepPlan] = {}
         self.maps: dict[tuple[UUID, int], Tensor] = {}  # of a conditioning's picture: [B / group, words, h, w]
         self.map_edges = self.size  # of those maps
@@ -86,8 +91,7 @@ class AttentionRun:
 
     def finish(self, samples: Tensor) -> Tensor:
         """What the sampler drew -> the same, blended once more, after the last step."""
-        masks = self.masks()
-        samples = self.blended(samples.clone(), masks) if masks else samples
+        samples, masks = self.blended(samples), self.masks()
         for edit in self.prompt_to_prompts:
             if masks and edit.keep_masks is not None:
                 everywhere = torch.ones_like(next(iter(masks.values())))
@@ -106,6 +110,7 @@ class AttentionRun:
 
         Where only one side has an area, the other gets a copy of that entry, with its name but with its own words.
         """
+        self.blends_in_place = getattr(executor.class_obj, "sampler_function", None) not in COPYING_SAMPLERS
         entries = [(side, entry) for side, entries in guider.conds.items() for entry in entries]
         words = {
             id(entry["model_conds"].get("c_crossattn")): edited
@@ -121,17 +126,22 @@ class AttentionRun:
         return executor(guider, *args)
 
     def predict(self, executor: Callable, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Before the model is called: what this step asks for, and local blend as the step before left it.
+        """Around a call of the model: what this step asks for, and local blend, of its latents and of its prediction.
 
-        The blend is done in the sampler's own latents, so that it goes on from there.
+        The latents are the sampler's own, so that it goes on from there as the paper's does; or they are a copy (of an
+        inpainting, or in uni_pc), and the blended prediction brings an edit to its source. That is the same but where a
+        mask comes back to a place, or the sampler goes by more than the prediction (noise of its own, cfg_pp): there it
+        keeps a rest of the edit, which the model is not shown.
         """
         steps = len(self.sigmas) - 1
         step = step_of(float(sigma.max()), self.sigmas)
         if step != self.step:
             self.step = step
             self.plans = {uuid: plan_step(each.edits, step, steps, x.device) for uuid, each in self.edited.items()}
-        self.blended(x, self.masks())
-        return executor(x, sigma, *args, **kwargs)
+        blended = self.blended(x)
+        if self.blends_in_place:
+            x.copy_(blended)
+        return self.blended(executor(blended, sigma, *args, **kwargs))
 
     def unguide_sources(self, args: dict[str, Any]) -> Tensor:
         """A post-CFG function: the sources take the conditional prediction as it is."""
@@ -244,8 +254,10 @@ class AttentionRun:
             masks[picture] = mask | masks.get(picture, mask)
         return masks
 
-    def blended(self, latents: Tensor, masks: dict[int, Tensor]) -> Tensor:
-        """Latents [B, C, H, W], changed in place: outside its mask an edit is its source."""
+    def blended(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] -> the same where outside its mask an edit is its source."""
+        masks = self.masks()
+        latents = latents.clone() if masks else latents
         for picture, mask in masks.items():
             source, edited = latents[:: self.group], latents[picture :: self.group]
             latents[picture :: self.group] = blend(source, edited, mask.to(latents.device))

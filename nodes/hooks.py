@@ -12,6 +12,7 @@ from uuid import UUID
 
 import comfy.hooks
 import comfy.model_patcher
+import comfy.samplers
 import comfy.supported_models
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -53,7 +54,7 @@ def sample_with_edits(
         ValueError: the model is not SD1.5, or the latents are not those that the edits were made for.
     """
     guider = executor.class_obj
-    edited = take_edits(guider.conds)
+    edited = take_edits(guider)
     if not edited:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     check_model(guider.model_patcher)
@@ -64,31 +65,34 @@ def sample_with_edits(
     return run.finish(executor(noise, latent_image, sampler, sigmas, *args, **kwargs))
 
 
-def take_edits(conds: dict[str, list[dict]]) -> dict[UUID, EditedConditioning]:
+def take_edits(guider: comfy.samplers.CFGGuider) -> dict[UUID, EditedConditioning]:
     """Take edits and hook off the conditionings of a run, so that they are batched as without them."""
     edited: dict[UUID, EditedConditioning] = {}
-    for side, entries in conds.items():
+    for side, entries in guider.conds.items():
         for entry in entries:
             if edits := entry.pop(EDITS, ()):
                 rows, tokens, _ = entry["cross_attn"].shape
                 fitting = [each.lengthened(tokens) if isinstance(each, Reweight) else each for each in edits]
                 edited[entry["uuid"]] = EditedConditioning(side, tuple(fitting), rows, tokens)
-    take_off_hook(conds, EDITS)
+    take_off_hook(guider, EDITS)
     return edited
 
 
-def take_off_hook(conds: dict[str, list[dict]], hook_ref: str) -> None:
+def take_off_hook(guider: comfy.samplers.CFGGuider, hook_ref: str) -> None:
     """Take a hook of ours off the conditionings of a run; those with the same hooks left share one group again.
 
     The host runs conditionings of different groups one after the other.
     """
     groups: dict[frozenset, comfy.hooks.HookGroup] = {}
-    for entry in (entry for entries in conds.values() for entry in entries):
+    for entry in (entry for entries in guider.conds.values() for entry in entries):
         others = [hook for hook in getattr(entry.pop("hooks", None), "hooks", ()) if hook.hook_ref != hook_ref]
         if others:
             # Hooks of one reference may have strengths of their own, by their keyframes.
             key = frozenset((hook, id(hook.hook_keyframe)) for hook in others)
             entry["hooks"] = groups.setdefault(key, hook_group(others))
+    # The host had counted ours when it chose to cache the hooks' weights; it puts its choice back after the run.
+    if comfy.samplers.get_total_hook_groups_in_conds(guider.conds) <= 1:
+        guider.model_patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
 
 
 def hook_group(hooks: Sequence[comfy.hooks.Hook]) -> comfy.hooks.HookGroup:

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-import comfy.hooks
 import torch
 from torch import Tensor
 
@@ -64,9 +63,8 @@ def check_fits(conditioning: Conditioning, source: Conditioning, name: str) -> N
             )
         if WATCHES in {*options, *source_options}:
             raise ValueError(f"{name} or source comes from Record Attention: put that behind this node.")
-        if differing := [
-            key for key in {*options, *source_options} - OWN_KEYS if not _same(options, source_options, key)
-        ]:
+        ours, theirs = _shared(options), _shared(source_options)
+        if differing := [key for key in {*ours, *theirs} if not same_contents(ours.get(key), theirs.get(key))]:
             raise ValueError(
                 f"{name} and source differ in {', '.join(sorted(differing))}, but one call draws both: apply "
                 "ControlNets, areas, masks and hooks to the conditioning that comes out of this node."
@@ -108,16 +106,21 @@ class EditMasks:
         return next((masks for drawn, masks in self._runs if torch.equal(drawn, samples.cpu())), None)
 
 
-def _same(one: dict[str, Any], other: dict[str, Any], key: str) -> bool:
-    ours, theirs = one.get(key), other.get(key)
-    if key == "hooks":
-        ours, theirs = (_foreign_hooks(options) for options in (one, other))
-    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-        return torch.equal(ours, theirs)
-    return ours is theirs or (not isinstance(ours, Tensor) and not isinstance(theirs, Tensor) and ours == theirs)
+def same_contents(one: Any, other: Any) -> bool:
+    """Whether two values are equal; tensors by their numbers, also in lists, tuples and dictionaries."""
+    if one is other:
+        return True
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same_contents(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same_contents, one, other))
+    return one == other
 
 
-def _foreign_hooks(options: dict[str, Any]) -> set[comfy.hooks.Hook]:
-    """All but the one that brings our edits."""
+def _shared(options: dict[str, Any]) -> dict[str, Any]:
+    """What pictures that are drawn by one call must have in common, hooks without the one that brings our edits."""
     group = options.get("hooks")
-    return {hook for hook in group.hooks if hook.hook_ref != EDITS} if group else set()
+    foreign = {hook for hook in group.hooks if hook.hook_ref != EDITS} if group else set()
+    return {**{key: value for key, value in options.items() if key not in OWN_KEYS}, "hooks": foreign}

@@ -175,6 +175,10 @@ def under_lora(host, small, positive):
     return *with_lora(host, small, positive, small.negative), small.model
 
 
+def under_two_loras(host, small, positive):
+    return *with_lora(host, small, positive), *with_lora(host, small, small.negative), small.model
+
+
 def under_controlnet(host, small, positive):
     (control_net,) = host.run("BLIPDiffusionControlNetLoader", checkpoint="editing")
     image = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(5))
@@ -261,6 +265,34 @@ def test_reweight_in_company(host, small, company):
     model, calls = counted(model)
     close(draw(host, small, edited, model=model, negative=negative), expected)
     assert calls == calls_without  # positive and negative stay one call
+
+
+@pytest.mark.parametrize(
+    ("company", "mode"), [(plain, "MinVram"), (under_lora, "MinVram"), (under_two_loras, "MaxSpeed")]
+)
+@pytest.mark.parametrize("node", ["reweight", "record"])
+def test_hooks_are_cached_as_without_ours(host, small, company, mode, node):
+    """The host caches the weights of hooks for two groups and more, and counts ours among them."""
+    import comfy.hooks
+
+    positive, _ = compose(host, small, small.subject)
+    before = {
+        "reweight": lambda: reweight(host, positive, "snow:4"),
+        "record": lambda: host.run("BLIPDiffusionAttentionRecord", conditioning=positive)[0],
+    }
+    edited, negative, model = company(host, small, before[node]())
+    modes = []
+
+    def note(function, arguments):
+        modes.append(model.hook_mode)
+        return function(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    model = model.clone()
+    model.set_model_unet_function_wrapper(note)
+    found = model.hook_mode
+    draw(host, small, edited, model=model, negative=negative)
+    assert set(modes) == {comfy.hooks.EnumHookMode[mode]}
+    assert model.hook_mode == found == comfy.hooks.EnumHookMode.MaxSpeed
 
 
 def test_every_sampler_node_takes_it(host, small):
@@ -393,8 +425,8 @@ def euler(host):
     return host.run("KSamplerSelect", sampler_name="euler")[0]
 
 
-def custom(host, small, model, conditioning, latent, sampler, **inputs):
-    (sigmas,) = host.run("BasicScheduler", model=model, scheduler="normal", steps=3, denoise=1.0)
+def custom(host, small, model, conditioning, latent, sampler, steps=3, **inputs):
+    (sigmas,) = host.run("BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0)
     inputs = {"positive": conditioning, "negative": small.negative, "latent_image": latent, **inputs}
     return host.run("SamplerCustom", model=model, noise_seed=1, cfg=4.0, sampler=sampler, sigmas=sigmas, **inputs)[0]
 
@@ -445,6 +477,78 @@ def test_local_blend_keeps_the_background_in_every_sampler(host, small, sampler)
     assert 0 < mask.float().mean() < 1
     assert torch.equal(one[:, ~mask], other[:, ~mask])
     assert not torch.equal(one[:, mask], other[:, mask])
+
+
+def test_local_blend_begins_at_the_source_where_a_mask_comes_back(host, small, monkeypatch):
+    """As the paper's does, whose sampler forgets what an edit was outside the mask."""
+    import comfy.samplers
+
+    left = torch.zeros(8, 12, dtype=torch.bool)
+    left[:, :6] = True
+    masks = [left | True, left, left | True, left | True]
+    source, edited = inserted(host, small)
+    explicit = ExplicitAttention([source[0][0], edited[0][0]], follow(SUBJECT_MAPPER, lambda *step: KNOWN))
+    blend, each_step = ExplicitBlend(([], []), 0.5), iter(masks)
+    blend.mask = lambda size: next(each_step).float()
+    sampler, both = comfy.samplers.KSAMPLER(blend.sample), stacked(source, edited)
+    expected = custom(host, small, explicit.on(small.model), both, side_by_side(), sampler, steps=4)["samples"]
+
+    inputs = {"texts": (SOURCE, ""), "cross_end": 1.0, "self_end": 0.0, "blend_words": "dog"}
+    conditioning, latent = pair(host, small, source, edited, **inputs)
+    model, calls = counted(small.model)
+    run = host.module("nodes.attention_run").AttentionRun
+    monkeypatch.setattr(run, "masks", lambda self: {1: masks[len(calls) - 1][None]} if calls else {})
+    close(custom(host, small, model, conditioning, latent, euler(host), steps=4)["samples"], expected)
+
+
+def inpainting(height, width):
+    """A picture of which a part is drawn anew."""
+    mask = torch.zeros(1, 1, 8 * height, 8 * width)
+    mask[..., 40:120, 30:200] = 1
+    picture = torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(4))
+    return {"samples": picture, "noise_mask": mask}
+
+
+def test_local_blend_of_an_inpainting_equals_explicit_probabilities(host, small):
+    """Where the host hands the model a copy of the sampler's latents."""
+    import comfy.samplers
+
+    source, edited = inserted(host, small)
+    blend = ExplicitBlend(([], [*range(2, 18)]), 0.93)
+    cross = follow(SUBJECT_MAPPER, lambda *step: KNOWN * until(0.5)(*step), seen=blend.see)
+    blend.attention = ExplicitAttention([source[0][0], edited[0][0]], cross, inject(0.25))
+    inputs = {"texts": (SOURCE, ""), "blend_words": "<subject>", "blend_threshold": 0.93}
+    conditioning, latent = pair(host, small, source, edited, inpainting(20, 28), cross_end=0.5, self_end=0.25, **inputs)
+    model, sampler = blend.attention.on(small.model), comfy.samplers.KSAMPLER(blend.sample)
+    expected = custom(host, small, model, stacked(source, edited), latent, sampler)
+    close(custom(host, small, small.model, conditioning, latent, euler(host))["samples"], expected["samples"])
+
+
+@pytest.mark.parametrize("latent", [empty, inpainting])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "sa_solver", "uni_pc"])
+def test_local_blend_reaches_every_sampler_in_every_step(host, small, monkeypatch, sampler, latent):
+    """Also those that hand the model a copy of their latents; what they go on from is blended."""
+    attention = host.module("nodes.attention_run")
+    runs, steps = [], []
+
+    def begin(*args):
+        runs.append(attention.AttentionRun(*args))
+        return runs[-1]
+
+    def note(step, denoised, *_):
+        steps.append((denoised.clone(), runs[-1].masks()[1][0]))
+
+    monkeypatch.setattr(host.module("nodes.hooks"), "AttentionRun", begin)
+    monkeypatch.setattr("latent_preview.prepare_callback", lambda *_: note)
+    source, edited = inserted(host, small)
+    inputs = {"texts": (SOURCE, ""), "blend_words": "<subject>", "blend_threshold": 0.93}
+    conditioning, both = pair(host, small, source, edited, latent(20, 28), **inputs)
+    (chosen,) = host.run("KSamplerSelect", sampler_name=sampler)
+    custom(host, small, small.model, conditioning, both, chosen, steps=6)
+    assert len(steps) == 6 and len({mask.sum().item() for _, mask in steps}) > 1
+    for (one, other), mask in steps:
+        close(other[:, ~mask], one[:, ~mask], 1e-5)
+        differ(other[:, mask], one[:, mask])
 
 
 def test_local_blend_in_a_model_that_does_not_go_down_to_a_quarter(host, small, loaded):
@@ -647,6 +751,32 @@ def test_conditionings_that_do_not_fit_are_refused(host, small):
         pair(host, small, source, edited, edited_2=stock(host, small.clip, LONG), texts=(SOURCE, f"\n{LONG}"))
     with pytest.raises(ValueError, match="comes from Prompt-to-Prompt Edit and holds several prompts"):
         reweight(host, before, "snow:2")
+
+
+def test_what_other_packs_leave_in_conditionings_is_compared_by_its_numbers(host, small):
+    """Also where tensors are in lists and dictionaries, which cannot be compared as a whole."""
+    source, edited = inserted(host, small)
+
+    def with_foreign(conditioning, last):
+        foreign = {"images": [torch.ones(2, 3), (torch.zeros(3), torch.full((2,), last))], "strength": 0.5}
+        return [[tensor, {**options, "foreign": foreign}] for tensor, options in conditioning]
+
+    conditioning, _ = pair(host, small, with_foreign(source, 1.0), with_foreign(edited, 1.0), texts=(SOURCE, ""))
+    assert "foreign" in conditioning[0][1]
+    with pytest.raises(ValueError, match="edited and source differ in foreign"):
+        pair(host, small, with_foreign(source, 1.0), with_foreign(edited, 2.0), texts=(SOURCE, ""))
+
+
+@pytest.mark.parametrize(
+    "other", [None, [], [torch.ones(2)], [torch.ones(2), 2], [torch.ones(3), 1], [1, torch.ones(2)]]
+)
+def test_containers_are_compared_by_what_is_in_them(host, other):
+    same = host.module("nodes.picture_groups").same_contents
+    one, equal = [torch.ones(2), 1], [torch.ones(2), 1]
+    for within in (lambda value: value, lambda value: {"a": value}, lambda value: (None, value)):
+        assert same(within(one), within(equal))
+        assert not same(within(one), within(other)) and not same(within(other), within(one))
+    assert not same({"a": one}, {"b": one})
 
 
 def test_a_batch_that_cannot_be_paired_is_refused(host, small):
