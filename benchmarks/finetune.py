@@ -88,8 +88,8 @@ def _ours(host: Host, loaded: SimpleNamespace, vectors: Tensor, latents: Tensor,
     node = host.module("nodes.finetune")
     settings = host.module("blip_qformer.training.finetune").FinetuneSettings(STEPS, batch_size=BATCH)
     with torch.inference_mode(False):
-        bench = node.Bench(loaded.model, loaded.clip, None, loaded.qformer, WORD, full, RANK, True)
-        return bench.tune(vectors.clone(), latents.clone(), settings, 0, [])
+        workbench = node.Workbench(loaded.model, loaded.clip, None, loaded.qformer, WORD, full, RANK, True)
+        return workbench.tune(vectors.clone(), latents.clone(), settings, 0, [])
 
 
 def _plain(unet: UNet2DConditionModel, context: Tensor, latents: Tensor, low_rank: bool) -> None:

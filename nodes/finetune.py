@@ -63,7 +63,7 @@ class SubjectFinetune(io.ComfyNode):
             node_id="BLIPDiffusionSubjectFinetune",
             display_name="Subject Fine-tune",
             category=CATEGORY,
-            description="Teaches the model your thing from 3 to 5 pictures, in about a minute on a graphics card. The "
+            description="Teaches the model your thing from 3 to 5 pictures, in about a minute on a large card. The "
             "model and the subject go where the untuned ones went. Cancelled, it keeps what it learned so far: press "
             "Queue again and the graph goes on with that.",
             inputs=[
@@ -92,8 +92,8 @@ class SubjectFinetune(io.ComfyNode):
                     "trains",
                     options=[LOW_RANK, FULL],
                     default=LOW_RANK,
-                    tooltip="low-rank: a few megabytes beside the model, fits 8 GB of graphics memory. full: the whole "
-                    "U-Net, as the authors do; needs about 16 GB and makes a file of the model's size.",
+                    tooltip="low-rank: a few megabytes beside the model, for small graphics cards. full: the whole "
+                    "U-Net, as the authors do; its optimizer alone needs 14 GB, and the file is as large as a U-Net.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -151,7 +151,7 @@ class SubjectFinetune(io.ComfyNode):
                     io.Boolean.Input(
                         "gradient_checkpointing",
                         default=True,
-                        tooltip="Takes a third less memory at a fifth more time.",
+                        tooltip="Needs less memory and takes a little longer.",
                     )
                 ),
                 advanced(
@@ -211,10 +211,10 @@ class SubjectFinetune(io.ComfyNode):
         require_clip_l(clip, vectors.shape[-1])
         latents = encode_pictures(vae, image, resolution, mirror)
         settings = FinetuneSettings(steps, learning_rate, batch_size, seed=seed)
-        bench = Bench(model, clip, vae, qformer, word, trains == FULL, rank, gradient_checkpointing)
+        workbench = Workbench(model, clip, vae, qformer, word, trains == FULL, rank, gradient_checkpointing)
         prompts = [line.strip() for line in look_prompts.splitlines() if line.strip()]
         with torch.inference_mode(False):
-            tuned = bench.tune(vectors.clone(), latents.clone(), settings, look_every if prompts else 0, prompts)
+            tuned = workbench.tune(vectors.clone(), latents.clone(), settings, look_every if prompts else 0, prompts)
         patched, _ = comfy.sd.load_lora_for_models(model, None, tuned.weights, 1.0, 0.0)
         subject = Subject(tuned.vectors[None], word, qformer.encoder_hash, picture_hash(image))
         curve = to_image(loss_curve(tuned.outcome.losses, tuned.outcome.scores, tuned.outcome.kept))
@@ -232,7 +232,7 @@ class Tuned:
     outcome: Outcome
 
 
-class Bench:
+class Workbench:
     """The host's models laid out for fine-tuning.
 
     Args:
@@ -318,7 +318,7 @@ class Bench:
             before = dict(self.network.named_parameters())
             weights = difference_file(before, masters, self.names, torch.float16)
         else:
-            weights = low_rank.file()
+            weights = low_rank.file(torch.float16)
         weights = {name: tensor.to("cpu") for name, tensor in weights.items()}
         return Tuned(tuning.vectors.detach().to(comfy.model_management.intermediate_device()), weights, outcome)
 

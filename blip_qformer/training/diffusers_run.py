@@ -120,7 +120,7 @@ class FinetuneRun:
         paths = [folder / f"{name}.safetensors", folder / f"{name}-{kind}.safetensors"]
         save_subject(paths[0], subject, overwrite=True)
         if self.low_rank:
-            weights, dtype = self.low_rank.file(), torch.float32
+            weights, dtype = self.low_rank.file(), torch.float16
         else:
             networks = (self.parts.unet, self.parts.text_encoder, self.parts.vae)
             weights, dtype = stable_diffusion_checkpoint(*map(_weights, networks)), torch.float16

