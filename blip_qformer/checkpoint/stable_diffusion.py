@@ -162,7 +162,7 @@ def unet_config(weights: Mapping[str, Tensor], heads: int = 8) -> dict:
     Returns:
         A plain dict, with no dtype and device in it: those are the host's to choose.
     Raises:
-        ValueError: a tensor that tells a size is missing, or a level's width is no multiple of the first level's.
+        ValueError: a tensor that tells a size is missing.
     """
     levels = range(_count(weights, "up_blocks"))
     depth_up = [depth for level in levels for depth in _transformer_depths(weights, f"up_blocks.{level}")]
@@ -184,18 +184,13 @@ def _way_down_config(weights: Mapping[str, Tensor], heads: int) -> dict:
     width = _shape(weights, "conv_in.weight")[0]
     levels = range(_count(weights, "down_blocks"))
     widths = [_shape(weights, f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels]
-    if any(each % width for each in widths):
-        raise ValueError(
-            f"The U-Net's levels are {widths} wide, and Stable Diffusion 1.5's layout needs multiples of the first "
-            f"convolution's {width}: use a U-Net of that kind."
-        )
     depth_down = [depth for level in levels for depth in _transformer_depths(weights, f"down_blocks.{level}")]
     middle = "mid_block.attentions.0"
     return {
         "image_size": 32,
         "in_channels": _shape(weights, "conv_in.weight")[1],
         "model_channels": width,
-        "channel_mult": [each // width for each in widths],
+        "channel_mult": _multiples(widths, width),
         "num_res_blocks": [_count(weights, f"down_blocks.{level}.resnets") for level in levels],
         "num_heads": heads,
         "use_spatial_transformer": True,
@@ -217,17 +212,12 @@ def vae_config(weights: Mapping[str, Tensor]) -> dict:
     Args:
         weights: in diffusers' names.
     Raises:
-        ValueError: a tensor that tells a size is missing, or a level's width is no multiple of the first level's.
+        ValueError: a tensor that tells a size is missing.
     """
     width, image_channels = _shape(weights, "encoder.conv_in.weight")[:2]
     latent_channels = _shape(weights, "decoder.conv_in.weight")[1]
     levels = range(_count(weights, "encoder.down_blocks"))
     widths = [_shape(weights, f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels]
-    if any(each % width for each in widths):
-        raise ValueError(
-            f"The VAE's levels are {widths} wide, and Stable Diffusion 1.5's layout needs multiples of the first "
-            f"convolution's {width}: use a VAE of that kind."
-        )
     return {
         "ddconfig": {
             "double_z": _shape(weights, "encoder.conv_out.weight")[0] == 2 * latent_channels,
@@ -236,13 +226,29 @@ def vae_config(weights: Mapping[str, Tensor]) -> dict:
             "in_channels": image_channels,
             "out_ch": _shape(weights, "decoder.conv_out.weight")[0],
             "ch": width,
-            "ch_mult": [each // width for each in widths],
+            "ch_mult": _multiples(widths, width),
             "num_res_blocks": _count(weights, "encoder.down_blocks.0.resnets"),
             "attn_resolutions": [],
             "dropout": 0.0,
         },
         "embed_dim": _shape(weights, "post_quant_conv.weight")[1],
     }
+
+
+class Multiple(float):
+    """How many times as wide as the first level another one is, where that is no whole number: its product is one.
+
+    ComfyUI's networks are told multiples and never widths.
+    """
+
+    def __mul__(self, width: int) -> int:
+        return round(float(self) * width)
+
+    __rmul__ = __mul__
+
+
+def _multiples(widths: Iterable[int], first: int) -> list[int | Multiple]:
+    return [Multiple(width / first) if width % first else width // first for width in widths]
 
 
 def text_encoder_config(weights: Mapping[str, Tensor], heads: int | None = None) -> dict:
