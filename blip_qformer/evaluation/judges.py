@@ -68,7 +68,7 @@ def _seen(pictures: Tensor) -> Tensor:
 class JudgesTraining:
     """How the judges are trained; the seed decides all of it."""
 
-    steps: int = 1500
+    steps: int = 500
     batch_size: int = 48
     learning_rate: float = 2e-3
     seed: int = 7
