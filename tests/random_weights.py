@@ -11,7 +11,7 @@ from torch import Tensor
 from tests import oracle
 from tests.oracle import SMALL, Sizes
 
-#: Small enough for a CPU, with the text encoder's real vocabulary: what ``make demo`` draws noise with.
+#: Small enough for a CPU, with the text encoder's real vocabulary: what the workflows draw noise with.
 DEMO = Sizes(
     image_size=112,
     vision_width=128,

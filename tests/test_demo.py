@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from tools.host import OFFLINE, ROOT
+from tests.random_weights import build_demo_checkpoint
+from tools.demo import CONTEXTS, EDGE, WORD
+from tools.host import OFFLINE, ROOT, comfyui_path
 
 
 def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -17,14 +20,27 @@ def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **OFFLINE}, capture_output=True, text=True, timeout=900)
 
 
-def test_demo_leaves_a_picture_and_says_what_it_is():
+def test_demo_draws_a_thing_in_four_places_and_says_what_it_is():
     done = demo()
     assert done.returncode == 0, done.stderr
-    *_, picture, remark = done.stdout.splitlines()
+    *_, row, remark = done.stdout.splitlines()
+    assert Path(row).parent == ROOT / "output"
+    assert Image.open(row).size == (5 * EDGE, EDGE)
+    tiles = [np.asarray(Image.open(row).crop((EDGE * each, 0, EDGE * (each + 1), EDGE))) / 255 for each in range(5)]
+    below = {place: tile[-EDGE // 8 :].mean(axis=(0, 1)) for place, tile in zip(CONTEXTS, tiles[1:], strict=True)}
+    assert below["on the grass"].argmax() == 1  # green
+    assert below["in the snow"].mean() > 0.7 > 0.3 > below["at night"].mean()
+    assert remark.startswith(f"Left: the {WORD} that were given.")
+    assert "KSampler" in done.stderr  # the progress bar
+
+
+def test_demo_runs_a_workflow_with_weights_of_ones_own(tmp_path):
+    weights = build_demo_checkpoint(tmp_path / "own", comfyui_path())
+    done = demo("--checkpoint", str(weights))
+    assert done.returncode == 0, done.stderr
+    picture = done.stdout.splitlines()[-1]
     assert Image.open(picture).size == (512, 512)
     assert Path(picture).parent == ROOT / "output"
-    assert "the picture is noise, the path that drew it is real" in remark
-    assert "KSampler" in done.stderr  # the progress bar
 
 
 def test_demo_says_what_is_wrong():

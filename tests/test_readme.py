@@ -31,6 +31,8 @@ NEEDS_THE_NETWORK = {
 RUN_BY_CI_AND_OTHER_TESTS = {"make test", "make demo"}  # .ci/run, tests/test_demo.py
 TAKES_A_DAY = {"make mini"}  # what it runs, and with what, is tested here
 
+QUICKLY = ["--steps", "2", "--resolution", "64", "--look-every", "0"]  # what takes a minute on a graphics card
+
 PUBLISHED = "../../models/blip_diffusion/blipdiffusion"
 
 
@@ -80,6 +82,7 @@ def test_every_command_is_accounted_for():
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m blip_qformer")])
 def test_commands_run_in_the_packs_folder(command, places):
     words = [sys.executable, *(str(places.get(word, word)) for word in shlex.split(command)[1:])]
+    words += QUICKLY if "finetune" in words else []
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

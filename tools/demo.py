@@ -1,6 +1,7 @@
-"""The whole path once: a photograph and a word go in, a picture comes out of a real ComfyUI.
+"""The whole path: a picture and a word go in, pictures of that thing come out of a real ComfyUI.
 
-Run by ``make demo``; ``make demo ARGS="--checkpoint FOLDER"`` uses real weights.
+``make demo`` takes the small model that lies in this repository and draws one thing in four places, in one row;
+``make demo ARGS="--checkpoint FOLDER"`` draws a photograph's subject with real weights.
 """
 
 from __future__ import annotations
@@ -12,22 +13,68 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
-from tests.random_weights import build_demo_checkpoint
-from tools.host import ROOT, ComfyServer, History, Prompt, ServerError, WorkflowError, comfyui_path, make_base_directory
+from tools.host import ROOT, ComfyServer, History, Prompt, ServerError, WorkflowError, make_base_directory
 from tools.workflow import WorkflowFormatError, override, to_prompt
 
 OUTPUT = ROOT / "output"
+WORKFLOW = ROOT / "workflows" / "subject-generation.json"
 LOADERS = ("BLIPDiffusionLoader", "BLIPDiffusionQFormerLoader")
 
+#: The small model, something that it has never seen, and where to draw it.
+SMALL_MODEL = ROOT / "mini" / "model"
+GIVEN, WORD = ROOT / "mini" / "inputs" / "grapes.png", "grapes"
+CONTEXTS = ("in the snow", "on the grass", "on the beach", "at night")
+EDGE = 256
+ROW = "demo.png"
 
-def run_demo(workflow: Path, checkpoint: Path | None = None) -> list[Path]:
+
+def draw_row(given: Path = GIVEN, word: str = WORD) -> Path:
+    """Draw one thing in four places with the small model, by the workflow that people open first.
+
+    Args:
+        given: a picture of the thing.
+        word: what it is.
+
+    Returns:
+        The given picture and the four drawn ones in a row, in ``output/``.
+    """
+    base = make_base_directory(OUTPUT / "demo")
+    shutil.copy(given, base / "input" / given.name)
+    name = _place_checkpoint(base / "models" / "blip_diffusion", SMALL_MODEL)
+    graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    print("Starting ComfyUI ...")
+    pictures = [Image.open(given).convert("RGB").resize((EDGE, EDGE))]
+    with ComfyServer(base) as server:
+        prompt = to_prompt(graph, server.object_info())
+        for node, inputs in {
+            "BLIPDiffusionLoader": {"checkpoint": name},
+            "LoadImage": {"image": given.name},
+            "BLIPDiffusionSubjectEncode": {"subject_word": word},
+            "CLIPTextEncode": {"text": ""},  # the small model has not learned what "low quality" looks like
+            "EmptyLatentImage": {"width": EDGE, "height": EDGE},
+            "KSampler": {"steps": 20, "cfg": 4.0},
+        }.items():
+            prompt = override(prompt, node, **inputs)
+        for context in CONTEXTS:
+            asked = override(prompt, "BLIPDiffusionPromptCompose", prompt=context, prompt_strength=0.2)
+            (picture,) = _saved(_queue_with_bar(server, asked), base)
+            pictures.append(Image.open(picture).convert("RGB"))
+    row = Image.new("RGB", (EDGE * len(pictures), EDGE))
+    for column, picture in enumerate(pictures):
+        row.paste(picture, (column * EDGE, 0))
+    row.save(OUTPUT / ROW)
+    return OUTPUT / ROW
+
+
+def run_workflow(workflow: Path, checkpoint: Path) -> list[Path]:
     """Run a saved workflow on the sample photographs.
 
     Args:
         workflow: A workflow as the browser saves it.
-        checkpoint: BLIP-Diffusion weights, a folder or a file; None makes small random ones.
+        checkpoint: BLIP-Diffusion weights, a folder or a file.
 
     Returns:
         The pictures it drew, in ``output/``.
@@ -46,18 +93,17 @@ def run_demo(workflow: Path, checkpoint: Path | None = None) -> list[Path]:
             if any(node["class_type"] == loader for node in prompt.values()):
                 prompt = override(prompt, loader, checkpoint=name)
         history = _queue_with_bar(server, prompt)
-    pictures = [file for files in history.files.values() for file in files if base / "output" in file.parents]
-    return [Path(shutil.copy(picture, OUTPUT / picture.name)) for picture in pictures]
+    return [Path(shutil.copy(picture, OUTPUT / picture.name)) for picture in _saved(history, base)]
 
 
 def main() -> int:
     """Parse the command line, run the demo, and say where the picture is; 0 when there is one."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
-    parser.add_argument("--workflow", type=Path, default=ROOT / "workflows" / "subject-generation.json")
-    parser.add_argument("--checkpoint", type=Path, help="real BLIP-Diffusion weights, instead of small random ones")
+    parser.add_argument("--checkpoint", type=Path, help="real BLIP-Diffusion weights, instead of the small model")
+    parser.add_argument("--workflow", type=Path, default=WORKFLOW, help="what to run with them")
     chosen = parser.parse_args()
     try:
-        pictures = run_demo(chosen.workflow, chosen.checkpoint)
+        pictures = run_workflow(chosen.workflow, chosen.checkpoint) if chosen.checkpoint else [draw_row()]
     except (ServerError, WorkflowError, WorkflowFormatError, OSError, json.JSONDecodeError) as problem:
         print(f"The demo failed: {problem}", file=sys.stderr)
         return 1
@@ -66,23 +112,26 @@ def main() -> int:
         return 1
     for picture in pictures:
         print(picture)
-    if chosen.checkpoint is None:
+    if not chosen.checkpoint:
         print(
-            "The weights are small random ones made on the spot: the picture is noise, the path that drew it is real."
+            f"Left: the {WORD} that were given. Then: those {WORD} {', '.join(CONTEXTS)}, by the small model in mini/."
         )
     return 0
 
 
-def _place_checkpoint(models: Path, checkpoint: Path | None) -> str:
+def _place_checkpoint(models: Path, checkpoint: Path) -> str:
     """Put the weights where the loader looks, and return the name they have in its list."""
-    if checkpoint is None:
-        return build_demo_checkpoint(models / "demo-random-weights", comfyui_path()).name
     if not checkpoint.exists():
         raise FileNotFoundError(f"No checkpoint is at '{checkpoint}': name a BLIP-Diffusion folder or file.")
     placed = models / checkpoint.name
     placed.unlink(missing_ok=True)
     placed.symlink_to(checkpoint.resolve())
     return placed.name
+
+
+def _saved(history: History, base: Path) -> list[Path]:
+    """What a run's Save Image nodes wrote."""
+    return [file for files in history.files.values() for file in files if base / "output" in file.parents]
 
 
 def _queue_with_bar(server: ComfyServer, prompt: Prompt) -> History:
