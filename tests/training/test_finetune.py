@@ -131,10 +131,13 @@ def test_only_what_should_train_changes(unet, vectors, latents):
     assert not any(torch.equal(factor, down[name]) for name, factor in low_rank.down.items())
 
 
-def test_the_loss_falls(unet, vectors, latents):
-    tuning = tuning_of(unet, vectors, latents, steps=60)
+def test_the_loss_falls(vectors):
+    """Of a network as it is before any training, on pictures of one colour, whose noise is easy to tell."""
+    torch.manual_seed(0)
+    untrained = UNet2DConditionModel(**tiny.SIZES["unet"])
+    tuning = tuning_of(untrained, vectors, torch.ones(2, *LATENT), steps=100, learning_rate=1e-3)
     list(tuning.steps())
-    assert sum(tuning.losses[-10:]) < 0.9 * sum(tuning.losses[:10])
+    assert sum(tuning.losses[-20:]) < 0.6 * sum(tuning.losses[:20])
 
 
 def test_every_picture_comes_as_often_as_any_other(latents):
