@@ -39,12 +39,12 @@ class LatentCache:
             pictures: [B, 3, H, W] in 0..1.
         """
         paths = [self.folder / f"{key}.safetensors" for key in keys]
-        new = [index for index, path in enumerate(paths) if not path.is_file()]
-        if new:
-            distribution = self.vae.encode(pictures[new] * 2 - 1).latent_dist
-            for index, mean, deviation in zip(new, distribution.mean, distribution.std, strict=True):
-                with whole_file(paths[index]) as temporary:
-                    save_file({MEAN: _plain(mean), DEVIATION: _plain(deviation)}, temporary)
+        for path, picture in zip(paths, pictures, strict=True):
+            if not path.is_file():
+                # Each alone, so that its latents are the same to the last bit whichever batch it comes in first.
+                distribution = self.vae.encode(picture[None] * 2 - 1).latent_dist
+                with whole_file(path) as temporary:
+                    save_file({MEAN: _plain(distribution.mean[0]), DEVIATION: _plain(distribution.std[0])}, temporary)
         kept = [load_file(path, device=str(pictures.device)) for path in paths]
         return torch.stack([each[MEAN] for each in kept]), torch.stack([each[DEVIATION] for each in kept])
 

@@ -250,7 +250,9 @@ def test_latents_that_are_kept_change_nothing(tmp_path):
     kept = {"output": tmp_path, "options": {"resolution": 32, "keep_latents": True}}
     stage = tiny.make_stage("subject", **kept)
     first, again = stage(batch)["loss"], stage(batch)["loss"]
-    assert first.item() == again.item() == tiny.make_stage("subject")(batch)["loss"].item()
+    assert first.item() == again.item()
+    # Kept ones were encoded one by one, whose last bits are not a batch's.
+    assert first.item() == pytest.approx(tiny.make_stage("subject")(batch)["loss"].item(), rel=1e-6)
     restarted = tiny.make_stage("subject", **kept)
     restarted.parts.vae.encode = None  # is not asked again
     assert restarted(batch)["loss"].item() == first.item()
