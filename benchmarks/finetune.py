@@ -64,8 +64,8 @@ def works(host: Host, loaded: SimpleNamespace, unet: UNet2DConditionModel) -> di
     latents = torch.randn(BATCH, 4, EDGE // 8, EDGE // 8, generator=torch.Generator().manual_seed(1))
     (caption,) = host.run("CLIPTextEncode", clip=loaded.clip, text=f"a {WORD}")
 
-    def ours(full: bool) -> Callable[[], Any]:
-        return lambda: _ours(host, loaded, vectors, latents, full)
+    def ours(trains: str) -> Callable[[], Any]:
+        return lambda: _ours(host, loaded, vectors, latents, trains)
 
     def plain(low_rank: bool) -> Callable[[], None]:
         return lambda: _plain(unet, caption[0][0].clone(), latents, low_rank)
@@ -80,16 +80,16 @@ def works(host: Host, loaded: SimpleNamespace, unet: UNet2DConditionModel) -> di
         with torch.inference_mode():
             host.nodes["TrainLoraNode"].execute(**inputs, **listed, **rest, existing_lora=["[None]"])
 
-    return dict(zip(WAYS, (ours(False), plain(True), train_lora, ours(True), plain(False)), strict=True))
+    return dict(zip(WAYS, (ours("low-rank"), plain(True), train_lora, ours("full"), plain(False)), strict=True))
 
 
-def _ours(host: Host, loaded: SimpleNamespace, vectors: Tensor, latents: Tensor, full: bool) -> Any:
+def _ours(host: Host, loaded: SimpleNamespace, vectors: Tensor, latents: Tensor, trains: str) -> Any:
     """The node's own way, without its pictures."""
-    node = host.module("nodes.finetune")
+    bench = host.module("nodes.workbench")
     settings = host.module("blip_qformer.training.finetune").FinetuneSettings(STEPS, batch_size=BATCH)
     with torch.inference_mode(False):
-        workbench = node.Workbench(loaded.model, loaded.clip, None, loaded.qformer, WORD, full, RANK, True)
-        return workbench.tune(vectors.clone(), latents.clone(), settings, 0, [])
+        workbench = bench.Workbench(loaded.model, loaded.clip, None, loaded.qformer, WORD, trains, RANK, True)
+        return workbench.tune(vectors.clone(), latents.clone(), settings)
 
 
 def _plain(unet: UNet2DConditionModel, context: Tensor, latents: Tensor, low_rank: bool) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import comfy.model_management
 import comfy.sd
@@ -13,42 +11,28 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from einops import rearrange
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..blip_qformer.encoder.preprocessing import composite_alpha
-from ..blip_qformer.prompt import compose_prompt
 from ..blip_qformer.subject import Subject
 from ..blip_qformer.subject.provenance import picture_hash
 from ..blip_qformer.training.finetune import (
-    Denoiser,
+    FULL,
+    LOW_RANK,
     FinetuneSettings,
     Outcome,
     Step,
-    SubjectTuning,
     check_count,
     check_size,
-    finetune,
 )
 from ..blip_qformer.training.loss_curve import loss_curve
-from ..blip_qformer.training.low_rank import RANK, LowRank, difference_file
-from ..blip_qformer.training.noise import draw_latents
-from ..blip_qformer.training.validation import VALIDATION_PROMPTS, Validation
+from ..blip_qformer.training.low_rank import RANK
+from ..blip_qformer.training.validation import VALIDATION_PROMPTS, preview_strip
 from .conditioning import require_clip_l
 from .inversion import check_model
 from .qformer import HostedQFormer
-from .trainable import (
-    check_memory,
-    gradient_checkpointing,
-    host_caption_encoder,
-    host_denoiser,
-    ordinary_view,
-    trainable,
-    training_model,
-)
 from .types import CATEGORY, Blip2QFormer, BlipSubject, advanced, io
+from .workbench import Watch, Workbench, encode_pictures
 
-LOW_RANK, FULL = "low-rank", "full"
-DRAWING_STEPS, GUIDANCE = 20, 7.5  # of validation pictures
 PREVIEW = 512  # longest edge, pixels
 
 LoraModel = io.Custom("LORA_MODEL")  # the stock Save LoRA Weights takes it
@@ -211,185 +195,23 @@ class SubjectFinetune(io.ComfyNode):
         require_clip_l(clip, vectors.shape[-1])
         latents = encode_pictures(vae, image, resolution, mirror)
         settings = FinetuneSettings(steps, learning_rate, batch_size, seed=seed)
-        workbench = Workbench(model, clip, vae, qformer, word, trains == FULL, rank, gradient_checkpointing)
+        workbench = Workbench(model, clip, vae, qformer, word, trains, rank, gradient_checkpointing)
         prompts = [line.strip() for line in look_prompts.splitlines() if line.strip()]
+        looks = {"every": look_every if prompts else 0, "prompts": prompts}
         with torch.inference_mode(False):
-            tuned = workbench.tune(vectors.clone(), latents.clone(), settings, look_every if prompts else 0, prompts)
+            tuned = workbench.tune(vectors.clone(), latents.clone(), settings, **looks, watch=watch_in_host(steps))
+        if not tuned.outcome.losses:  # nothing was learned that a later run could go on with
+            comfy.model_management.throw_exception_if_processing_interrupted()
         patched, _ = comfy.sd.load_lora_for_models(model, None, tuned.weights, 1.0, 0.0)
         subject = Subject(tuned.vectors[None], word, qformer.encoder_hash, picture_hash(image))
-        curve = to_image(loss_curve(tuned.outcome.losses, tuned.outcome.scores, tuned.outcome.kept))
-        return io.NodeOutput(
-            patched, subject, tuned.weights, curve, preview_strip(tuned.outcome.drawn), describe(tuned.outcome, trains)
-        )
+        outcome = tuned.outcome
+        curve = to_image(loss_curve(outcome.losses, outcome.scores, outcome.kept))
+        # A black pixel stands for pictures where none were drawn.
+        previews = preview_strip(outcome.drawn)[None] if outcome.drawn else torch.zeros(1, 1, 1, 3)
+        return io.NodeOutput(patched, subject, tuned.weights, curve, previews, describe(outcome, trains))
 
 
-@dataclass(frozen=True, eq=False)
-class Tuned:
-    """What fine-tuning makes: a subject [16, width], weights as a LoRA file has them, and how it went."""
-
-    vectors: Tensor
-    weights: dict[str, Tensor]
-    outcome: Outcome
-
-
-class Workbench:
-    """The host's models laid out for fine-tuning.
-
-    Args:
-        full: the whole U-Net trains; otherwise low-rank factors of ``rank``.
-        saving: gradient checkpointing.
-    """
-
-    def __init__(
-        self,
-        model: ModelPatcher,
-        clip: comfy.sd.CLIP,
-        vae: comfy.sd.VAE,
-        qformer: HostedQFormer,
-        word: str,
-        full: bool,
-        rank: int,
-        saving: bool,
-    ):
-        self.model, self.clip, self.vae, self.qformer = training_model(model), clip, vae, qformer
-        self.word, self.full, self.rank, self.saving = word, full, rank, saving
-        self.names = diffusers_names(model)
-
-    @property
-    def network(self) -> nn.Module:
-        return self.model.model.diffusion_model
-
-    def tune(
-        self, vectors: Tensor, latents: Tensor, settings: FinetuneSettings, every: int, prompts: Sequence[str]
-    ) -> Tuned:
-        """Fine-tune; outside inference mode."""
-        device = self.model.load_device
-        self._load()
-        self._check_memory(settings, latents)
-        low_rank = LowRank(self.network, self.rank, settings.seed, device, self.names)
-        masters = self._masters() if self.full else {}
-        tuning = SubjectTuning(
-            host_denoiser(self.model),
-            list(masters.values()) if self.full else low_rank.parameters,
-            vectors.to(device),
-            self.model.model.process_latent_in(latents.to(device, torch.float32)),
-            host_caption_encoder(self.clip, f"a {self.word}", vectors.shape[-1]),
-            settings,
-            low_rank=not self.full,
-        )
-
-        @contextmanager
-        def ground() -> Iterator[None]:
-            with ExitStack() as stack:
-                self._load()
-                stack.enter_context(trainable(self.network, masters))
-                stack.enter_context(trainable(self.clip.cond_stage_model))
-                if not self.full:
-                    stack.enter_context(low_rank)
-                yield
-
-        def stepping() -> Iterator[Step]:
-            steps = tuning.steps()
-            while True:
-                with ground(), ExitStack() as stack:
-                    if self.saving:
-                        stack.enter_context(gradient_checkpointing(self.network))
-                    step = next(steps, None)
-                if step is None:
-                    return
-                yield step
-
-        def draw(with_subject: bool) -> Tensor:
-            noise = torch.stack([noise_like(latents[0], number) for number in range(len(prompts))]).to(device)
-            with ground():
-                shown = tuning.vectors.detach() if with_subject else tuning.vectors[:0].detach()
-                drawn = self._draw(tuning.denoiser, shown, prompts, noise)
-            return self._decode(drawn)
-
-        def judge(plain: Tensor) -> Validation:
-            return Validation(self._look, self.word, vectors, prompts, plain)
-
-        outcome = finetune(
-            tuning, every=every, draw=draw, judge=judge, steps=stepping(), watch=watch_in_host(settings.steps)
-        )
-        if not outcome.losses:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-        if self.full:
-            before = dict(self.network.named_parameters())
-            weights = difference_file(before, masters, self.names, torch.float16)
-        else:
-            weights = low_rank.file(torch.float16)
-        weights = {name: tensor.to("cpu") for name, tensor in weights.items()}
-        return Tuned(tuning.vectors.detach().to(comfy.model_management.intermediate_device()), weights, outcome)
-
-    def _load(self) -> None:
-        comfy.model_management.load_models_gpu([self.model, self.clip.patcher], force_full_load=True)
-
-    def _check_memory(self, settings: FinetuneSettings, latents: Tensor) -> None:
-        trained = {
-            FULL: sum(weight.numel() for weight in self.network.parameters()),
-            LOW_RANK: sum(weight.numel() for weight in LowRank(self.network, self.rank, names=self.names).parameters),
-        }
-        shape = (settings.batch_size, *latents.shape[1:])
-        check_memory(self.model, trained, FULL if self.full else LOW_RANK, shape, self.saving)
-
-    def _masters(self) -> dict[str, nn.Parameter]:
-        """The U-Net's weights in float32, to train in place of the host's own."""
-        weights = self.network.named_parameters()
-        return {name: nn.Parameter(ordinary_view(weight).to(torch.float32, copy=True)) for name, weight in weights}
-
-    @torch.no_grad()
-    def _draw(self, denoiser: Denoiser, vectors: Tensor, prompts: Sequence[str], noise: Tensor) -> Tensor:
-        """[P, 4, h, w], as the denoiser has latents."""
-        width = vectors.shape[-1]
-        texts = [compose_prompt(prompt, self.word) for prompt in prompts]
-        contexts = [host_caption_encoder(self.clip, text, width)(vectors) for text in texts]
-        nothing = host_caption_encoder(self.clip, "", width)(vectors[:0])
-        both = torch.cat([nothing.expand(len(prompts), -1, -1), *contexts])  # [2P, 77, width]
-
-        def guided(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            without, with_prompt = denoiser(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), both).chunk(2)
-            return without + GUIDANCE * (with_prompt - without)
-
-        return draw_latents(guided, noise, DRAWING_STEPS)
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        """[P, 4, h, w] -> [P, 3, H, W] in 0..1"""
-        with torch.inference_mode():
-            pictures = self.vae.decode(self.model.model.process_latent_out(latents))
-        return rearrange(pictures.clone(), "b h w c -> b c h w").clamp(0, 1)
-
-    def _look(self, pictures: Tensor, words: Sequence[str]) -> Tensor:
-        with torch.inference_mode():
-            seen = self.qformer.look(rearrange(pictures, "b c h w -> b h w c"), words)
-        return seen.clone().to("cpu")
-
-
-def encode_pictures(vae: comfy.sd.VAE, images: Tensor, resolution: int, mirror: bool) -> Tensor:
-    """The middle squares of pictures [N, H, W, C] through the VAE -> [N or 2N, 4, h, w], as the host keeps latents."""
-    squares = comfy.utils.common_upscale(composite_alpha(images), resolution, resolution, "lanczos", "center")
-    squares = torch.cat([squares, squares.flip(3)]) if mirror else squares
-    return vae.encode(rearrange(squares, "b c h w -> b h w c"))
-
-
-def noise_like(latent: Tensor, seed: int) -> Tensor:
-    """Standard normal, the same for the same seed on every device."""
-    return torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
-
-
-def diffusers_names(model: ModelPatcher) -> dict[str, str]:
-    """The host's name of each of a U-Net's layers -> diffusers'."""
-    diffusers_to_host = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    endings = (".weight", ".bias")
-    return {
-        host.removesuffix(ending): diffusers.removesuffix(ending)
-        for diffusers, host in diffusers_to_host.items()
-        for ending in endings
-        if host.endswith(ending)
-    }
-
-
-def watch_in_host(steps: int) -> Callable[[Step, list[Tensor]], bool]:
+def watch_in_host(steps: int) -> Watch:
     """Shows each step in the host's progress bar, with the loss and the last pictures; stops when it is asked to."""
     progress = comfy.utils.ProgressBar(steps)
     losses = []
@@ -408,20 +230,13 @@ def preview_of(losses: Sequence[float], drawn: Sequence[Tensor]) -> tuple[str, I
     curve = loss_curve(losses)
     if not drawn:
         return "JPEG", curve, PREVIEW
-    row = rearrange(drawn[-1], "b c h w -> h (b w) c").cpu()
+    row = rearrange(drawn[-1], "prompt c h w -> h (prompt w) c").cpu()
     pictures = Image.fromarray((row * 255).round().byte().numpy())
     pictures = pictures.resize((curve.width, round(pictures.height * curve.width / pictures.width)))
     both = Image.new("RGB", (curve.width, curve.height + pictures.height))
     both.paste(curve, (0, 0))
     both.paste(pictures, (0, curve.height))
     return "JPEG", both, PREVIEW
-
-
-def preview_strip(drawn: Sequence[Tensor]) -> Tensor:
-    """The pictures [P, 3, H, W] of each look -> one IMAGE [1, P H, looks W, 3]; a black pixel where none were drawn."""
-    if not drawn:
-        return torch.zeros(1, 1, 1, 3)
-    return rearrange(torch.stack(list(drawn)).cpu(), "look prompt c h w -> 1 (prompt h) (look w) c")
 
 
 def to_image(picture: Image.Image) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
 
 import comfy.ldm.modules.attention
 import comfy.model_management
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..blip_qformer.prompt import insert_subject
-from ..blip_qformer.training.finetune import CaptionEncoder, Denoiser
-from ..blip_qformer.training.noise import SIGNAL_SHARES
+from ..blip_qformer.training.finetune import CaptionEncoder
+from ..blip_qformer.training.low_rank import difference_file
+from ..blip_qformer.training.noise import SIGNAL_SHARES, Denoiser
 from .conditioning import host_tokens, read_tokens
 
 CHECKPOINTED = ("ResBlock", "SpatialTransformer")  # the U-Net's blocks, whose insides are computed again going back
@@ -64,6 +66,41 @@ def ordinary_view(tensor: Tensor) -> Tensor:
     """The same numbers in the same memory, as a tensor that was not made in inference mode."""
     view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+class WholeUNet:
+    """A U-Net's weights in float32, which train in place of the host's own inside a ``with``.
+
+    Args:
+        network: as the host loaded it, with its own weights.
+        names: its name of a layer -> diffusers'.
+    """
+
+    def __init__(self, network: nn.Module, names: Mapping[str, str]):
+        self.network, self.names = network, names
+        self.masters = {
+            name: nn.Parameter(ordinary_view(weight).to(torch.float32, copy=True))
+            for name, weight in network.named_parameters()
+        }
+        self._stack = ExitStack()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All weights."""
+        return list(self.masters.values())
+
+    def __enter__(self) -> WholeUNet:
+        self._stack.enter_context(trainable(self.network, self.masters))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def file(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What changed, as the stock LoraLoader reads it; outside the ``with``."""
+        return difference_file(dict(self.network.named_parameters()), self.masters, self.names, dtype)
 
 
 @contextmanager

@@ -24,13 +24,10 @@ from ..subject.provenance import encoder_hash, picture_hash
 from .finetune import FinetuneSettings, Outcome, Step, SubjectTuning, check_size, finetune
 from .loss_curve import loss_curve
 from .low_rank import LowRank
-from .noise import draw_latents
 from .parts import ModelParts
-from .sampling import tokenize_prompts
+from .sampling import draw, tokenize_prompts
 from .text_encoder import encode_prompts
-from .validation import VALIDATION_PROMPTS, Validation
-
-DRAWING_STEPS, GUIDANCE = 20, 7.5
+from .validation import DRAWING_STEPS, GUIDANCE, VALIDATION_PROMPTS, Validation, preview_strip, validation_noise
 
 
 class FinetuneRun:
@@ -77,7 +74,7 @@ class FinetuneRun:
             self.low_rank.parameters if self.low_rank else list(parts.unet.parameters()),
             self._vectors(pictures),
             self._latents(pictures, mirror),
-            lambda vectors: self._encode([f"a {word}"], vectors),
+            self._encode_caption,
             settings,
             low_rank=self.low_rank is not None,
         )
@@ -89,13 +86,10 @@ class FinetuneRun:
             every: how many steps lie between two looks; 0: none.
             show: whether there is a bar.
         """
-        device, size = self.accelerator.device, self.resolution // 8
-        sources = [torch.Generator().manual_seed(number) for number in range(len(VALIDATION_PROMPTS))]
-        noise = torch.stack([torch.randn(4, size, size, generator=source) for source in sources]).to(device)
         before = self.tuning.vectors.detach().clone()
 
-        def draw(with_subject: bool) -> Tensor:
-            return self._draw(self.tuning.vectors.detach() if with_subject else before[:0], noise)
+        def draw_validation(with_subject: bool) -> Tensor:
+            return self._draw(self.tuning.vectors.detach() if with_subject else None)
 
         def judge(plain: Tensor) -> Validation:
             return Validation(self._look, self.word, before, VALIDATION_PROMPTS, plain)
@@ -110,7 +104,7 @@ class FinetuneRun:
                 bar.update()
                 return True
 
-            return finetune(self.tuning, every=every, draw=draw, judge=judge, watch=watch)
+            return finetune(self.tuning, every=every, draw=draw_validation, judge=judge, watch=watch)
 
     def write(self, folder: Path, name: str, outcome: Outcome) -> list[Path]:
         """The tuned subject, the weights, and the pictures; their paths."""
@@ -129,18 +123,16 @@ class FinetuneRun:
         loss_curve(outcome.losses, outcome.scores, outcome.kept).save(paths[-1])
         if outcome.drawn:
             paths.append(folder / f"{name}-previews.png")
-            strip = rearrange(torch.stack(outcome.drawn).cpu(), "look prompt c h w -> (prompt h) (look w) c")
-            Image.fromarray((strip * 255).round().byte().numpy()).save(paths[-1])
+            Image.fromarray((preview_strip(outcome.drawn) * 255).round().byte().numpy()).save(paths[-1])
         return paths
 
     def _denoise(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         with self.accelerator.autocast():
             return self.parts.unet(noisy, timesteps, context).sample.float()
 
-    def _encode(self, prompts: Sequence[str], vectors: Tensor) -> Tensor:
-        """[P, 77, width]; no vectors: the prompts alone."""
-        subject = vectors if len(vectors) else None
-        return encode_prompts(self.parts.text_encoder, tokenize_prompts(self.parts, prompts), [subject] * len(prompts))
+    def _encode_caption(self, vectors: Tensor) -> Tensor:
+        """[1, 77, width]"""
+        return encode_prompts(self.parts.text_encoder, tokenize_prompts(self.parts, [f"a {self.word}"]), [vectors])
 
     @torch.no_grad()
     def _vectors(self, pictures: Sequence[Tensor]) -> Tensor:
@@ -158,18 +150,20 @@ class FinetuneRun:
         means = [self.parts.vae.encode(square[None]).latent_dist.mean for square in squares]
         return torch.cat(means) * self.parts.vae.config.scaling_factor
 
-    @torch.no_grad()
-    def _draw(self, vectors: Tensor, noise: Tensor) -> Tensor:
-        """The validation prompts' pictures [P, 3, H, W] in 0..1."""
+    def _draw(self, vectors: Tensor | None) -> Tensor:
+        """The validation prompts' pictures [P, 3, H, W] in 0..1; no vectors: the prompts alone."""
         texts = [compose_prompt(prompt, self.word, repetitions=self.repetitions) for prompt in VALIDATION_PROMPTS]
-        both = torch.cat([self._encode([""] * len(texts), vectors[:0]), self._encode(texts, vectors)])
-
-        def guided(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            without, with_prompt = self._denoise(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), both).chunk(2)
-            return without + self.guidance * (with_prompt - without)
-
-        latents = draw_latents(guided, noise, DRAWING_STEPS) / self.parts.vae.config.scaling_factor
-        return (torch.cat([self.parts.vae.decode(row[None]).sample for row in latents]) / 2 + 0.5).clamp(0, 1)
+        size = self.resolution // 8
+        with self.accelerator.autocast():
+            return draw(
+                self.parts,
+                texts,
+                [vectors] * len(texts),
+                noise=validation_noise(len(texts), (4, size, size)),
+                negative="",
+                steps=DRAWING_STEPS,
+                guidance=self.guidance,
+            )
 
     @torch.no_grad()
     def _look(self, pictures: Tensor, words: Sequence[str]) -> Tensor:

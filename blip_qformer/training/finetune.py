@@ -14,15 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .noise import TIMESTEPS, add_noise
+from .noise import TIMESTEPS, Denoiser, add_noise
 from .validation import Score, Validation
 
+LOW_RANK, FULL = "low-rank", "full"  # what of the U-Net trains
 LOW_RANK_FACTOR = 20  # the paper's rate suits a whole U-Net; low-rank factors begin at zero and have further to go
 FEWEST, MOST = 1, 64  # pictures
 SMALLEST = 64  # edge of a picture, pixels
-
-#: ``(noisy latents [B, 4, h, w], timesteps [B], context [B, T, width]) -> predicted noise [B, 4, h, w]``
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 #: ``vectors [16, width] -> context [1, T, width]``, the caption with the subject in it through the frozen text encoder.
 CaptionEncoder = Callable[[Tensor], Tensor]

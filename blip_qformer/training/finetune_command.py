@@ -9,11 +9,10 @@ import torch
 
 from ..subject.file_name import checked_name
 from .extras import import_extra
-from .finetune import FinetuneSettings, check_count
+from .finetune import FULL, LOW_RANK, FinetuneSettings, check_count
 from .low_rank import RANK
 
 EXTRAS = ("accelerate", "diffusers", "transformers")
-LOW_RANK, FULL = "low-rank", "full"
 
 
 def add_finetune_command(commands: argparse._SubParsersAction) -> None:

@@ -96,6 +96,12 @@ class LowRank:
         return add
 
 
+def count_factors(network: nn.Module, rank: int) -> int:
+    """How many numbers :class:`LowRank` trains."""
+    layers = (module for name, module in network.named_modules() if PROJECTIONS.search(name))
+    return rank * sum(sum(layer.weight.shape) for layer in layers)
+
+
 def lora_name(diffusers_name: str) -> str:
     """A U-Net's layer in a LoRA file: ``lora_unet_`` and diffusers' name of it with underscores."""
     return f"lora_unet_{diffusers_name.replace('.', '_')}"

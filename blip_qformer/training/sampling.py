@@ -1,14 +1,14 @@
-"""Drawing with a model under training: DDIM with classifier-free guidance (arXiv 2010.02502, 2207.12598)."""
+"""Drawing with a model under training, from prompts to pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
-from .parts import SCHEDULER, ModelParts
+from .noise import draw_latents
+from .parts import ModelParts
 from .text_encoder import encode_prompts
 
 #: What the paper's authors ask not to see; a model under training learns it as the prompt of nothing.
@@ -35,21 +35,21 @@ def draw(
 
     Args:
         subjects: for each prompt its vectors [16, width], or None.
-        noise: [B, 4, H / 8, W / 8]. It is scaled as ComfyUI scales it for an empty latent, so that the same noise gives
-            the same picture there.
+        noise: [B, 4, H / 8, W / 8], standard normal.
     Returns:
         [B, 3, H, W] in 0..1
     """
     device = next(parts.unet.parameters()).device
-    scheduler = DDIMScheduler.from_config(SCHEDULER, clip_sample=False, set_alpha_to_one=True)
-    scheduler.set_timesteps(steps)
     texts = tokenize_prompts(parts, [*prompts, negative])
     context = encode_prompts(parts.text_encoder, texts, [*subjects, None])  # [B + 1, 77, width]
-    context = torch.cat([context[-1:].expand(len(prompts), -1, -1), context[:-1]])
-    latents = (1 - scheduler.alphas_cumprod[scheduler.timesteps[0]]).sqrt() * noise.to(device)
-    for timestep in scheduler.timesteps:
-        both = parts.unet(latents.repeat(2, 1, 1, 1), timestep.to(device), context).sample
-        without, with_prompt = both.chunk(2)
-        latents = scheduler.step(without + guidance * (with_prompt - without), timestep, latents).prev_sample
-    decoded = parts.vae.decode(latents / parts.vae.config.scaling_factor).sample
-    return (decoded / 2 + 0.5).clamp(0, 1)
+    latents = draw_latents(
+        lambda *inputs: parts.unet(*inputs).sample.float(),
+        context[-1:].expand(len(prompts), -1, -1),
+        context[:-1],
+        noise.to(device),
+        steps=steps,
+        guidance=guidance,
+    )
+    # One by one: nothing else here needs as much memory as decoding.
+    decoded = torch.cat([parts.vae.decode(latent[None] / parts.vae.config.scaling_factor).sample for latent in latents])
+    return (decoded.float() / 2 + 0.5).clamp(0, 1)

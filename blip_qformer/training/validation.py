@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 #: What stands behind "a <the subject> <its word>".
 VALIDATION_PROMPTS = ("in the snow", "on the grass", "on the beach")
+DRAWING_STEPS, GUIDANCE = 20, 7.5
 
 #: ``(pictures [B, 3, H, W] in 0..1, words) -> vectors [B, 16, width]``
 Look = Callable[[Tensor, Sequence[str]], Tensor]
@@ -64,6 +67,17 @@ class Validation:
         seen = self.look(drawn, [self.word] * len(drawn))  # [P, 16, width]
         asked = self.look(drawn, self.prompts)
         return Score(step, cosine(seen, self.vectors.expand_as(seen)), cosine(asked, self._asked_about_prompts))
+
+
+def validation_noise(prompts: int, shape: Sequence[int]) -> Tensor:
+    """What the pictures of each look begin with, the same on every device; [P, \*shape], standard normal."""
+    sources = [torch.Generator().manual_seed(number) for number in range(prompts)]
+    return torch.stack([torch.randn(*shape, generator=source) for source in sources])
+
+
+def preview_strip(drawn: Sequence[Tensor]) -> Tensor:
+    """The pictures [P, 3, H, W] of each look, a row for each prompt and a column for each look: [P H, looks W, 3]."""
+    return rearrange(torch.stack(list(drawn)).cpu(), "look prompt c h w -> (prompt h) (look w) c")
 
 
 def cosine(first: Tensor, second: Tensor) -> float:

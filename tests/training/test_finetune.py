@@ -204,13 +204,18 @@ def test_settings_that_train_nothing_are_refused(changes):
 def test_ddim_is_diffusers_own(steps):
     from diffusers import DDIMScheduler
 
-    def denoise(noisy, timesteps):
-        return (noisy * 0.7 + timesteps[:, None, None, None] / 1000).sin()
+    def denoise(noisy, timesteps, context):
+        own = timesteps / 1000 + context.sum(dim=(1, 2))  # [B]
+        return (noisy * 0.7 + own[:, None, None, None]).sin()
 
     noise = torch.randn(2, *LATENT, generator=torch.Generator().manual_seed(0))
+    without, with_prompt = torch.tensor([0.1, 0.3]), torch.tensor([0.2, -0.4])
+    without, with_prompt = without[:, None, None], with_prompt[:, None, None]  # [2, 1, 1]
     scheduler = DDIMScheduler.from_config(SCHEDULER, clip_sample=False, set_alpha_to_one=True)
     scheduler.set_timesteps(steps)
     latents = (1 - scheduler.alphas_cumprod[scheduler.timesteps[0]]).sqrt() * noise
     for timestep in scheduler.timesteps:
-        latents = scheduler.step(denoise(latents, timestep.expand(2)), timestep, latents).prev_sample
-    torch.testing.assert_close(draw_latents(denoise, noise, steps), latents, atol=1e-4, rtol=1e-4)
+        plain, prompted = (denoise(latents, timestep.expand(2), context) for context in (without, with_prompt))
+        latents = scheduler.step(plain + 3 * (prompted - plain), timestep, latents).prev_sample
+    drawn = draw_latents(denoise, without, with_prompt, noise, steps=steps, guidance=3)
+    torch.testing.assert_close(drawn, latents, atol=1e-4, rtol=1e-4)
