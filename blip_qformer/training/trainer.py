@@ -61,6 +61,7 @@ def train(config: RunConfig) -> Path:
         betas=config.betas,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
+        fused=True,  # one kernel instead of ten, which on a CPU is a tenth of a step
     )
     # accelerate steps a scheduler once for each process, so that it is told of so many more steps.
     processes = accelerator.num_processes
@@ -174,7 +175,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def make_average(stage: Stage, decay: float) -> EMAModel | None:
     """The moving average of what trains, or None where there is to be none; early on it forgets faster."""
-    return EMAModel(stage.trained(), decay=decay, use_ema_warmup=True, inv_gamma=10.0, power=0.75) if decay else None
+    if not decay:
+        return None
+    return EMAModel(stage.trained(), decay=decay, use_ema_warmup=True, inv_gamma=10.0, power=0.75, foreach=True)
 
 
 @contextmanager
