@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,11 +31,13 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path:
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, data_order: Mapping[str, Any]) -> Path:
     """Write everything a run needs to go on, in all processes together.
 
     It is written under a temporary name and renamed when complete; only then are older ones removed.
 
+    Args:
+        data_order: the settings that decide which pairs come when; whoever goes on has to have the same.
     Raises:
         OSError: the disk is full, or the folder cannot be written to; the checkpoint before it stays.
     """
@@ -43,7 +47,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path:
     try:
         accelerator.save_state(str(partial))
         if accelerator.is_main_process:
-            state = {"step": step, "processes": accelerator.num_processes}
+            state = {"step": step, "processes": accelerator.num_processes, **data_order}
             (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
         _flush(partial)
     except (OSError, RuntimeError, SafetensorError) as error:  # what Python, torch and safetensors make of a full disk
@@ -63,19 +67,19 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path:
     return final
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path) -> int:
+def load_checkpoint(accelerator: Accelerator, path: Path, data_order: Mapping[str, Any]) -> int:
     """Take up where a checkpoint was written; returns how many steps were done.
 
     Raises:
-        ValueError: it was written by another number of processes, which share the pairs otherwise, or by another run.
+        ValueError: it was written by a run that reads the pairs in another order, or by another model's.
     """
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    processes = state.get("processes", accelerator.num_processes)
-    if processes != accelerator.num_processes:
-        raise ValueError(
-            f"{path} was written by {processes} processes and cannot be taken up by {accelerator.num_processes}: start "
-            "as many again, or choose another output to begin anew."
-        )
+    for name, ours in {"processes": accelerator.num_processes, **data_order}.items():
+        if (theirs := state.get(name, ours)) != ours:
+            raise ValueError(
+                f"{path} was written with {name} {theirs} and cannot be taken up with {ours}, which reads the pairs in "
+                "another order: set it back, or choose another output to begin anew."
+            )
     try:
         accelerator.load_state(str(path))
     except (RuntimeError, ValueError) as error:

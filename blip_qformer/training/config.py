@@ -65,6 +65,12 @@ class RunConfig:
     log_every: int = 20
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def data_order(self) -> dict[str, Any]:
+        """What decides which pair comes when, as JSON has it."""
+        names = ("seed", "batch_size", "gradient_accumulation", "workers", "shuffle_buffer")
+        return {**{name: getattr(self, name) for name in names}, "pairs": list(self.pairs)}
+
 
 #: Settings with a smallest value other than 0.
 SMALLEST = {"steps": 1, "batch_size": 1, "gradient_accumulation": 1}

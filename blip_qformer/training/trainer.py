@@ -80,7 +80,7 @@ def train(config: RunConfig) -> Path:
     if accelerator.is_main_process:
         remove_unfinished(checkpoints)
     newest = latest_checkpoint(checkpoints)
-    done = load_checkpoint(accelerator, newest) if newest else 0
+    done = load_checkpoint(accelerator, newest, config.data_order) if newest else 0
     if average:
         average.to(accelerator.device)
     run_log = RunLog(accelerator, config.output / "log", config.steps, done)
@@ -112,7 +112,7 @@ def train(config: RunConfig) -> Path:
             if accelerator.is_main_process and _due(step, config.samples_every, config.steps):
                 _draw(stage, average, run_log, step)
             if _due(step, config.checkpoint_every, config.steps):
-                save_checkpoint(accelerator, checkpoints, step)
+                save_checkpoint(accelerator, checkpoints, step, config.data_order)
     finally:
         run_log.close()
 

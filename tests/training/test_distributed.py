@@ -114,6 +114,6 @@ def test_two_processes_train_stop_and_go_on(processes, pairs, tmp_path):
     events = EventAccumulator(str(config.output / "log"))
     events.Reload()
     assert [event.value for event in events.Scalars("learning_rate")] == pytest.approx([5e-4, 1e-3, 1e-3])
-    with pytest.raises(ValueError, match="was written by 2 processes and cannot be taken up by 1"):
+    with pytest.raises(ValueError, match="was written with processes 2 and cannot be taken up with 1"):
         tiny.run(config)
     tiny.reset_accelerate()

@@ -384,10 +384,17 @@ def test_a_checkpoint_of_another_run_gets_one_sentence(pairs, tmp_path):
     with pytest.raises(ValueError, match="step-00000001 does not fit this run .*: choose another output to begin anew"):
         tiny.run(tiny.make_config("autoencoder", **settings))
     state = tmp_path / "checkpoints" / "step-00000001" / "run.json"
-    assert state.read_text() == '{"step": 1, "processes": 1}'
     state.write_text('{"step": 1, "processes": 8}')
-    with pytest.raises(ValueError, match="was written by 8 processes and cannot be taken up by 1: start as many again"):
+    with pytest.raises(ValueError, match="was written with processes 8 and cannot be taken up with 1, .* set it back"):
         tiny.run(tiny.make_config("vision", **settings))
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"batch_size": 1}, {"workers": 2}, {"gradient_accumulation": 2}])
+def test_a_run_does_not_go_on_with_pairs_in_another_order(pairs, tmp_path, changed):
+    settings = {"pairs": pairs, "output": str(tmp_path), "steps": 1, "checkpoint_every": 1}
+    tiny.run(tiny.make_config("vision", **settings))
+    with pytest.raises(ValueError, match=f"was written with {next(iter(changed))} . and cannot be taken up with"):
+        tiny.run(tiny.make_config("vision", **{**settings, "steps": 2, **changed}))
 
 
 def test_pairs_that_are_not_there_get_one_sentence(tmp_path):
