@@ -28,7 +28,7 @@ def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
     mini.add_argument("artwork", metavar="ARTWORK", type=Path, help="an artwork folder, from tools/artwork.py")
     mini.add_argument("target", metavar="DST", type=Path, help=f"the folder for {REPORT} and {SHEET}")
     mini.add_argument("--judges", metavar="FILE", type=Path, help=f"trained judges; without, DST/{JUDGES} is trained")
-    mini.add_argument("--things", metavar="N", type=int, default=100, help="held-out things to draw (100)")
+    mini.add_argument("--things", metavar="N", type=int, default=80, help="held-out things to draw (80)")
     mini.add_argument("--seed", metavar="N", type=int, default=11, help="of what is drawn (11)")
     mini.set_defaults(command=_evaluate_mini)
 

@@ -18,19 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..encoder import preprocess
+from ..prompt import compose_prompt
 from ..training.parts import ModelParts
 from ..training.sampling import draw
 from ..training.stages.base import to_picture, to_pixels
 from ..training.world.artwork import Artwork
 from ..training.world.places import PLACES, Place
-from ..training.world.scenes import (
-    CAPTION,
-    Look,
-    picture_of,
-    random_look,
-    random_place,
-    random_placement,
-)
+from ..training.world.scenes import Look, picture_of, random_look, random_place, random_placement
 from ..training.world.source import artwork_of_split
 from .intervals import Share
 from .judges import Judges
@@ -53,17 +47,19 @@ class Settings:
 
     Args:
         things: how many held-out subjects; ``places``: in how many places each.
-        blends: how many pairs of subjects are blended.
+        blends: how many pairs of subjects are blended, each subject in one pair.
         steps, guidance: of DDIM.
+        repetitions: how often a prompt is said, as Subject Prompt Compose does.
         edge: of the pictures, in pixels.
         candidates: how many references a picture's own is to be picked from.
     """
 
-    things: int = 100
-    places: int = 2
+    things: int = 80
+    places: int = 1
     blends: int = 40
     steps: int = 20
-    guidance: float = 5.0
+    guidance: float = 4.0
+    repetitions: int = 4
     edge: int = 256
     candidates: int = CANDIDATES
     seed: int = 11
@@ -78,10 +74,6 @@ class Case:
     reference: Image.Image
     place: Place
     noise_seed: int
-
-    @property
-    def prompt(self) -> str:
-        return CAPTION.format(word=self.artwork.word, phrase=self.place.phrases[0])
 
 
 @dataclass
@@ -174,7 +166,9 @@ def draw_cases(
     for start in range(0, len(cases), BATCH):
         some = cases[start : start + BATCH]
         noise = torch.stack([_noise(case.noise_seed, settings.edge) for case in some])
-        prompts = [case.prompt for case in some]
+        prompts = [
+            compose_prompt(case.place.phrases[0], case.artwork.word, repetitions=settings.repetitions) for case in some
+        ]
         pictures += draw(
             parts,
             prompts,
@@ -235,7 +229,7 @@ def blending_share(
     Likeness to the second minus likeness to the first is compared over the shares 0, 1/4, 1/2, 3/4, 1.
     """
     firsts = range(0, len(cases), settings.places)
-    pairs = list(zip(firsts, [*firsts[1:], firsts[0]], strict=True))[: settings.blends]
+    pairs = list(zip(firsts[::2], firsts[1::2], strict=False))[: settings.blends]
     references = judges.embed(torch.stack([to_pixels(case.reference) for case in cases]))
     steady = 0
     for first, second in pairs:

@@ -20,7 +20,7 @@ from blip_qformer.training.world.artwork import is_held_out_word
 from blip_qformer.training.world.places import PLACES
 from tests.artwork import HELD_OUT, write_artwork
 
-SETTINGS = Settings(things=4, places=2, blends=3, steps=2, edge=64, candidates=4)
+SETTINGS = Settings(things=4, places=2, blends=2, steps=2, edge=64, candidates=4)
 
 
 class ColourJudges:
@@ -83,7 +83,7 @@ def test_context_counts_the_places_named(cases):
     assert context_share(ColourJudges(), pictures, cases) == Share(7, 8)
 
 
-@pytest.mark.parametrize(("way", "expected"), [("steady", 3), ("wave", 0), ("still", 0)])
+@pytest.mark.parametrize(("way", "expected"), [("steady", 2), ("wave", 0), ("still", 0)])
 def test_blending_must_always_go_forward(cases, monkeypatch, way, expected):
     references = torch.stack([to_pixels(case.reference)[:, 32, 32] for case in cases])
     subjects = list(references)  # a subject's vectors are its colour, and drawing paints them
@@ -93,7 +93,7 @@ def test_blending_must_always_go_forward(cases, monkeypatch, way, expected):
         return {"steady": pictures, "wave": [pictures[i] for i in (0, 3, 1, 2, 4)], "still": [pictures[2]] * 5}[way]
 
     monkeypatch.setattr(mini, "draw_cases", paint)
-    assert blending_share(None, ColourJudges(), cases, subjects, SETTINGS) == Share(expected, 3)
+    assert blending_share(None, ColourJudges(), cases, subjects, SETTINGS) == Share(expected, 2)
 
 
 def test_the_pasted_reference_keeps_the_rim(cases):
@@ -107,7 +107,7 @@ def test_a_whole_report(artwork, tiny_parts):
     report, sheet = evaluate(tiny_parts, ColourJudgesOfAnything(), artwork, SETTINGS, progress=lambda line: None)
     assert list(report.identity) == [mini.GENERATED, mini.WITHOUT, mini.ANOTHER, mini.PASTED, mini.REAL]
     assert all(share.trials == 8 for share in [*report.identity.values(), *report.context.values()])
-    assert report.blending.trials == 3
+    assert report.blending.trials == 2
     assert report.table().count("\n") == 8
     assert sheet.size == (8 * 128, 3 * 128)
 

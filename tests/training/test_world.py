@@ -184,3 +184,16 @@ def test_a_world_becomes_shards(folder, tmp_path):
         again = found[f"{index:08d}"]
         with Image.open(io.BytesIO(files["target.webp"])) as expected:
             assert np.array_equal(np.asarray(again.target), np.asarray(expected.convert("RGB")))
+
+
+def test_artwork_that_cannot_be_read_is_skipped_and_counted(tmp_path):
+    folder = write_artwork(tmp_path / "artwork")
+    broken = {artwork.file for artwork in artwork_of_split(folder, "train")[::3]}
+    for number, file in enumerate(sorted(broken)):
+        file.write_bytes(file.read_bytes()[:60] if number % 2 else b"")  # truncated, or nothing at all
+    prepared = prepare(World(folder, count=30, edge=32), tmp_path / "pairs", seed=5)
+    assert list(prepared.skipped) == ["unreadable artwork"]
+    assert prepared.pairs + prepared.skipped["unreadable artwork"] == 30
+    assert prepared.pairs > 0
+    listed = (tmp_path / "pairs" / "skipped.txt").read_text().splitlines()[1:]
+    assert {line.split("\t")[2].split(":")[0] for line in listed} <= {f"{f.parent.name}/{f.name}" for f in broken}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..prepare import SkippedPair
 from ..shards import Pair
 from .artwork import SPLITS, Artwork, read_artwork
 from .scenes import CAPTION, compose, cut_out, paint_place, random_look, random_place, random_placement
@@ -34,7 +35,11 @@ class World:
         return self.count
 
     def pair(self, index: int, seed: int) -> Pair:
-        """One subject, with one look, in two places; the caption tells the target's place."""
+        """One subject, with one look, in two places; the caption tells the target's place.
+
+        Raises:
+            SkippedPair: the artwork's file is no picture, or part of one.
+        """
         random = np.random.default_rng((seed, index))
         choices = artwork_of_split(self.artwork, self.split)
         artwork = choices[random.integers(len(choices))]
@@ -43,12 +48,15 @@ class World:
         phrase = place.phrases[random.integers(len(place.phrases))]
         other = paint_place(random_place(random, other_than=place), SUBJECT_EDGE, random)
         here, there = random_placement(random), random_placement(random)
+        try:
+            small = cut_out(artwork, look, round(there.size * SUBJECT_EDGE))
+            large = cut_out(artwork, look, round(here.size * self.edge))
+        except OSError as error:
+            raise SkippedPair("unreadable artwork", f"{artwork.style}/{artwork.file.name}: {error}") from error
         return Pair(
             key=f"{index:08d}",
-            subject=compose(cut_out(artwork, look, round(there.size * SUBJECT_EDGE)), other, there),
-            target=compose(
-                cut_out(artwork, look, round(here.size * self.edge)), paint_place(place, self.edge, random), here
-            ),
+            subject=compose(small, other, there),
+            target=compose(large, paint_place(place, self.edge, random), here),
             word=artwork.word,
             caption=CAPTION.format(word=artwork.word, phrase=phrase),
             extra={"code": artwork.code, "style": artwork.style, "place": place.name},
