@@ -1,14 +1,22 @@
-"""`make bench`: speed as ratios. ``python -m benchmarks --write`` keeps them in RESULTS.md."""
+"""`make bench`: speed as ratios, one section of RESULTS.md for each group.
+
+``python -m benchmarks`` runs all groups, ``python -m benchmarks training editing`` these; ``--write`` keeps the tables.
+"""
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from tests.host import load_host
+from tests import oracle
+from tests.host import Host, load_host
 
 from .editing import ATTENTION_HEAD, attention_costs, attention_rows, editing_rows
 from .encoding import compose_rows, encoder_rows
@@ -16,59 +24,89 @@ from .finetune import MEMORY_HEAD, finetune_costs, finetune_rows
 from .models import SIZES, encoder_of, hosted, reference_pipeline
 from .sampling import sampling_rows
 from .subjects import VIEWS_HEAD, trajectory_rows, view_costs
-from .table import HEAD, RESULTS, machine, markdown_table, write_section
+from .table import HEAD, RESULTS, Row, machine, markdown_table, write_section
 from .training import SCALING_HEAD, scaling, training_rows
 
-COMMAND = "make bench"
+HOW = (
+    "Random weights, float32, both on the same tensors; full size, but the sampled U-Net, which is SD1.5's with widths "
+    f"{'-'.join(map(str, SIZES.unet_channels))}. Ours and the peer ran in turns; a ratio below 1 means ours is faster."
+)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed against named peers, as ratios.")
-    parser.add_argument("--write", action="store_true", help=f"put the table into {RESULTS.name}")
-    write = parser.parse_args().write
+def subjects() -> Iterator[str]:
+    """Subject Encode, Subject Prompt Compose and drawing with a subject."""
+    with models() as (host, pipeline, loaded):
+        yield compared(
+            chain(
+                encoder_rows(encoder_of(pipeline), pipeline),
+                compose_rows(host, loaded, pipeline),
+                sampling_rows(host, loaded),
+                trajectory_rows(host, loaded),
+            )
+        )
+        yield "A batch of views of one subject, 512x512, each batch in a process of its own:"
+        yield markdown_table(VIEWS_HEAD, view_costs(encoder_of(pipeline)))
 
-    rows = []
+
+def editing() -> Iterator[str]:
+    """Edits by attention."""
+    with models() as (host, _, loaded):
+        yield compared(chain(editing_rows(host, loaded), attention_rows()))
+    yield "One self-attention layer that takes over another picture's, each in a process of its own:"
+    yield markdown_table(ATTENTION_HEAD, attention_costs())
+
+
+def finetune() -> Iterator[str]:
+    """Fine-tuning on one subject."""
+    with models() as (host, pipeline, loaded):
+        yield compared(finetune_rows(host, loaded, pipeline.unet))
+    yield "The same steps, each way in a process of its own:"
+    yield markdown_table(MEMORY_HEAD, finetune_costs())
+
+
+def training() -> Iterator[str]:
+    """Stage 2 of the small model."""
+    yield compared(training_rows())
+    yield "The same in several processes on this one machine:"
+    yield markdown_table(SCALING_HEAD, scaling())
+
+
+GROUPS: dict[str, Callable[[], Iterator[str]]] = {
+    group.__name__: group for group in (subjects, editing, finetune, training)
+}
+
+
+@contextmanager
+def models() -> Iterator[tuple[Host, oracle.BlipDiffusionPipeline, SimpleNamespace]]:
+    """The host, the reference's pipeline, and the same weights as the host loads them; inside inference mode."""
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         host = load_host(Path(folder) / "host")
         pipeline = reference_pipeline(Path(folder) / "reference")
-        loaded = hosted(host, pipeline)
-        for group in (
-            encoder_rows(encoder_of(pipeline), pipeline),
-            compose_rows(host, loaded, pipeline),
-            sampling_rows(host, loaded),
-            trajectory_rows(host, loaded),
-            editing_rows(host, loaded),
-            attention_rows(),
-            finetune_rows(host, loaded, pipeline.unet),
-        ):
-            for row in group:
-                print(" | ".join(row.cells()), flush=True)
-                rows.append(row.cells())
-        views = [*view_costs(encoder_of(pipeline))]
-        attention = [*attention_costs()]
-    for row in training_rows():
-        print(" | ".join(row.cells()), flush=True)
-        rows.append(row.cells())
-    processes = [*scaling()]
-    tuning = [*finetune_costs()]
+        yield host, pipeline, hosted(host, pipeline)
 
-    widths = "-".join(str(width) for width in SIZES.unet_channels)
-    text = (
-        f"{machine()}. Random weights, float32, both on the same tensors; full size, but the sampled U-Net, which is "
-        f"SD1.5's with widths {widths}. Ours and the peer ran in turns; a ratio below 1 means ours is faster.\n\n"
-        f"{markdown_table(HEAD, rows)}\n\n"
-        f"A batch of views of one subject, 512x512, each batch in a process of its own:\n\n"
-        f"{markdown_table(VIEWS_HEAD, views)}\n\n"
-        f"One self-attention layer that takes over another picture's, each in a process of its own:\n\n"
-        f"{markdown_table(ATTENTION_HEAD, attention)}\n\n"
-        f"Fine-tuning on one subject, each way in a process of its own:\n\n"
-        f"{markdown_table(MEMORY_HEAD, tuning)}\n\n"
-        f"Stage 2 of the small model in several processes on this one machine:\n\n"
-        f"{markdown_table(SCALING_HEAD, processes)}"
-    )
-    print(f"\n{text}")
-    if write:
-        write_section(COMMAND, text)
+
+def compared(rows: Iterable[Row]) -> str:
+    """A table of comparisons; each is shown when it is measured."""
+    cells = []
+    for row in rows:
+        cells.append(row.cells())
+        print(" | ".join(cells[-1]), flush=True)
+    return markdown_table(HEAD, cells)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run some groups, and print or keep their sections."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed against named peers, as ratios.")
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"{', '.join(GROUPS)} (all)")
+    parser.add_argument("--write", action="store_true", help=f"put the tables into {RESULTS.name}")
+    chosen = parser.parse_args(arguments)
+    if unknown := [name for name in chosen.groups if name not in GROUPS]:
+        parser.error(f'"{unknown[0]}" is no group: choose from {", ".join(GROUPS)}')
+    for name in chosen.groups or GROUPS:
+        text = "\n\n".join([f"{machine()}. {HOW}", *GROUPS[name]()])
+        print(f"\n{text}\n", flush=True)
+        if chosen.write:
+            write_section(f"python -m benchmarks {name}", text)
 
 
 if __name__ == "__main__":
