@@ -21,6 +21,7 @@ from tests import oracle
 from tests.random_weights import DEMO, SMALL, write_hub_folder
 from tools.frontend import Frontend
 from tools.host import PACK_NAME, ROOT, ComfyServer, History, WorkflowError, comfyui_path, make_base_directory
+from tools.thumbnails import CHANGES, small_prompt
 from tools.workflow import override, to_prompt
 
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
@@ -181,6 +182,17 @@ def test_is_offered_as_a_template_with_a_thumbnail(stocked, workflow):
     thumbnail = requests.get(f"{stocked.url}/api/workflow_templates/{PACK_NAME}/{workflow}.jpg")
     assert thumbnail.headers["Content-Type"] == "image/jpeg"
     assert len(thumbnail.content) < 80_000
+
+
+@pytest.mark.parametrize("workflow", CHANGES)
+def test_a_thumbnail_changes_inputs_that_are_there(stocked, workflow):
+    graph = json.loads((ROOT / "workflows" / f"{workflow}.json").read_text())
+    original = to_prompt(graph, stocked.object_info())
+    changed = small_prompt(workflow, stocked.object_info(), "mini")
+    assert changed != original
+    assert {number: node["inputs"].keys() for number, node in changed.items()} == {
+        number: node["inputs"].keys() for number, node in original.items()
+    }
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS)

@@ -28,7 +28,7 @@ def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
     mini.add_argument("artwork", metavar="ARTWORK", type=Path, help="an artwork folder, from tools/artwork.py")
     mini.add_argument("target", metavar="DST", type=Path, help=f"the folder for {REPORT} and {SHEET}")
     mini.add_argument("--judges", metavar="FILE", type=Path, help=f"trained judges; without, DST/{JUDGES} is trained")
-    mini.add_argument("--things", metavar="N", type=int, default=80, help="held-out things to draw (80)")
+    mini.add_argument("--things", metavar="N", type=int, default=60, help="held-out things to draw (60)")
     mini.add_argument("--seed", metavar="N", type=int, default=11, help="of what is drawn (11)")
     mini.set_defaults(command=_evaluate_mini)
 
@@ -37,7 +37,7 @@ def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
     tuned.add_argument("artwork", metavar="ARTWORK", type=Path, help="an artwork folder, from tools/artwork.py")
     tuned.add_argument("target", metavar="DST", type=Path, help=f"the folder for {TUNED_REPORT} and {TUNED_SHEET}")
     tuned.add_argument("--judges", metavar="FILE", type=Path, required=True, help="what evaluate mini has trained")
-    tuned.add_argument("--things", metavar="N", type=int, default=8, help="held-out things to learn (8)")
+    tuned.add_argument("--things", metavar="N", type=int, default=16, help="held-out things to learn (16)")
     tuned.add_argument("--learning-rate", type=float, default=5e-5, help="of the fine-tuning (5e-5)")
     tuned.set_defaults(command=_evaluate_tuned)
 

@@ -54,9 +54,9 @@ class Settings:
         candidates: how many references a picture's own is to be picked from.
     """
 
-    things: int = 80
+    things: int = 60
     places: int = 1
-    blends: int = 40
+    blends: int = 30
     steps: int = 20
     guidance: float = 4.0
     repetitions: int = 4

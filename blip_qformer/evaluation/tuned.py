@@ -47,12 +47,12 @@ class TunedSettings:
         candidates: how many things a picture's own is to be picked from.
     """
 
-    things: int = 8
+    things: int = 16
     steps: int = 80
     every: int = 20
     learning_rate: float = 5e-5
     rank: int = 16
-    guidance: float = 5.0
+    guidance: float = 4.0
     repetitions: int = 4
     edge: int = 256
     candidates: int = CANDIDATES

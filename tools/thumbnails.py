@@ -1,0 +1,134 @@
+"""The workflows' thumbnails: each runs in a real ComfyUI, with the small model in place of the published one.
+
+``python -m tools.thumbnails`` draws those of all workflows that the small model can run. The rest need a ControlNet or
+a checkpoint of Stable Diffusion's size; their thumbnails show the graph.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tools.demo import SMALL_MODEL
+from tools.host import ROOT, ComfyServer, Prompt, make_base_directory
+from tools.workflow import override, to_prompt
+
+HEIGHT, GAP = 240, 12  # pixels
+HALVED = ("width", "height", "x", "y")  # the workflows draw 512 pixels, the small model 256
+SIZED = ("EmptyLatentImage", "ImageScale", "SolidMask", "MaskComposite")
+
+#: What the photographs and words of the workflows become in the small model's world.
+PICTURES = {
+    "cat.jpg": "grapes.png",
+    "cup.jpg": "pear.png",
+    "cat-near.jpg": "grapes.png",
+    "cat-evening.jpg": "grapes.png",
+}
+WORDS = {"cat": "grapes", "cup": "pear"}
+PLACE = "on the grass"
+
+#: What a workflow changes beside that: node class -> inputs.
+CHANGES: dict[str, Mapping[str, Mapping[str, Any]]] = {
+    "attention-reweight": {
+        "BLIPDiffusionAttentionReweight": {"weights": "grass:2.0, <subject>:0.8"},
+        "BLIPDiffusionAttentionMap": {"words": "<subject>, grass"},
+    },
+    "edit-generated": {},
+    "edit-photo": {"BLIPDiffusionPromptToPrompt": {"source_blend_words": "pear"}},
+    "subject-finetune": {
+        "BLIPDiffusionSubjectFinetune": {"subject_word": "grapes", "resolution": 256, "learning_rate": 5e-5}
+    },
+    "subject-generation": {},
+    "subject-img2img": {},
+    "subject-inpaint": {},
+    "subject-trajectory": {"BLIPDiffusionSubjectTrajectory": {"steps": 5}},
+    "two-subjects": {},
+}
+
+
+def small_prompt(workflow: str, object_info: dict[str, Any], checkpoint: str) -> Prompt:
+    """A workflow as the small model, under the name ``checkpoint``, can run it."""
+    graph = json.loads((ROOT / "workflows" / f"{workflow}.json").read_text(encoding="utf-8"))
+    prompt = to_prompt(graph, object_info)
+    for node in prompt.values():
+        _make_small(node["class_type"], node["inputs"], checkpoint)
+    for node, inputs in CHANGES[workflow].items():
+        prompt = override(prompt, node, **inputs)
+    return prompt
+
+
+def draw_thumbnail(server: ComfyServer, workflow: str, base: Path, checkpoint: str) -> Image.Image:
+    """What a workflow is given and what it draws, in one row."""
+    prompt = small_prompt(workflow, server.object_info(), checkpoint)
+    drawn = [Image.open(file).convert("RGB") for file in _saved(server, prompt, base)]
+    given = dict.fromkeys(node["inputs"]["image"] for node in prompt.values() if node["class_type"] == "LoadImage")
+    shown = [] if workflow == "subject-trajectory" else [Image.open(base / "input" / name) for name in given]
+    return in_a_row([*shown, *drawn])
+
+
+def in_a_row(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one height beside each other."""
+    scaled = [
+        picture.convert("RGB").resize(
+            (round(picture.width * HEIGHT / picture.height), HEIGHT), Image.Resampling.LANCZOS
+        )
+        for picture in pictures
+    ]
+    row = Image.new("RGB", (sum(each.width + GAP for each in scaled) - GAP, HEIGHT), "white")
+    left = 0
+    for picture in scaled:
+        row.paste(picture, (left, 0))
+        left += picture.width + GAP
+    return row
+
+
+def main() -> int:
+    """Draw all of them; 0 when every one is written."""
+    base = make_base_directory(ROOT / "output" / "thumbnails")
+    for picture in {*PICTURES.values()}:
+        shutil.copy(ROOT / "mini" / "inputs" / picture, base / "input")
+    placed = base / "models" / "blip_diffusion" / "mini"
+    placed.unlink(missing_ok=True)
+    placed.symlink_to(SMALL_MODEL)
+    with ComfyServer(base) as server:
+        for workflow in sys.argv[1:] or CHANGES:
+            target = ROOT / "workflows" / f"{workflow}.jpg"
+            draw_thumbnail(server, workflow, base, placed.name).save(target, quality=88)
+            print(f"Wrote {target.relative_to(ROOT)} ({target.stat().st_size / 1000:.0f} kB).")
+    return 0
+
+
+def _make_small(node: str, inputs: dict[str, Any], checkpoint: str) -> None:
+    """Change one node's inputs in place, so that the small model draws something it knows."""
+    if node in SIZED:
+        inputs |= {name: inputs[name] // 2 for name in HALVED if name in inputs}
+    elif node == "BLIPDiffusionLoader":
+        inputs["checkpoint"] = checkpoint
+    elif node == "LoadImage":
+        inputs["image"] = PICTURES[inputs["image"]]
+    elif node == "BLIPDiffusionSubjectEncode":
+        inputs["subject_word"] = WORDS[inputs["subject_word"]]
+    elif node == "BLIPDiffusionPromptCompose":
+        target = WORDS.get(inputs["target_subject"], "")
+        inputs |= {"prompt": PLACE, "target_subject": target, "prompt_strength": 0.2}
+    elif node == "CLIPTextEncode":
+        inputs["text"] = ""  # the small model has not learned what "low quality" looks like
+    elif node in ("KSampler", "KSamplerAdvanced"):
+        inputs["cfg"] = 4.0
+
+
+def _saved(server: ComfyServer, prompt: Prompt, base: Path) -> list[Path]:
+    """What a prompt's Save Image nodes wrote."""
+    files = server.queue(prompt).files
+    kept = [files[number] for number, node in prompt.items() if node["class_type"] == "SaveImage" and number in files]
+    return [file for several in kept for file in several if base / "output" in file.parents]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
