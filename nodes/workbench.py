@@ -107,9 +107,9 @@ class Workbench:
             settings,
             low_rank=self.trains == LOW_RANK,
         )
-        noise = validation_noise(len(prompts), latents.shape[1:]).to(device)
 
         def draw(with_subject: bool) -> Tensor:
+            noise = validation_noise(len(prompts), latents.shape[1:]).to(device)
             with self._borrowed(weights):
                 drawn = self._draw(tuning, prompts, noise, with_subject)
             return self._decode(drawn)

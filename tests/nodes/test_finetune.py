@@ -86,6 +86,12 @@ def test_it_looks_on_the_way_and_keeps_the_best_step(host, loaded, pictures):
     assert f"{best.split(':')[0]} kept" in tuned.report
 
 
+def test_without_prompts_nothing_is_drawn_on_the_way_and_the_last_step_is_kept(host, loaded, pictures):
+    tuned = tune(host, loaded, pictures, look_every=1, look_prompts=" \n")
+    assert tuned.report == "low-rank: 3 steps, step 3 kept."
+    assert tuned.previews.shape == (1, 1, 1, 3)
+
+
 def test_cancelled_it_keeps_what_it_learned_and_the_graph_stops_behind_it(host, loaded, pictures, monkeypatch):
     import comfy.model_management as management
 
