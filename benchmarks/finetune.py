@@ -68,7 +68,7 @@ def works(host: Host, loaded: SimpleNamespace, unet: UNet2DConditionModel) -> di
         return lambda: _ours(host, loaded, vectors, latents, trains)
 
     def plain(low_rank: bool) -> Callable[[], None]:
-        return lambda: _plain(unet, caption[0][0].clone(), latents, low_rank)
+        return lambda: _plain(unet, caption[0][0], latents, low_rank)
 
     stock = {"algorithm": "LoRA", "training_dtype": "fp32", "lora_dtype": "fp32", "learning_rate": RATES["low-rank"]}
     stock |= {"steps": STEPS, "batch_size": BATCH, "rank": RANK, "gradient_checkpointing": True}
@@ -76,7 +76,8 @@ def works(host: Host, loaded: SimpleNamespace, unet: UNet2DConditionModel) -> di
     def train_lora() -> None:
         listed = {name: [value] for name, value in stock.items()}
         rest = {"grad_accumulation_steps": [1], "optimizer": ["AdamW"], "loss_function": ["MSE"], "seed": [0]}
-        inputs = {"model": [loaded.model], "latents": [{"samples": latents}], "positive": [caption]}
+        one_by_one = [{"samples": latent[None]} for latent in latents]  # of one batch, this node forgets a variable
+        inputs = {"model": [loaded.model], "latents": one_by_one, "positive": [caption]}
         with torch.inference_mode():
             host.nodes["TrainLoraNode"].execute(**inputs, **listed, **rest, existing_lora=["[None]"])
 
@@ -104,7 +105,8 @@ def _plain(unet: UNet2DConditionModel, context: Tensor, latents: Tensor, low_ran
         trained = [weight for weight in unet.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=RATES["low-rank" if low_rank else "full"], weight_decay=0.01)
         scheduler = DDPMScheduler.from_config(SCHEDULER)
-        latents, context = latents.to(device), context.to(device).expand(BATCH, -1, -1)
+        # Copies are no inference tensors any more.
+        latents, context = latents.clone().to(device), context.clone().to(device).expand(BATCH, -1, -1)
         for _ in range(STEPS):
             noise = torch.randn_like(latents)
             timesteps = torch.randint(1000, (BATCH,), device=device)
