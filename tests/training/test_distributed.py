@@ -109,7 +109,8 @@ def test_two_processes_train_stop_and_go_on(processes, pairs, tmp_path):
         expected, found = load_file(file), load_file(models[1] / file.relative_to(models[0]))
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     checkpoint = config.output / "checkpoints" / "step-00000003"
-    assert json.loads((checkpoint / "run.json").read_text()) == {"step": 3, "processes": 2}
+    state = json.loads((checkpoint / "run.json").read_text())
+    assert (state["step"], state["processes"], state["batch_size"]) == (3, 2, 2)
     assert {"random_states_0.pkl", "random_states_1.pkl"} < {path.name for path in checkpoint.iterdir()}
     events = EventAccumulator(str(config.output / "log"))
     events.Reload()
