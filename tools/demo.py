@@ -10,6 +10,7 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,10 @@ def draw_row(given: Path = GIVEN, word: str = WORD) -> Path:
     """
     base = make_base_directory(OUTPUT / "demo")
     shutil.copy(given, base / "input" / given.name)
-    name = _place_checkpoint(base / "models" / "blip_diffusion", SMALL_MODEL)
+    name = place_checkpoint(base / "models" / "blip_diffusion", SMALL_MODEL)
     graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     print("Starting ComfyUI ...")
-    pictures = [Image.open(given).convert("RGB").resize((EDGE, EDGE))]
+    pictures = [Image.open(given)]
     with ComfyServer(base) as server:
         prompt = to_prompt(graph, server.object_info())
         for node, inputs in {
@@ -60,12 +61,9 @@ def draw_row(given: Path = GIVEN, word: str = WORD) -> Path:
             prompt = override(prompt, node, **inputs)
         for context in CONTEXTS:
             asked = override(prompt, "BLIPDiffusionPromptCompose", prompt=context, prompt_strength=0.2)
-            (picture,) = _saved(_queue_with_bar(server, asked), base)
-            pictures.append(Image.open(picture).convert("RGB"))
-    row = Image.new("RGB", (EDGE * len(pictures), EDGE))
-    for column, picture in enumerate(pictures):
-        row.paste(picture, (column * EDGE, 0))
-    row.save(OUTPUT / ROW)
+            (picture,) = saved_pictures(_queue_with_bar(server, asked), base)
+            pictures.append(Image.open(picture))
+    in_a_row(pictures, EDGE).save(OUTPUT / ROW)
     return OUTPUT / ROW
 
 
@@ -85,7 +83,7 @@ def run_workflow(workflow: Path, checkpoint: Path) -> list[Path]:
     base = make_base_directory(OUTPUT / "demo")
     for photograph in sorted((ROOT / "workflows" / "inputs").iterdir()):
         shutil.copy(photograph, base / "input")
-    name = _place_checkpoint(base / "models" / "blip_diffusion", checkpoint)
+    name = place_checkpoint(base / "models" / "blip_diffusion", checkpoint)
     print("Starting ComfyUI ...")
     with ComfyServer(base) as server:
         prompt = to_prompt(graph, server.object_info())
@@ -93,7 +91,7 @@ def run_workflow(workflow: Path, checkpoint: Path) -> list[Path]:
             if any(node["class_type"] == loader for node in prompt.values()):
                 prompt = override(prompt, loader, checkpoint=name)
         history = _queue_with_bar(server, prompt)
-    return [Path(shutil.copy(picture, OUTPUT / picture.name)) for picture in _saved(history, base)]
+    return [Path(shutil.copy(picture, OUTPUT / picture.name)) for picture in saved_pictures(history, base)]
 
 
 def main() -> int:
@@ -119,7 +117,23 @@ def main() -> int:
     return 0
 
 
-def _place_checkpoint(models: Path, checkpoint: Path) -> str:
+def in_a_row(pictures: Sequence[Image.Image], height: int, gap: int = 0) -> Image.Image:
+    """Pictures beside each other, all scaled to one height; white lies between them where there is a gap."""
+    scaled = [
+        picture.convert("RGB").resize(
+            (round(picture.width * height / picture.height), height), Image.Resampling.LANCZOS
+        )
+        for picture in pictures
+    ]
+    row = Image.new("RGB", (sum(each.width + gap for each in scaled) - gap, height), "white")
+    left = 0
+    for picture in scaled:
+        row.paste(picture, (left, 0))
+        left += picture.width + gap
+    return row
+
+
+def place_checkpoint(models: Path, checkpoint: Path) -> str:
     """Put the weights where the loader looks, and return the name they have in its list."""
     if not checkpoint.exists():
         raise FileNotFoundError(f"No checkpoint is at '{checkpoint}': name a BLIP-Diffusion folder or file.")
@@ -129,7 +143,7 @@ def _place_checkpoint(models: Path, checkpoint: Path) -> str:
     return placed.name
 
 
-def _saved(history: History, base: Path) -> list[Path]:
+def saved_pictures(history: History, base: Path) -> list[Path]:
     """What a run's Save Image nodes wrote."""
     return [file for files in history.files.values() for file in files if base / "output" in file.parents]
 

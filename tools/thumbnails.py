@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from tools.demo import SMALL_MODEL
+from tools.demo import SMALL_MODEL, in_a_row, place_checkpoint, saved_pictures
 from tools.host import ROOT, ComfyServer, Prompt, make_base_directory
 from tools.workflow import override, to_prompt
 
@@ -66,26 +66,10 @@ def small_prompt(workflow: str, object_info: dict[str, Any], checkpoint: str) ->
 def draw_thumbnail(server: ComfyServer, workflow: str, base: Path, checkpoint: str) -> Image.Image:
     """What a workflow is given and what it draws, in one row."""
     prompt = small_prompt(workflow, server.object_info(), checkpoint)
-    drawn = [Image.open(file).convert("RGB") for file in _saved(server, prompt, base)]
+    drawn = [Image.open(file) for file in saved_pictures(server.queue(prompt), base)]
     given = dict.fromkeys(node["inputs"]["image"] for node in prompt.values() if node["class_type"] == "LoadImage")
     shown = [] if workflow == "subject-trajectory" else [Image.open(base / "input" / name) for name in given]
-    return in_a_row([*shown, *drawn])
-
-
-def in_a_row(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one height beside each other."""
-    scaled = [
-        picture.convert("RGB").resize(
-            (round(picture.width * HEIGHT / picture.height), HEIGHT), Image.Resampling.LANCZOS
-        )
-        for picture in pictures
-    ]
-    row = Image.new("RGB", (sum(each.width + GAP for each in scaled) - GAP, HEIGHT), "white")
-    left = 0
-    for picture in scaled:
-        row.paste(picture, (left, 0))
-        left += picture.width + GAP
-    return row
+    return in_a_row([*shown, *drawn], HEIGHT, GAP)
 
 
 def main() -> int:
@@ -93,13 +77,11 @@ def main() -> int:
     base = make_base_directory(ROOT / "output" / "thumbnails")
     for picture in {*PICTURES.values()}:
         shutil.copy(ROOT / "mini" / "inputs" / picture, base / "input")
-    placed = base / "models" / "blip_diffusion" / "mini"
-    placed.unlink(missing_ok=True)
-    placed.symlink_to(SMALL_MODEL)
+    checkpoint = place_checkpoint(base / "models" / "blip_diffusion", SMALL_MODEL)
     with ComfyServer(base) as server:
         for workflow in sys.argv[1:] or CHANGES:
             target = ROOT / "workflows" / f"{workflow}.jpg"
-            draw_thumbnail(server, workflow, base, placed.name).save(target, quality=88)
+            draw_thumbnail(server, workflow, base, checkpoint).save(target, quality=88)
             print(f"Wrote {target.relative_to(ROOT)} ({target.stat().st_size / 1000:.0f} kB).")
     return 0
 
@@ -121,13 +103,6 @@ def _make_small(node: str, inputs: dict[str, Any], checkpoint: str) -> None:
         inputs["text"] = ""  # the small model has not learned what "low quality" looks like
     elif node in ("KSampler", "KSamplerAdvanced"):
         inputs["cfg"] = 4.0
-
-
-def _saved(server: ComfyServer, prompt: Prompt, base: Path) -> list[Path]:
-    """What a prompt's Save Image nodes wrote."""
-    files = server.queue(prompt).files
-    kept = [files[number] for number, node in prompt.items() if node["class_type"] == "SaveImage" and number in files]
-    return [file for several in kept for file in several if base / "output" in file.parents]
 
 
 if __name__ == "__main__":
