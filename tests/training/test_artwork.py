@@ -171,6 +171,44 @@ def test_a_folder_is_filled_from_a_registry(packages, tmp_path):
         assert opened.getpixel((0, 0)) == (200, 0, 0, 255)
 
 
+def icon_set(name: str, icons: dict[str, dict], **files: dict) -> tuple[Package, dict[str, bytes]]:
+    """An icon set of Iconify's, 16 units square, and what a registry holds of it."""
+    content = {"icons": icons, "width": 16, "height": 16}
+    files = {"icons.json": content, **{f"{file}.json": each for file, each in files.items()}}
+    archive = archive_of({f"package/{file}": json.dumps(each).encode() for file, each in files.items()})
+    package = Package(f"@iconify-json/{name}", "1.0.0", hashlib.sha256(archive).hexdigest(), name)
+    return package, {f"@iconify-json/{name}/-/{name}-1.0.0.tgz": archive}
+
+
+def test_drawings_are_joined_by_name_and_rendered(packages, tmp_path):
+    made, files = packages
+    left_half = '<rect width="{0}" height="{1}" fill="#f00"/>'
+    named, its_files = icon_set(
+        "flat",
+        {
+            "dog-face": {"body": left_half.format(8, 16)},
+            "hot-drink": {"body": left_half.format(8, 8), "height": 8},
+            "moon": {"body": "<path/>"},
+        },
+        chars={"2615-fe0f": "hot-drink", "1f319": "moon"},
+    )
+    plain, other_files = icon_set(
+        "plain", {"hotdrink": {"body": left_half.format(20, 2), "left": 4, "width": 8}, "unheard-of": {"body": "<g/>"}}
+    )
+    with registry(files | its_files | other_files) as url:
+        assert fill(tmp_path, (*made, named, plain), url) == 3 + 2 + 1
+    found = {(artwork.word, artwork.style): artwork for artwork in read_artwork(tmp_path)}
+    assert {style for _, style in found} == {"noto", "fluent", "flat", "plain"}
+    with Image.open(found["dog face", "flat"].file) as dog, Image.open(found["hot beverage", "flat"].file) as cup:
+        assert dog.size == (128, 128)
+        assert dog.getpixel((30, 100)) == (255, 0, 0, 255)
+        assert dog.getpixel((100, 100))[3] == 0
+        assert cup.size == (128, 64)
+    with Image.open(found["hot beverage", "plain"].file) as cup:  # by the name that the other set told
+        assert cup.size == (128, 256)
+        assert cup.getpixel((127, 20)) == (255, 0, 0, 255)
+
+
 def test_another_file_than_expected_is_refused(packages, tmp_path):
     made, files = packages
     for name in files:
@@ -197,6 +235,9 @@ def test_the_command_says_in_one_line_what_went_wrong(tmp_path, capsys):
 
 
 def test_the_packages_are_told_by_their_checksums():
-    assert {package.style for package in PACKAGES} == {"noto", "twemoji", "fluent"}
+    assert {package.style for package in PACKAGES} == {
+        *("noto", "twemoji", "fluent"),
+        *("fluent-flat", "noto-v1", "emojione", "fxemoji"),
+    }
     for package in PACKAGES:
         assert len(bytes.fromhex(package.sha256)) == 32
