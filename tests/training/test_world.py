@@ -21,9 +21,12 @@ from blip_qformer.training.world.scenes import (
     Placement,
     compose,
     cut_out,
+    in_look,
+    mixed,
     picture_of,
     random_place,
     turn_hue,
+    varied_look,
 )
 from blip_qformer.training.world.source import World, artwork_of_split
 from tests.artwork import HELD_OUT, TRAINED, write_artwork
@@ -99,6 +102,35 @@ def test_a_cut_out_is_what_is_drawn_and_no_more(arrow):
     assert tilted.getpixel((20, 70)) == (255, 0, 0, 255)  # against the clock
 
 
+def test_a_stretched_and_sheared_look_moves_every_row_by_its_height(arrow):
+    plain = cut_out(arrow, Look(), 80)
+    wide = in_look(plain, Look(stretch=2.0), 160)
+    assert wide.size == (160, 40)
+    for shear in (0.5, -0.5):
+        leaning = np.asarray(in_look(plain, Look(shear=shear), 100).getchannel("A"))  # 80 wide, and 20 of lean
+        assert leaning.shape == (40, 100)
+        for row in (5, 20, 35):
+            moved = shear * (40 - row - 0.5) + max(-shear, 0) * 40
+            assert np.nonzero(leaning[row] > 127)[0][[0, -1]] == pytest.approx([moved, moved + 79], abs=1)
+
+
+def test_half_of_one_thing_stands_on_half_of_another(arrow, tmp_path):
+    Image.new("RGBA", (20, 40), (0, 255, 0, 255)).save(tmp_path / "post.png")
+    post = Artwork("2", "post", "Objects", "noto", tmp_path / "post.png")
+    both = mixed(arrow, post)
+    assert both.size == (40, 10 + 40)  # the post is twice as wide then, and twice as high
+    assert both.getpixel((5, 5)) == (255, 0, 0, 255)
+    assert both.getpixel((35, 9)) == (0, 0, 255, 255)
+    assert both.getpixel((20, 10)) == both.getpixel((20, 49)) == (0, 255, 0, 255)
+
+
+def test_varied_looks_change_outlines_and_stay_recognisable():
+    looks = [varied_look(np.random.default_rng(seed)) for seed in range(200)]
+    assert len({look.stretch for look in looks}) == len({look.shear for look in looks}) == 200
+    assert all(0.66 < look.stretch < 1.5 and abs(look.shear) <= 0.25 and abs(look.tilt) <= 16 for look in looks)
+    assert np.mean([look.stretch > 1 for look in looks]) == pytest.approx(0.5, abs=0.15)
+
+
 def test_a_turned_hue_is_colorsys():
     random = np.random.default_rng(0)
     colours = random.integers(0, 256, (20, 3), dtype=np.uint8)
@@ -136,7 +168,7 @@ def content(pair: Pair) -> tuple:
 def test_a_pair_is_a_function_of_seed_and_index(folder):
     world = World(folder, count=50, edge=64)
     first = content(world.pair(7, 3))
-    scenes._trimmed.cache_clear()
+    scenes.trimmed.cache_clear()
     artwork_of_split.cache_clear()
     world.pair(8, 3)  # what came before does not matter
     assert content(world.pair(7, 3)) == first
@@ -145,6 +177,7 @@ def test_a_pair_is_a_function_of_seed_and_index(folder):
 
 
 def test_pairs_show_one_subject_in_two_places(folder, monkeypatch):
+    monkeypatch.setattr(source, "MIXED", 0.0)  # two halves meet in the middle, where colours are compared
     painted = []
     monkeypatch.setattr(
         source, "paint_place", lambda place, *inputs: painted.append(place.name) or scenes.paint_place(place, *inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,11 +24,15 @@ class Look:
         hue: a turn of the colour wheel, in 0..1; 0 leaves the artwork's colours.
         mirrored: left and right exchanged.
         tilt: a rotation in degrees.
+        stretch: how many times wider it becomes for its height.
+        shear: how far its top leans to the right, as a part of its height.
     """
 
     hue: float = 0.0
     mirrored: bool = False
     tilt: float = 0.0
+    stretch: float = 1.0
+    shear: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,17 @@ def random_look(random: Random) -> Look:
     )
 
 
+def varied_look(random: Random) -> Look:
+    """A look that also changes the outline, so that no outline can be learnt by heart."""
+    look = random_look(random)
+    return replace(
+        look,
+        tilt=2 * look.tilt,
+        stretch=float(np.exp(random.uniform(-0.4, 0.4))),
+        shear=float(random.uniform(-0.25, 0.25)),
+    )
+
+
 def random_placement(random: Random) -> Placement:
     """Near the middle, two thirds of the picture large, so that filters of real photographs would keep it."""
     return Placement(
@@ -60,16 +75,33 @@ def random_placement(random: Random) -> Placement:
 
 def cut_out(artwork: Artwork, look: Look, edge: int) -> Image.Image:
     """The artwork in a look, RGBA, cropped to what is drawn, its longer edge ``edge`` pixels."""
-    picture = _trimmed(artwork.file)
+    return in_look(trimmed(artwork.file), look, edge)
+
+
+def in_look(picture: Image.Image, look: Look, edge: int) -> Image.Image:
+    """An RGBA picture in a look, cropped to what is drawn, its longer edge ``edge`` pixels."""
     if look.mirrored:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if look.hue:
         picture = turn_hue(picture, look.hue)
+    if look.stretch != 1 or look.shear:
+        picture = _slanted(picture, look.stretch, look.shear)
     if look.tilt:
-        picture = picture.rotate(look.tilt, Image.Resampling.BICUBIC, expand=True)
-        picture = picture.crop(picture.getchannel("A").getbbox())
+        picture = _cropped(picture.rotate(look.tilt, Image.Resampling.BICUBIC, expand=True))
     scale = edge / max(picture.size)
     return picture.resize(tuple(max(1, round(side * scale)) for side in picture.size), Image.Resampling.LANCZOS)
+
+
+def mixed(upper: Artwork, lower: Artwork) -> Image.Image:
+    """A thing that nobody has drawn, RGBA: the upper half of one on the lower half of the other, equally wide."""
+    top, bottom = trimmed(upper.file), trimmed(lower.file)
+    bottom = bottom.resize((top.width, max(2, round(bottom.height * top.width / bottom.width))))
+    top = top.crop((0, 0, top.width, max(1, top.height // 2)))
+    bottom = bottom.crop((0, bottom.height // 2, bottom.width, bottom.height))
+    picture = Image.new("RGBA", (top.width, top.height + bottom.height))
+    picture.paste(top, (0, 0))
+    picture.paste(bottom, (0, top.height))
+    return _cropped(picture)
 
 
 def turn_hue(picture: Image.Image, turn: float) -> Image.Image:
@@ -107,7 +139,28 @@ def random_place(random: Random, other_than: Place | None = None) -> Place:
     return choices[random.integers(len(choices))]
 
 
-@lru_cache(maxsize=4096)
-def _trimmed(file: Path) -> Image.Image:
-    picture = Image.open(file).convert("RGBA")
+def _slanted(picture: Image.Image, stretch: float, shear: float) -> Image.Image:
+    width, height = round(picture.width * stretch), picture.height
+    lean = abs(shear) * height
+    # From a place of the result to one of the picture: row y is moved to the right by shear * (height - y).
+    matrix = (1 / stretch, shear / stretch, -max(shear, 0) * height / stretch, 0, 1, 0)
+    size = (max(1, round(width + lean)), height)
+    return _cropped(picture.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC))
+
+
+def _cropped(picture: Image.Image) -> Image.Image:
+    """What is drawn of an RGBA picture; all of it where nothing is."""
     return picture.crop(picture.getchannel("A").getbbox())
+
+
+@lru_cache(maxsize=8192)
+def trimmed(file: Path) -> Image.Image:
+    """What is drawn in an artwork's file, RGBA.
+
+    Raises:
+        OSError: it is no picture, or part of one; the file is named.
+    """
+    try:
+        return _cropped(Image.open(file).convert("RGBA"))
+    except OSError as error:
+        raise OSError(f"{file.parent.name}/{file.name}: {error}") from error

@@ -11,7 +11,20 @@ import numpy as np
 from ..prepare import SkippedPair
 from ..shards import Pair
 from .artwork import SPLITS, Artwork, read_artwork
-from .scenes import CAPTION, compose, cut_out, paint_place, random_look, random_place, random_placement
+from .scenes import (
+    CAPTION,
+    compose,
+    in_look,
+    mixed,
+    paint_place,
+    random_place,
+    random_placement,
+    trimmed,
+    varied_look,
+)
+
+#: How many things are the upper half of one and the lower half of another, under the name of the first.
+MIXED = 0.3
 
 SUBJECT_EDGE = 128  # pixels; what the subject encoder sees is smaller still
 
@@ -19,6 +32,9 @@ SUBJECT_EDGE = 128  # pixels; what the subject encoder sees is smaller still
 @dataclass(frozen=True)
 class World:
     """Pairs of scenes, ``count`` of them; each a function of the seed and its index.
+
+    There are only thousands of drawings, so they are also stretched, sheared and mixed: a model that could learn them
+    by heart would never look at the picture.
 
     Args:
         artwork: an artwork folder, see :mod:`.artwork`.
@@ -42,17 +58,19 @@ class World:
         """
         random = np.random.default_rng((seed, index))
         choices = artwork_of_split(self.artwork, self.split)
-        artwork = choices[random.integers(len(choices))]
-        look = random_look(random)
+        artwork, other_half = (choices[random.integers(len(choices))] for _ in range(2))
+        is_mixed = random.random() < MIXED
+        look = varied_look(random)
         place = random_place(random)
         phrase = place.phrases[random.integers(len(place.phrases))]
         other = paint_place(random_place(random, other_than=place), SUBJECT_EDGE, random)
         here, there = random_placement(random), random_placement(random)
         try:
-            small = cut_out(artwork, look, round(there.size * SUBJECT_EDGE))
-            large = cut_out(artwork, look, round(here.size * self.edge))
+            drawing = mixed(artwork, other_half) if is_mixed else trimmed(artwork.file)
+            small = in_look(drawing, look, round(there.size * SUBJECT_EDGE))
+            large = in_look(drawing, look, round(here.size * self.edge))
         except OSError as error:
-            raise SkippedPair("unreadable artwork", f"{artwork.style}/{artwork.file.name}: {error}") from error
+            raise SkippedPair("unreadable artwork", str(error)) from error
         return Pair(
             key=f"{index:08d}",
             subject=compose(small, other, there),
