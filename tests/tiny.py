@@ -51,6 +51,7 @@ SIZES: dict[str, Any] = {
 #: For each stage a run of it; pairs are 32 pixels square.
 OPTIONS: dict[str, dict[str, Any]] = {
     "autoencoder": {"crop": 16},
+    "appearance": {"edge": 16, "head_width": 32},
     "vision": {"shared_width": 8},
     "multimodal": {"shared_width": 8, "caption_tokens": 12},
     "subject": {"resolution": 32},

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..encoder import preprocess
-from ..encoder.tokenizer import bert_tokenizer, tokenize_subjects
+from ..encoder.tokenizer import bert_tokenizer
 from .shards import Pair
 
 #: What was made of some pairs, by name; a list or a tensor holds something for each of them.
@@ -54,15 +54,13 @@ def multimodal_batch(pairs: Sequence[Pair], size: int, tokens: int) -> Batch:
 
 def subject_batch(pairs: Sequence[Pair], size: int, resolution: int) -> Batch:
     """Subjects as the encoder reads them, ``size`` pixels square; targets fitted to a square of ``resolution``."""
-    ids, mask = tokenize_subjects([pair.word for pair in pairs])
     targets = [ImageOps.fit(pair.target, (resolution, resolution), Image.Resampling.BICUBIC) for pair in pairs]
     return {
         "keys": [pair.key for pair in pairs],
         "captions": [pair.caption for pair in pairs],
         "subjects": torch.stack([to_pixels(pair.subject.resize((size, size))) for pair in pairs]),
         "pixel_values": _pixel_values([pair.subject for pair in pairs], size),
-        "word_ids": ids,
-        "word_mask": mask,
+        "words": [pair.word for pair in pairs],
         "targets": torch.stack([to_pixels(target) for target in targets]),
     }
 

@@ -27,6 +27,10 @@ TRAINED = {
     "autoencoder": (("vae.",), ()),
     "vision": (("encoder.vision.",), ()),
     "multimodal": (("encoder.qformer.",), ()),
+    "appearance": (
+        ("encoder.qformer.", "encoder.projection."),
+        ("encoder.qformer.layers.1.text_feed_forward.",),
+    ),
     # The vectors are the queries' answer, so that nobody reads what the last layer makes of the text.
     "subject": (
         ("encoder.qformer.", "encoder.projection.", "text_encoder.", "unet."),
@@ -95,23 +99,27 @@ def test_the_encoder_of_training_is_the_encoder():
     words = [tiny.make_pair(number).word for number in NUMBERS]
     expected = stage.parts.encoder(batch["pixel_values"], words)
     assert expected.std() > 0.1
-    torch.testing.assert_close(stage._encode_subjects(batch), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        stage._encode_subjects(batch["pixel_values"], batch["words"]), expected, atol=1e-6, rtol=0
+    )
 
 
 def test_the_projections_dropout_is_each_pairs_own():
     batch = tiny.make_batch("subject", NUMBERS)
     stage = tiny.make_stage("subject", options={"projection_dropout": 0.5})
-    whole = stage._encode_subjects(batch, generators(batch["seeds"]))
-    plain = stage._encode_subjects(batch)
+    whole = stage._encode_subjects(batch["pixel_values"], batch["words"], generators(batch["seeds"]))
+    plain = stage._encode_subjects(batch["pixel_values"], batch["words"])
     encoder = stage.parts.encoder
     image_tokens = encoder.vision(batch["pixel_values"])
-    answer = encoder.qformer(image_tokens, batch["word_ids"], batch["word_mask"])
+    answer = encoder.qformer(image_tokens, *tokenize_subjects(batch["words"]))
     share = ((whole - answer) / (plain - answer)).flatten()  # of what the projection adds
     dropped, doubled = (torch.isclose(share, torch.tensor(value), atol=1e-2) for value in (0.0, 2.0))
     assert (dropped | doubled).float().mean() > 0.99
     assert dropped.float().mean() == pytest.approx(0.5, abs=0.05)
     half = {key: value[3:] for key, value in batch.items()}
-    torch.testing.assert_close(stage._encode_subjects(half, generators(half["seeds"])), whole[3:])
+    torch.testing.assert_close(
+        stage._encode_subjects(half["pixel_values"], half["words"], generators(half["seeds"])), whole[3:]
+    )
 
 
 def test_without_padding_the_three_masks_meet_in_the_qformers_own():
@@ -311,5 +319,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
 
 
 def test_a_stage_that_is_not_there():
-    with pytest.raises(ValueError, match='no stage "dream": choose one of autoencoder, vision, multimodal, subject'):
+    with pytest.raises(
+        ValueError, match='no stage "dream": choose one of autoencoder, vision, multimodal, appearance, subject'
+    ):
         stage_class("dream")

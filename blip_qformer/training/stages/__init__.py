@@ -7,6 +7,7 @@ GPUs, several machines) wraps the loss with it. See :class:`~.base.Stage`.
 from __future__ import annotations
 
 from ..config import RunConfig
+from .appearance import AppearanceStage
 from .autoencoder import AutoencoderStage
 from .base import Stage
 from .multimodal import MultimodalStage
@@ -14,7 +15,7 @@ from .subject import SubjectStage
 from .vision import VisionStage
 
 STAGES: dict[str, type[Stage]] = {
-    stage.name: stage for stage in (AutoencoderStage, VisionStage, MultimodalStage, SubjectStage)
+    stage.name: stage for stage in (AutoencoderStage, VisionStage, MultimodalStage, AppearanceStage, SubjectStage)
 }
 
 

@@ -23,6 +23,7 @@ from ..sampling import NEGATIVE_PROMPT, draw, tokenize_prompts
 from ..shards import Pair
 from ..text_encoder import encode_prompts
 from .base import Stage, generators, normal, side_by_side
+from .questions import ask, exchange_words
 
 SHOWN = 8
 
@@ -37,6 +38,8 @@ class SubjectStage(Stage):
             that already; one trained from nothing has to learn it.
         repetitions: the caption is said up to so many times, as Subject Prompt Compose does; 1: once, as in the paper.
         projection_dropout: inside the projection.
+        word_dropout: how often the subject's word gives way to another, see :func:`.questions.exchange_words`; the
+            paper keeps its words.
         signal_to_noise: the loss of a step is weighted by min(signal-to-noise ratio, this) over that ratio (arXiv
             2303.09556), which is worth most to a small model; 0: all steps count alike, as in the paper.
         keep_latents: whether targets' latents are kept on disk, for small data that is seen many times.
@@ -63,6 +66,7 @@ class SubjectStage(Stage):
         caption_dropout: float = 0.0,
         repetitions: int = 1,
         projection_dropout: float = 0.1,
+        word_dropout: float = 0.0,
         signal_to_noise: float = 0.0,
         keep_latents: bool = False,
     ) -> None:
@@ -71,7 +75,7 @@ class SubjectStage(Stage):
         if projection_dropout >= 1:
             raise ValueError(f"The option projection_dropout is {projection_dropout}, which leaves nothing.")
         self.subject_dropout, self.caption_dropout = subject_dropout, caption_dropout
-        self.projection_dropout = projection_dropout
+        self.projection_dropout, self.word_dropout = projection_dropout, word_dropout
         self.repetitions, self.signal_to_noise = repetitions, signal_to_noise
         self.scheduler = DDPMScheduler.from_config(SCHEDULER)
         self.register_buffer("alphas_cumprod", self.scheduler.alphas_cumprod, persistent=False)
@@ -97,7 +101,7 @@ class SubjectStage(Stage):
     def samples(self) -> Image.Image:
         """Subjects of the last batch, their targets, and what is drawn of them from noise."""
         batch = {name: value[:SHOWN] for name, value in self._shown.items()}
-        vectors = self._encode_subjects(batch)
+        vectors = self._encode_subjects(batch["pixel_values"], batch["words"])
         latent = [edge // 8 for edge in batch["targets"].shape[2:]]
         noise = normal(generators(range(len(vectors))), (4, *latent), vectors.device)
         drawn = draw(self.parts, batch["captions"], list(vectors), noise=noise)
@@ -115,9 +119,10 @@ class SubjectStage(Stage):
         return latents * self.parts.vae.config.scaling_factor
 
     def _encode_captions(self, batch: Batch, sources: list[torch.Generator]) -> Tensor:
-        vectors = self._encode_subjects(batch, sources)
+        words, said = exchange_words(batch["words"], batch["captions"], self.word_dropout, sources)
+        vectors = self._encode_subjects(batch["pixel_values"], words, sources)
         captions, subjects = [], []
-        for caption, own, source in zip(batch["captions"], vectors, sources, strict=True):
+        for caption, own, source in zip(said, vectors, sources, strict=True):
             drop_subject, drop_caption, repeat, which = torch.rand(4, generator=source).tolist()
             if drop_caption < self.caption_dropout:
                 captions.append(NEGATIVE_PROMPT if which < 0.5 else "")
@@ -127,17 +132,16 @@ class SubjectStage(Stage):
                 subjects.append(None if drop_subject < self.subject_dropout else own)
         return encode_prompts(self.parts.text_encoder, tokenize_prompts(self.parts, captions), subjects)
 
-    def _encode_subjects(self, batch: Batch, sources: list[torch.Generator] | None = None) -> Tensor:
-        """[B, 16, width]; the same as the encoder's own forward, with tokens that the workers have made.
+    def _encode_subjects(
+        self, pixel_values: Tensor, words: Sequence[str], sources: list[torch.Generator] | None = None
+    ) -> Tensor:
+        """[B, 16, width]; the same as the encoder's own forward.
 
         Args:
             sources: of the projection's dropout; without them there is none.
         """
-        encoder = self.parts.encoder
-        with torch.no_grad():
-            image_tokens = encoder.vision(batch["pixel_values"])
-        answer = encoder.qformer(image_tokens, batch["word_ids"], batch["word_mask"])
-        return encoder.projection(answer, self._dropout(answer, sources) if sources else None)
+        answer = ask(self.parts.encoder, pixel_values, words)
+        return self.parts.encoder.projection(answer, self._dropout(answer, sources) if sources else None)
 
     def _dropout(self, answer: Tensor, sources: list[torch.Generator]) -> Tensor | None:
         """What to multiply with for dropout, drawn for each pair from its own source."""
