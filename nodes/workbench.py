@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from ..blip_qformer.encoder.preprocessing import composite_alpha
 from ..blip_qformer.prompt import compose_prompt
-from ..blip_qformer.training.finetune import FULL, LOW_RANK, FinetuneSettings, Outcome, Step, SubjectTuning, finetune
+from ..blip_qformer.training.finetune import (
+    FULL,
+    LOW_RANK,
+    Cancelled,
+    FinetuneSettings,
+    Outcome,
+    Step,
+    SubjectTuning,
+    finetune,
+)
 from ..blip_qformer.training.low_rank import LowRank, count_factors
 from ..blip_qformer.training.noise import draw_latents
 from ..blip_qformer.training.validation import DRAWING_STEPS, GUIDANCE, Validation, validation_noise
@@ -166,7 +175,13 @@ class Workbench:
         contexts = torch.cat([encode(vectors) for encode in encoders])  # [P, 77, width]
         nothing = host_caption_encoder(self.clip, "", vectors.shape[-1])(vectors[:0])
         without = nothing.expand(len(prompts), -1, -1)
-        return draw_latents(tuning.denoiser, without, contexts, noise, steps=DRAWING_STEPS, guidance=GUIDANCE)
+
+        def denoise(*inputs: Tensor) -> Tensor:
+            if comfy.model_management.processing_interrupted():
+                raise Cancelled
+            return tuning.denoiser(*inputs)
+
+        return draw_latents(denoise, without, contexts, noise, steps=DRAWING_STEPS, guidance=GUIDANCE)
 
     def _decode(self, latents: Tensor) -> Tensor:
         """[P, 4, h, w] -> [P, 3, H, W] in 0..1"""

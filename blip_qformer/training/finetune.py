@@ -154,12 +154,16 @@ class SubjectTuning:
         return bool(loss.isfinite() & norms.isfinite().all())
 
 
+class Cancelled(Exception):
+    """What ``draw`` may raise: whoever waits for it has had enough."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a fine-tuning came to.
 
     Args:
-        kept: the step whose weights are in place now.
+        kept: the step whose weights are in place now; 0: it was cancelled before any.
         losses: of each step.
         scores: of each validation, the first before any step; empty without any.
         drawn: the pictures of each validation, [P, 3, H, W] in 0..1.
@@ -182,35 +186,42 @@ def finetune(
 ) -> Outcome:
     """Tune to the end, look at pictures on the way, and go back to the step whose pictures scored best.
 
+    Cancelled, by ``watch`` or by ``draw``, it ends there with the last step's weights.
+
     Args:
         every: how many steps lie between two validations; 0: none, and the last step is kept.
         draw: the validation prompts' pictures [P, 3, H, W] in 0..1 with the weights as they are, with or without the
-            subject in the prompt.
+            subject in the prompt; may raise :class:`Cancelled`.
         judge: the pictures without the subject -> what scores those with it.
         steps: ``tuning.steps()``, for whoever has to prepare something for each.
         watch: is shown each step and the pictures so far; what it returns says whether to go on.
     """
-    drawn, best, validation = [], None, None
-    if every:
-        validation = judge(draw(False))
+    drawn: list[Tensor] = []
+    validation, best, number = None, None, 0
+
+    def look() -> None:
+        nonlocal best
         drawn.append(draw(True))
-        validation.add(0, drawn[0])
-    number = 0
-    for step in steps or tuning.steps():
-        number = step.number
-        if validation and (number % every == 0 or number == tuning.settings.steps):
-            drawn.append(draw(True))
-            if validation.add(number, drawn[-1]):
-                best = tuning.snapshot()
-        if not watch(step, drawn):
-            break
+        if validation.add(number, drawn[-1]):
+            best = tuning.snapshot()
+
+    try:
+        if every:
+            validation = judge(draw(False))
+            look()
+        for step in steps or tuning.steps():
+            number = step.number
+            if validation and (number % every == 0 or number == tuning.settings.steps):
+                look()
+            if not watch(step, drawn):
+                raise Cancelled
+        if validation and validation.scores[-1].step < number:  # a loss that is no number ended it between two looks
+            look()
+    except Cancelled:
+        return Outcome(number, tuning.losses, validation.scores if validation else [], drawn)
     if validation is None:
         return Outcome(number, tuning.losses, [], [])
-    if validation.scores[-1].step < number:  # it was stopped between two validations
-        drawn.append(draw(True))
-        best = tuning.snapshot() if validation.add(number, drawn[-1]) else best
-    if best is not None:
-        tuning.restore(best)
+    tuning.restore(best)
     return Outcome(validation.best.step, tuning.losses, validation.scores, drawn)
 
 

@@ -113,6 +113,30 @@ def test_cancelled_it_keeps_what_it_learned_and_the_graph_stops_behind_it(host, 
     assert torch.equal(short.subject.vectors, tuned.subject.vectors)
 
 
+def test_cancelled_while_it_draws_it_stops_at_the_next_denoising_step(host, loaded, pictures, monkeypatch):
+    import comfy.model_management as management
+
+    denoised = []
+
+    def counting(make):
+        def made(model):
+            def denoise(*inputs):
+                denoised.append(len(inputs[0]))
+                if len(denoised) == 20 + 3:  # twenty without the subject, and some of those with it
+                    management.interrupt_current_processing()
+                return make(model)(*inputs)
+
+            return denoise
+
+        return made
+
+    workbench = host.module("nodes.workbench")
+    monkeypatch.setattr(workbench, "host_denoiser", counting(workbench.host_denoiser))
+    with pytest.raises(management.InterruptProcessingException):
+        tune(host, loaded, pictures, steps=4, look_every=2, look_prompts="in the snow")
+    assert len(denoised) == 23
+
+
 def test_a_loss_that_is_no_number_stops_it_and_keeps_the_step_before(host, loaded, pictures, monkeypatch, caplog):
     tuning = host.module("blip_qformer.training.finetune").SubjectTuning
     loss = tuning.loss

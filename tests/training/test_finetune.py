@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
-from blip_qformer.training.finetune import FinetuneSettings, SubjectTuning, draw, finetune
+from blip_qformer.training.finetune import Cancelled, FinetuneSettings, SubjectTuning, draw, finetune
 from blip_qformer.training.low_rank import LowRank
 from blip_qformer.training.noise import draw_latents
 from blip_qformer.training.parts import SCHEDULER
@@ -187,6 +187,28 @@ def test_the_best_step_is_put_back(unet, vectors, latents):
     assert [score.agreement for score in outcome.scores] == pytest.approx([1, 1, 1, 1])
     assert torch.equal(tuning.vectors, tuned_at[4])
     assert not torch.equal(tuning.vectors, tuned_at[6])
+
+
+@pytest.mark.parametrize("asked_at", [0, 2, 3])
+def test_cancelled_while_a_look_is_drawn_it_ends_there(unet, vectors, latents, asked_at):
+    """At the first look of all nothing has been trained yet; at the second one two steps have, at the third four."""
+    tuning = tuning_of(unet, vectors, latents, steps=6)
+    looks = []
+
+    def draw_pictures(with_subject: bool) -> torch.Tensor:
+        if len(looks) == asked_at:
+            raise Cancelled
+        looks.append(len(tuning.losses))
+        return torch.rand(1, 3, 8, 8)
+
+    def judge(plain: torch.Tensor) -> Validation:
+        return Validation(lambda pictures, words: torch.ones(1, 16, 2), "dog", torch.ones(16, 2), ["here"], plain)
+
+    outcome = finetune(tuning, every=2, draw=draw_pictures, judge=judge)
+    assert outcome.kept == len(outcome.losses) == {0: 0, 2: 2, 3: 4}[asked_at]
+    assert len(outcome.drawn) == len(outcome.scores) == max(0, asked_at - 1)  # the first picture is without the subject
+    untrained = tuning_of(unet, vectors, latents, steps=6)
+    assert torch.equal(tuning.vectors, untrained.vectors) == (asked_at == 0)
 
 
 def test_a_network_without_attention_is_refused():
