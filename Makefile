@@ -57,6 +57,7 @@ mini: env
 	@test -f output/artwork/things.jsonl || $(RUN) -m tools.artwork output/artwork
 	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-256 --count 8000 --edge 256 --seed 0
 	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-128 --count 40000 --edge 128 --seed 1
+	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-alone --count 40000 --edge 32 --seed 2 --alone
 	@$(BY_TWO) -m blip_qformer pretrain $(MINI_RUNS)/1-autoencoder.yaml
 	@$(BY_TWO) -m blip_qformer pretrain $(MINI_RUNS)/2-vision.yaml
 	@$(BY_TWO) -m blip_qformer pretrain $(MINI_RUNS)/3-multimodal.yaml

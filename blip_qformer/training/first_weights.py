@@ -66,7 +66,7 @@ def first_encoder(clip: Path, bert: Path, seed: int = 0) -> SubjectEncoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = SubjectEncoder(SubjectEncoderConfig(vision, qformer, 4 * qformer.width))
-        initialise(encoder)
+        initialise(encoder, qformer.width)
     _take(encoder, {f"vision.{name}": weight for name, weight in vision_weights.items()}, clip)
     _take(encoder, _qformer(bert, encoder.qformer.word_embedding.weight), bert)
     return encoder

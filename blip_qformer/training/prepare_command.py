@@ -37,6 +37,9 @@ def add_prepare_command(commands: argparse._SubParsersAction) -> None:
     artwork.add_argument("--count", metavar="N", type=int, default=10_000, help="how many pairs (10000)")
     artwork.add_argument("--edge", metavar="PIXELS", type=int, default=256, help="of the square pictures (256)")
     artwork.add_argument("--split", choices=SPLITS, default="train", help="which things and styles (train)")
+    artwork.add_argument(
+        "--alone", action="store_true", help="targets show the subject alone, for the appearance stage"
+    )
     parser.set_defaults(command=_prepare)
 
 
@@ -52,8 +55,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
 def _source(arguments: argparse.Namespace) -> tuple[PairSource, dict[str, object]]:
     """What the pairs are made of, told by the list that lies in the folder, and what is to be kept in the index."""
     if (arguments.source / LISTING).is_file():
-        world = World(arguments.source, arguments.split, arguments.count, arguments.edge)
-        return world, {"split": arguments.split, "edge": arguments.edge}
+        world = World(arguments.source, arguments.split, arguments.count, arguments.edge, arguments.alone)
+        return world, {"split": arguments.split, "edge": arguments.edge, "alone": arguments.alone}
     if not (arguments.source / METADATA).is_file():
         raise ValueError(
             f"{arguments.source} has neither {METADATA}, which says what is in photographs, nor {LISTING}, which names "

@@ -287,13 +287,20 @@ def test_the_vae_sees_crops_and_keeps_its_latents_at_one(monkeypatch):
     assert latents.std().item() == pytest.approx(1, rel=0.2)
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "subject"])
+@pytest.mark.parametrize("name", ["autoencoder", "appearance", "subject"])
 def test_a_sheet_shows_how_far_it_has_come(name):
     stage = tiny.make_stage(name, options={**tiny.OPTIONS[name]})
     stage(tiny.make_batch(name, NUMBERS))
     with torch.no_grad():
         sheet = stage.eval().samples()
-    assert sheet.size == {"autoencoder": (4 * 16, 2 * 16), "subject": (6 * 32, 3 * 32)}[name]
+    assert (
+        sheet.size
+        == {
+            "autoencoder": (4 * 16, 2 * 16),
+            "appearance": (6 * 28, 3 * 28),
+            "subject": (6 * 32, 3 * 32),
+        }[name]
+    )
     assert np.asarray(sheet).std() > 10
 
 

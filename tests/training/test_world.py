@@ -199,6 +199,27 @@ def test_pairs_show_one_subject_in_two_places(folder, monkeypatch):
     assert placed == PLACE.keys()
 
 
+def test_a_subject_alone_stands_on_grey_in_the_middle(folder):
+    world = World(folder, count=50, edge=64, alone=True)
+    for index in range(20):
+        pair = world.pair(index, 0)
+        drawn = np.abs(np.asarray(pair.target).astype(int) - source.GREY).max(axis=2) > 8
+        ys, xs = np.nonzero(drawn)
+        assert max(np.ptp(xs), np.ptp(ys)) + 1 == pytest.approx(0.9 * 64, abs=2)
+        assert ((xs.min() + xs.max()) / 2, (ys.min() + ys.max()) / 2) == pytest.approx((31.5, 31.5), abs=1.5)
+        assert pair.caption == f"a {pair.word}"
+        assert np.asarray(pair.subject).std(axis=(0, 1)).max() > 5  # it is somewhere else
+
+
+def test_a_part_of_all_things_is_mixed(folder, monkeypatch):
+    halves = []
+    monkeypatch.setattr(source, "mixed", lambda *both: halves.append(both) or mixed(*both))
+    world = World(folder, count=300, edge=32)
+    for index in range(300):
+        world.pair(index, 0)
+    assert len(halves) / 300 == pytest.approx(source.MIXED, abs=0.08)
+
+
 def test_the_splits_share_no_word_and_one_style_is_never_trained_on(folder):
     train, held_out = ([World(folder, split, 200, 32).pair(i, 1) for i in range(60)] for split in ("train", "held-out"))
     assert {pair.word for pair in train} == set(TRAINED)

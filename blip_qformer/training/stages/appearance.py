@@ -1,9 +1,8 @@
 """Looks before pictures: the Q-Former learns to tell what a subject looks like, for a model that begins from nothing.
 
-The task is stage 2's, prompted context generation, without a diffusion model: from the vectors of a subject in one
-place a small head draws the same subject in another, a few pixels large. That costs a fraction of a step of stage 2,
-whose loss says little about the vectors until the U-Net can draw. BLIP-2's Q-Former has
-seen 129 million pictures instead.
+From the vectors of a subject somewhere a small head draws it alone, a few pixels large (pairs of ``prepare --alone``;
+the backgrounds of other targets are only noise here). A step costs a fraction of one of stage 2, whose loss says little
+about the vectors until the U-Net can draw. BLIP-2's Q-Former has seen 129 million pictures instead.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ SHOWN = 16
 
 
 class AppearanceStage(Stage):
-    """The error of the target in small, drawn from the subject's vectors.
+    """The error of the target in small, drawn from the subject's vectors; ``explained`` is the part of its variance.
 
     Options:
         edge: of that small picture, in pixels.

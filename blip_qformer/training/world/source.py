@@ -7,12 +7,15 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ..prepare import SkippedPair
 from ..shards import Pair
 from .artwork import SPLITS, Artwork, read_artwork
+from .places import Place, Random
 from .scenes import (
     CAPTION,
+    Placement,
     compose,
     in_look,
     mixed,
@@ -25,6 +28,10 @@ from .scenes import (
 
 #: How many things are the upper half of one and the lower half of another, under the name of the first.
 MIXED = 0.3
+
+#: Where a subject stands that is alone, and on what.
+ALONE = Placement(size=0.9, x=0.5, y=0.5)
+GREY = (128, 128, 128)
 
 SUBJECT_EDGE = 128  # pixels; what the subject encoder sees is smaller still
 
@@ -40,12 +47,14 @@ class World:
         artwork: an artwork folder, see :mod:`.artwork`.
         split: ``train`` or ``held-out``.
         edge: of the target picture, in pixels.
+        alone: whether the target is the subject alone, on grey and always as large.
     """
 
     artwork: Path
     split: str = "train"
     count: int = 10_000
     edge: int = 256
+    alone: bool = False
 
     def __len__(self) -> int:
         return self.count
@@ -64,7 +73,7 @@ class World:
         place = random_place(random)
         phrase = place.phrases[random.integers(len(place.phrases))]
         other = paint_place(random_place(random, other_than=place), SUBJECT_EDGE, random)
-        here, there = random_placement(random), random_placement(random)
+        here, there = ALONE if self.alone else random_placement(random), random_placement(random)
         try:
             drawing = mixed(artwork, other_half) if is_mixed else trimmed(artwork.file)
             small = in_look(drawing, look, round(there.size * SUBJECT_EDGE))
@@ -74,11 +83,16 @@ class World:
         return Pair(
             key=f"{index:08d}",
             subject=compose(small, other, there),
-            target=compose(large, paint_place(place, self.edge, random), here),
+            target=compose(large, self._background(place, random), here),
             word=artwork.word,
-            caption=CAPTION.format(word=artwork.word, phrase=phrase),
+            caption=f"a {artwork.word}" if self.alone else CAPTION.format(word=artwork.word, phrase=phrase),
             extra={"code": artwork.code, "style": artwork.style, "place": place.name},
         )
+
+    def _background(self, place: Place, random: Random) -> Image.Image:
+        if self.alone:
+            return Image.new("RGB", (self.edge, self.edge), GREY)
+        return paint_place(place, self.edge, random)
 
 
 @cache
