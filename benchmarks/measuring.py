@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,54 @@ class Comparison:
         return min(self.ours) / min(self.peer)
 
 
-def compare(ours: Callable[[], Any], peer: Callable[[], Any], pairs: int) -> Comparison:
-    """Run both once to warm up, then ``pairs`` times in turns; who goes first changes from pair to pair."""
+def seconds(function: Callable[[], Any]) -> float:
+    """How long one call takes."""
+    start = now()
+    function()
+    return now() - start
+
+
+def seconds_per_step(function: Callable[[], Any]) -> float:
+    """How long one step of training takes in a call that makes several; what comes before and after does not count.
+
+    The clock is read after each step of any optimizer of torch, so that peers are timed as they are.
+    """
+    ends: list[float] = []
+    handle = register_optimizer_step_post_hook(lambda *_: ends.append(now()))
+    try:
+        function()
+    finally:
+        handle.remove()
+    return (ends[-1] - ends[0]) / (len(ends) - 1)
+
+
+def compare(
+    ours: Callable[[], Any],
+    peer: Callable[[], Any],
+    pairs: int,
+    timed: Callable[[Callable[[], Any]], float] = seconds,
+) -> Comparison:
+    """Run both once to warm up, then ``pairs`` times in turns; who goes first changes from pair to pair.
+
+    Args:
+        timed: runs one of them and says how long it took.
+    """
     ours()
     peer()
     comparison = Comparison([], [])
     for pair in range(pairs):
         runs = [(ours, comparison.ours), (peer, comparison.peer)]
-        for function, seconds in runs if pair % 2 == 0 else reversed(runs):
-            seconds.append(_seconds(function))
+        for function, taken in runs if pair % 2 == 0 else reversed(runs):
+            taken.append(timed(function))
     return comparison
 
 
-def _seconds(function: Callable[[], Any]) -> float:
+def now() -> float:
+    """The time in seconds, when all that was begun is done: a GPU works on after Python's call has returned."""
     _wait_for_device()
-    start = time.perf_counter()
-    function()
-    _wait_for_device()
-    return time.perf_counter() - start
+    return time.perf_counter()
 
 
 def _wait_for_device() -> None:
-    """A GPU works on after Python's call has returned."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -30,7 +30,7 @@ def _import_from_root(name: str) -> None:
 
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
-for package in ("tools", "tests"):
+for package in ("tools", "tests", "benchmarks"):
     if package not in sys.modules:
         _import_from_root(package)
 
