@@ -23,7 +23,7 @@ from ..training.stages.base import to_pixels
 from ..training.world.artwork import Artwork
 from ..training.world.places import PLACES, Random
 from ..training.world.scenes import Look, compose, cut_out, paint_place, random_look, random_placement
-from ..training.world.source import artwork_of_split
+from ..training.world.source import readable_artwork
 
 EDGE = 64  # pixels, of what the judges see
 WIDTHS = (32, 64, 96, 128)
@@ -86,7 +86,7 @@ def train_judges(artwork: Path, settings: JudgesTraining, progress: Callable[[st
     judges = Judges()
     optimizer = torch.optim.AdamW(judges.parameters(), lr=settings.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, settings.steps)
-    drawings = artwork_of_split(artwork, "train")
+    drawings = readable_artwork(artwork, "train")
     for step in range(1, settings.steps + 1):
         pictures, places = _scenes(drawings, settings.batch_size, random)  # [2, B, 3, 64, 64], [2, B]
         here, there = (judges.embed(each) for each in pictures)

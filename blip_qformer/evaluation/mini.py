@@ -25,7 +25,7 @@ from ..training.stages.base import to_picture, to_pixels
 from ..training.world.artwork import Artwork
 from ..training.world.places import PLACES, Place
 from ..training.world.scenes import Look, picture_of, random_look, random_place, random_placement
-from ..training.world.source import artwork_of_split
+from ..training.world.source import readable_artwork
 from .intervals import Share
 from .judges import Judges
 
@@ -96,7 +96,7 @@ class Report:
 def make_cases(artwork: Path, settings: Settings) -> list[Case]:
     """The held-out subjects and where they are asked for; a function of the seed."""
     random = np.random.default_rng(settings.seed)
-    drawings = artwork_of_split(artwork, "held-out")
+    drawings = readable_artwork(artwork, "held-out")
     words = sorted({each.word for each in drawings})
     chosen = random.permutation(len(words))[: settings.things]
     cases = []

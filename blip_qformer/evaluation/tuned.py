@@ -26,7 +26,7 @@ from ..training.stages.base import to_picture, to_pixels
 from ..training.validation import VALIDATION_PROMPTS
 from ..training.world.places import PLACES
 from ..training.world.scenes import picture_of, random_look, random_place, random_placement
-from ..training.world.source import artwork_of_split
+from ..training.world.source import readable_artwork
 from .intervals import Share
 from .judges import Judges
 from .mini import CANDIDATES
@@ -104,7 +104,7 @@ class Thing:
 def make_things(artwork: Path, settings: TunedSettings, count: int) -> list[Thing]:
     """Held-out things; a function of the seed."""
     random = np.random.default_rng(settings.seed)
-    drawings = artwork_of_split(artwork, "held-out")
+    drawings = readable_artwork(artwork, "held-out")
     words = sorted({each.word for each in drawings})
     things = []
     for index in random.permutation(len(words))[:count]:

@@ -28,7 +28,7 @@ from blip_qformer.training.world.scenes import (
     turn_hue,
     varied_look,
 )
-from blip_qformer.training.world.source import World, artwork_of_split
+from blip_qformer.training.world.source import World, artwork_of_split, readable_artwork
 from tests.artwork import HELD_OUT, TRAINED, write_artwork
 
 PLACE = {place.name: place for place in PLACES}
@@ -251,3 +251,12 @@ def test_artwork_that_cannot_be_read_is_skipped_and_counted(tmp_path):
     assert prepared.pairs > 0
     listed = (tmp_path / "pairs" / "skipped.txt").read_text().splitlines()[1:]
     assert {line.split("\t")[2].split(":")[0] for line in listed} <= {f"{f.parent.name}/{f.name}" for f in broken}
+
+
+def test_what_judges_and_reports_take_can_be_read(tmp_path, caplog):
+    folder = write_artwork(tmp_path)
+    whole = artwork_of_split(folder, "held-out")
+    whole[1].file.write_bytes(b"")
+    assert readable_artwork(folder, "held-out") == [whole[0], *whole[2:]]
+    broken = whole[1].file
+    assert f"Artwork is left out that cannot be read: {broken.parent.name}/{broken.name}" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,8 @@ ALONE = Placement(size=0.9, x=0.5, y=0.5)
 GREY = (128, 128, 128)
 
 SUBJECT_EDGE = 128  # pixels; what the subject encoder sees is smaller still
+
+log = logging.getLogger("blip_diffusion")
 
 
 @dataclass(frozen=True)
@@ -108,3 +111,22 @@ def artwork_of_split(folder: Path, split: str) -> list[Artwork]:
     if not chosen:
         raise ValueError(f'"{folder}" has no artwork in the split "{split}": fill it anew with tools.artwork.')
     return chosen
+
+
+@cache
+def readable_artwork(folder: Path, split: str) -> list[Artwork]:
+    """The artwork of one split that can be read; each file that cannot is named in the log.
+
+    Raises:
+        ValueError: there is no such split, or nothing in it.
+    """
+    return [artwork for artwork in artwork_of_split(folder, split) if _is_readable(artwork)]
+
+
+def _is_readable(artwork: Artwork) -> bool:
+    try:
+        trimmed(artwork.file)
+    except OSError as error:
+        log.warning("Artwork is left out that cannot be read: %s.", error)
+        return False
+    return True
