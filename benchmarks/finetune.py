@@ -31,7 +31,11 @@ WAYS = ("low-rank", "low-rank, diffusers and peft", "low-rank, stock Train LoRA"
 
 
 def finetune_rows(host: Host, loaded: SimpleNamespace, unet: UNet2DConditionModel) -> Iterator[Row]:
-    """Seconds per step over a few steps each, on the same latents, with gradient checkpointing."""
+    """Seconds per step over a few steps each, on the same latents, with gradient checkpointing.
+
+    The peers keep the caption's context; ours goes through the text encoder and back in every step, because the vectors
+    train. That encoder is full size, unlike the U-Net, and its share falls with the size of the pictures.
+    """
     work = works(host, loaded, unet)
     where = f"a step of {BATCH} at {EDGE}x{EDGE}"
     for ours, peer, named in (

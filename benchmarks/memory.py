@@ -5,6 +5,8 @@ RssAnon is what a process cannot give back; VmHWM also counts the pages of mappe
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -37,6 +39,7 @@ def cost_in_own_process(work: str, *arguments: str | Path) -> Cost:
 
 def measure(work: Callable[[], Any]) -> Cost:
     """Do the work while a thread watches the process."""
+    _give_back_what_is_free()
     before = {field: _bytes(field) for field in ("RssAnon", "VmHWM")}
     peak, done = [0], threading.Event()
 
@@ -54,6 +57,12 @@ def measure(work: Callable[[], Any]) -> Cost:
     anonymous = max(peak[0], _bytes("RssAnon")) - before["RssAnon"]
     del result  # held until here, so that what it keeps is counted
     return Cost(anonymous, _bytes("VmHWM") - before["VmHWM"], seconds)
+
+
+def _give_back_what_is_free() -> None:
+    """Else work hides in memory that was freed while its models were made."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _load_encoder(path: str) -> Callable[[], Any]:
