@@ -202,7 +202,7 @@ def finetune(
     def look() -> None:
         nonlocal best
         drawn.append(draw(True))
-        if validation.add(number, drawn[-1]):
+        if validation.add(number, drawn[-1]) and number:  # before any step there is nothing to go back to
             best = tuning.snapshot()
 
     try:
@@ -221,7 +221,8 @@ def finetune(
         return Outcome(number, tuning.losses, validation.scores if validation else [], drawn)
     if validation is None:
         return Outcome(number, tuning.losses, [], [])
-    tuning.restore(best)
+    if best is not None:
+        tuning.restore(best)
     return Outcome(validation.best.step, tuning.losses, validation.scores, drawn)
 
 

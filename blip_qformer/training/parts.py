@@ -180,7 +180,7 @@ def initialise(network: nn.Module, width: int) -> None:
     """First weights as BERT and CLIP have them: normal, biases zero, norms neutral.
 
     Their deviation, 0.02, suits a width of 768. It grows as a network gets narrower, so that what a layer adds is as
-    large: with 0.02 at a width of 96 all queries of a Q-Former attend alike for thousands of steps.
+    large.
     """
     deviation = 0.02 * (768 / width) ** 0.5
     for module in network.modules():

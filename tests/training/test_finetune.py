@@ -211,6 +211,20 @@ def test_cancelled_while_a_look_is_drawn_it_ends_there(unet, vectors, latents, a
     assert torch.equal(tuning.vectors, untrained.vectors) == (asked_at == 0)
 
 
+def test_what_is_kept_on_the_way_is_never_the_untrained_weights(unet, vectors, latents, monkeypatch):
+    """For a whole U-Net a snapshot is gigabytes."""
+    tuning = tuning_of(unet, vectors, latents, steps=2)
+    taken_at = []
+    snapshot = tuning.snapshot
+    monkeypatch.setattr(tuning, "snapshot", lambda: taken_at.append(len(tuning.losses)) or snapshot())
+
+    def judge(plain: torch.Tensor) -> Validation:
+        return Validation(lambda pictures, words: torch.ones(1, 16, 2), "dog", torch.ones(16, 2), ["here"], plain)
+
+    finetune(tuning, every=2, draw=lambda with_subject: torch.rand(1, 3, 8, 8), judge=judge)
+    assert taken_at == [2]
+
+
 def test_a_network_without_attention_is_refused():
     with pytest.raises(ValueError, match=r"no attention layers of SD1.5's names to adapt: choose full"):
         LowRank(nn.Sequential(nn.Linear(4, 4)))
