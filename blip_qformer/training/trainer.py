@@ -84,8 +84,9 @@ def train(config: RunConfig) -> Path:
     if average:
         average.to(accelerator.device)
     run_log = RunLog(accelerator, config.output / "log", config.steps, done)
-    batches = seeded_batches(config, accelerator, done)
-    figures = Figures(config, accelerator)
+    stream = pair_stream(config, accelerator, done)
+    batches = seeded_batches(config, accelerator, stream, done)
+    figures = Figures(config, accelerator, stream)
 
     stage.train()
     try:
@@ -130,21 +131,24 @@ def train(config: RunConfig) -> Path:
     return target
 
 
-def seeded_batches(config: RunConfig, accelerator: Accelerator, done: int) -> Iterator[Batch]:
-    """This process's batches from a step on, each pair with a seed of its own.
-
-    A pair's seed comes from its place in the whole run, whichever process it falls to.
-    """
-    consumed = done * config.gradient_accumulation  # batches
-    stream = PairStream(
+def pair_stream(config: RunConfig, accelerator: Accelerator, done: int) -> PairStream:
+    """This process's pairs, behind those that ``done`` steps have had."""
+    return PairStream(
         list(config.pairs),
         seed=config.seed,
         process_index=accelerator.process_index,
         process_count=accelerator.num_processes,
-        skip=consumed * config.batch_size,
+        skip=done * config.gradient_accumulation * config.batch_size,
         batch_size=config.batch_size,
         shuffle_buffer=config.shuffle_buffer,
     )
+
+
+def seeded_batches(config: RunConfig, accelerator: Accelerator, stream: PairStream, done: int) -> Iterator[Batch]:
+    """This process's batches from a step on, each pair with a seed of its own.
+
+    A pair's seed comes from its place in the whole run, whichever process it falls to.
+    """
     loader = DataLoader(
         stream,
         batch_size=config.batch_size,
@@ -154,7 +158,7 @@ def seeded_batches(config: RunConfig, accelerator: Accelerator, done: int) -> It
         pin_memory=accelerator.device.type == "cuda",
         multiprocessing_context="spawn" if config.workers else None,  # torch's threads do not survive a fork
     )
-    for number, batch in enumerate(loader, start=consumed):
+    for number, batch in enumerate(loader, start=done * config.gradient_accumulation):
         first = (number * accelerator.num_processes + accelerator.process_index) * config.batch_size
         batch["seeds"] = pair_seeds(config.seed, range(first, first + len(batch["keys"])))
         yield to_device(batch, accelerator.device)
@@ -206,10 +210,11 @@ def check_is_number(figure: torch.Tensor, step: int, batch: Batch, what: str = "
 
 
 class Figures:
-    """Losses averaged over the steps since they were last taken and over all processes, and the speed."""
+    """Losses averaged over the steps since they were last taken and over all processes, the speed, what was lost."""
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator):
+    def __init__(self, config: RunConfig, accelerator: Accelerator, stream: PairStream):
         self._accelerator = accelerator
+        self._stream = stream
         self._batch = config.batch_size * accelerator.num_processes
         self._begin()
 
@@ -225,12 +230,17 @@ class Figures:
             self._sums[name] = self._sums.get(name, 0) + value.detach().float()
 
     def take(self, learning_rate: float) -> dict[str, float]:
-        """The averages, and begin anew; all processes take together."""
+        """The averages, and begin anew; all processes take together.
+
+        ``unreadable``, how often something could not be read since the run was started, is there where it is not 0.
+        """
+        unreadable = self._accelerator.reduce(torch.tensor(self._stream.unreadable, device=self._accelerator.device))
         sums = self._accelerator.reduce(torch.stack([*self._sums.values()]), "mean")
         averages = dict(zip(self._sums, (sums / self._count).tolist(), strict=True))
         speed = self._count * self._batch / (time.monotonic() - self._since)
         self._begin()
-        return {**averages, "learning_rate": learning_rate, "samples_per_second": speed}
+        figures = {**averages, "learning_rate": learning_rate, "samples_per_second": speed}
+        return {**figures, "unreadable": int(unreadable)} if unreadable else figures
 
 
 def _draw(stage: Stage, average: EMAModel | None, run_log: RunLog, step: int) -> None:

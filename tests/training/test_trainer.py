@@ -7,6 +7,7 @@ import itertools
 import math
 import resource
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,12 +18,21 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from blip_qformer.training import trainer
+from blip_qformer.training.batches import Batch
 from blip_qformer.training.checkpoints import latest_checkpoint
 from blip_qformer.training.config import RunConfig
 from blip_qformer.training.parts import load_parts
 from blip_qformer.training.stages import make_stage
 from blip_qformer.training.stages.subject import SubjectStage
-from blip_qformer.training.trainer import NotANumberError, averaged, make_average, pair_seeds, seeded_batches, train
+from blip_qformer.training.trainer import (
+    NotANumberError,
+    averaged,
+    make_average,
+    pair_seeds,
+    pair_stream,
+    seeded_batches,
+    train,
+)
 from tests import tiny
 
 
@@ -127,13 +137,17 @@ def test_a_run_that_is_done_is_only_saved_again(pairs, tmp_path):
     assert load_parts(model).vae.config.scaling_factor == scaling
 
 
+def batches_from(config: RunConfig, accelerator: Accelerator, done: int) -> Iterator[Batch]:
+    return seeded_batches(config, accelerator, pair_stream(config, accelerator, done), done)
+
+
 def test_batches_go_on_where_they_were(pairs):
     """The same pairs with the same seeds, each of its own; in another epoch, too."""
     done = 5
     config = tiny.make_config("vision", pairs=pairs, gradient_accumulation=2)
     accelerator = Accelerator(cpu=True)
-    whole = list(itertools.islice(seeded_batches(config, accelerator, 0), 2 * done + 3))
-    rest = list(itertools.islice(seeded_batches(config, accelerator, done), 3))
+    whole = list(itertools.islice(batches_from(config, accelerator, 0), 2 * done + 3))
+    rest = list(itertools.islice(batches_from(config, accelerator, done), 3))
     for found, expected in zip(rest, whole[2 * done :], strict=True):
         assert found["keys"] == expected["keys"]
         assert found["seeds"] == expected["seeds"]
@@ -153,7 +167,7 @@ def test_seeds_belong_to_places_and_not_to_processes(pairs):
             self.process_index = index
 
     config = tiny.make_config("vision", pairs=pairs, batch_size=2)
-    shared = [next(itertools.islice(seeded_batches(config, Two(index), 3), 1, None)) for index in range(2)]
+    shared = [next(itertools.islice(batches_from(config, Two(index), 3), 1, None)) for index in range(2)]
     whole = pair_seeds(0, range(4 * 4, 5 * 4))
     assert [seed for batch in shared for seed in batch["seeds"]] == whole
     assert len(set(pair_seeds(0, range(10_000)) + pair_seeds(1, range(10_000)))) == 20_000
@@ -237,6 +251,21 @@ def test_the_log_has_the_figures_and_the_pictures(pairs, tmp_path):
     (picture,) = events.Images("samples")
     assert (picture.step, picture.width, picture.height) == (4, 2 * 32, 3 * 32)
     assert (tmp_path / "samples.png").is_file()
+
+
+def test_what_cannot_be_read_is_among_the_figures(tmp_path):
+    """A pair and a whole shard; where everything can be read there is no such figure."""
+    folder = tiny.write_pairs(tmp_path / "pairs", shards=2)
+    settings = {"pairs": str(folder), "log_every": 1, "samples_every": 0, "batch_size": 8}
+    tiny.run(tiny.make_config(output=str(tmp_path / "whole"), steps=2, **settings))
+    with pytest.raises(KeyError, match="unreadable"):
+        scalars(tmp_path / "whole" / "log", "unreadable")
+
+    (folder / "0.tar").write_bytes(b"no archive")
+    tiny.run(tiny.make_config(output=str(tmp_path / "damaged"), steps=3, **settings))
+    counts = [*scalars(tmp_path / "damaged" / "log", "unreadable").values()]
+    assert counts[-1] == 3  # once in each epoch, of which one batch is left
+    assert counts == sorted(counts)
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(pairs, tmp_path, monkeypatch, caplog):
