@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from .batches import Batch
 from .checkpoints import latest_checkpoint, load_checkpoint, remove_unfinished, save_checkpoint
 from .config import RunConfig
+from .cpu_attention import fast_attention
 from .progress import RunLog
 from .shards import PairStream
 from .stages import Stage, make_stage, stage_class
@@ -93,7 +94,7 @@ def train(config: RunConfig) -> Path:
         for step in range(done + 1, config.steps + 1):
             for _ in range(config.gradient_accumulation):
                 batch = next(batches)
-                with accelerator.accumulate(model):
+                with accelerator.accumulate(model), fast_attention(accelerator.device):
                     losses = model(batch)
                     check_is_number(losses["loss"], step, batch)
                     accelerator.backward(losses["loss"])
