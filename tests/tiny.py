@@ -111,10 +111,10 @@ def make_batch(stage: str, numbers: Sequence[int], **options: Any) -> dict[str, 
     return {**batch, "seeds": [pair_seeds(0, range(number, number + 1))[0] for number in numbers]}
 
 
-def run(config: RunConfig) -> Path:
+def run(config: RunConfig, stop_at: int | None = None) -> Path:
     """Train in this process, as if none had been trained in it before."""
     reset_accelerate()
-    return train(config)
+    return train(config, stop_at)
 
 
 def reset_accelerate() -> None:

@@ -19,10 +19,29 @@ NAME = re.compile(r"step-(\d+)")
 STATE = "run.json"
 
 
+def find_newest(folder: Path, accelerator: Accelerator) -> Path | None:
+    """The checkpoint that all processes go on from, or None; what a killed run was writing is removed.
+
+    Raises:
+        ValueError: processes see different ones.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_unfinished(folder)
+    accelerator.wait_for_everyone()
+    newest = latest_checkpoint(folder)
+    seen = accelerator.gather(torch.tensor([_step(newest) if newest else 0], device=accelerator.device)).tolist()
+    if len(set(seen)) > 1:
+        raise ValueError(
+            f"The newest checkpoint in {folder} is that of step {max(seen)} for some processes and of step {min(seen)} "
+            "for others: choose an output that all machines share."
+        )
+    return newest
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint in a folder, or None."""
-    found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name)]
-    return max(found, key=_step, default=None)
+    return max(_checkpoints(folder), key=_step, default=None)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -61,7 +80,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, data_orde
         ) from problem
     if accelerator.is_main_process:
         partial.rename(final)
-        for old in sorted(folder.glob("step-*"), key=_step)[:-KEPT]:
+        for old in sorted(_checkpoints(folder), key=_step)[:-KEPT]:
             shutil.rmtree(old.rename(_hidden(old)))
     accelerator.wait_for_everyone()
     return final
@@ -94,7 +113,7 @@ def _in_any_process(accelerator: Accelerator, here: bool) -> bool:
 
 
 def _flush(folder: Path) -> None:
-    """Onto the disk with it, so that a checkpoint that has its name is whole even after a power failure."""
+    """Onto the disk with what is in it, before it gets the name of something whole."""
     for path in folder.iterdir():
         with path.open("rb+") as file:
             os.fsync(file.fileno())
@@ -102,6 +121,10 @@ def _flush(folder: Path) -> None:
 
 def _hidden(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if NAME.fullmatch(path.name)]
 
 
 def _step(path: Path) -> int:

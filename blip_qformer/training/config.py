@@ -24,7 +24,8 @@ class RunConfig:
         networks: the folders of those networks (``encoder``, ``text_encoder``, ``unet``, ``vae``) that do not come from
             ``model``: the U-Net, text encoder and VAE of Stable Diffusion for a new Q-Former, for example.
         pairs: folders, shards or patterns, see :class:`~.shards.PairStream`.
-        output: the folder for checkpoints, logs and the trained model.
+        output: the folder for checkpoints, logs and the trained model; several machines need one that they share.
+        seed: of new weights, of the pairs' order, and of all noise.
         steps: how often the weights are updated.
         batch_size: pairs a process reads at once; times processes times gradient_accumulation is what one update sees.
         learning_rate, warmup_steps, schedule, weight_decay, betas, epsilon, largest_gradient: AdamW's and what is
@@ -34,6 +35,7 @@ class RunConfig:
         average_decay: of the weights' moving average, which is what is saved at the end; 0 saves the weights.
         saved_as: precision of the trained model's files.
         workers: processes that read pairs, for each training process.
+        shuffle_buffer: how many pairs each of them mixes, see :class:`~.shards.PairStream`.
         checkpoint_every, samples_every, log_every: in steps; 0 never.
         options: what only this stage has.
     """
@@ -76,14 +78,14 @@ class RunConfig:
 SMALLEST = {"steps": 1, "batch_size": 1, "gradient_accumulation": 1}
 
 
-def read_config(file: Path, **changes: Any) -> RunConfig:
-    """A run's file; ``changes`` take the place of what stands in it.
+def read_config(file: Path) -> RunConfig:
+    """A run's file.
 
     Raises:
         FileNotFoundError: it is not there.
         ValueError: it is no YAML mapping, or a name in it is unknown, missing, or of the wrong kind.
     """
-    content = _read_yaml(file) | changes
+    content = _read_yaml(file)
     if str(content.get("model")).endswith((".yaml", ".yml")):
         content["model"] = _read_yaml(file.parent / content["model"])
     return config_from(content, str(file))

@@ -20,7 +20,7 @@ def add_pretrain_command(commands: argparse._SubParsersAction) -> None:
         "checkpoint. For several GPUs or machines: accelerate launch -m blip_qformer pretrain CONFIG.",
     )
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a file such as training/runs/mini/2-vision.yaml")
-    parser.add_argument("--steps", metavar="N", type=int, help="stop there, whatever the file says")
+    parser.add_argument("--steps", metavar="N", type=int, help="stop there for today; without it, the run goes on")
     parser.set_defaults(command=_pretrain)
 
 
@@ -30,5 +30,4 @@ def _pretrain(arguments: argparse.Namespace) -> None:
         import_extra(name, "Training")
     from .trainer import train  # what it imports may be missing on a machine that only draws
 
-    changes = {} if arguments.steps is None else {"steps": arguments.steps}
-    print(f"The trained model is in {train(read_config(arguments.config, **changes))}.")
+    print(f"The trained model is in {train(read_config(arguments.config), arguments.steps)}.")

@@ -8,7 +8,6 @@ A run that was killed goes on from its last checkpoint, with the same pairs in t
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,35 +16,32 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 
 from .batches import Batch
-from .checkpoints import latest_checkpoint, load_checkpoint, remove_unfinished, save_checkpoint
+from .checkpoints import find_newest, save_checkpoint
 from .config import RunConfig
-from .cpu_attention import fast_attention
 from .progress import RunLog
 from .shards import PairStream
 from .stages import Stage, make_stage, stage_class
-
-SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}  # diffusers' plain constant has no warm-up
-
-
-class NotANumberError(ValueError):
-    """The loss is no longer a number."""
+from .updates import Updates, averaged
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, stop_at: int | None = None) -> Path:
     """Run a stage to its end, from its last checkpoint if there is one.
 
+    Args:
+        stop_at: the last step to take, where that is not the run's last one; its schedule stays that of the whole run.
     Returns:
         The folder of the trained model, in the Hub layout.
     Raises:
         NotANumberError: the loss became NaN or infinite; names the step and the pairs.
-        ValueError: something in the run's file does not fit.
+        ValueError: something in the run's file does not fit, or stop_at is no step.
         OSError: the disk is full; the last checkpoint stays whole.
     """
+    if stop_at is not None and stop_at < 1:
+        raise ValueError(f"The run is to stop at step {stop_at}, but the first one is 1.")
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,
@@ -55,77 +51,40 @@ def train(config: RunConfig) -> Path:
     set_seed(config.seed, device_specific=True)
     stage = make_stage(config)
     stage.to(accelerator.device)
-    average = make_average(stage, config.average_decay)
-    optimizer = torch.optim.AdamW(
-        stage.trained(),
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,  # one kernel instead of ten, which on a CPU is a tenth of a step
-    )
-    # accelerate steps a scheduler once for each process, so that it is told of so many more steps.
-    processes = accelerator.num_processes
-    scheduler = get_scheduler(
-        SCHEDULES[config.schedule],
-        optimizer,
-        num_warmup_steps=config.warmup_steps * processes,
-        num_training_steps=config.steps * processes,
-    )
-    model, optimizer, scheduler = accelerator.prepare(stage, optimizer, scheduler)
-    if average:
-        accelerator.register_for_checkpointing(average)
-
+    updates = Updates(config, accelerator, stage)
     checkpoints = config.output / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        remove_unfinished(checkpoints)
-    newest = latest_checkpoint(checkpoints)
-    done = load_checkpoint(accelerator, newest, config.data_order) if newest else 0
-    if average:
-        average.to(accelerator.device)
-    run_log = RunLog(accelerator, config.output / "log", config.steps, done)
+    newest = find_newest(checkpoints, accelerator)
+    done = updates.take_up(newest) if newest else 0
+    last = config.steps if stop_at is None else min(stop_at, config.steps)
     stream = pair_stream(config, accelerator, done)
     batches = seeded_batches(config, accelerator, stream, done)
-    figures = Figures(config, accelerator, stream)
 
+    run_log = RunLog(accelerator, config.output / "log", config.steps, done)
+    figures = Figures(config, accelerator, stream)
     stage.train()
     try:
-        for step in range(done + 1, config.steps + 1):
-            for _ in range(config.gradient_accumulation):
-                batch = next(batches)
-                with accelerator.accumulate(model), fast_attention(accelerator.device):
-                    losses = model(batch)
-                    check_is_number(losses["loss"], step, batch)
-                    accelerator.backward(losses["loss"])
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(stage.trained(), config.largest_gradient or math.inf)
-                        if config.mixed_precision != "fp16":  # there the scaler leaves such a step out by itself
-                            check_is_number(norm, step, batch, "gradient")
-                    optimizer.step()
-                    scheduler.step()
-                    optimizer.zero_grad()
+        for step in range(done + 1, last + 1):
+            for losses in updates.make(step, batches):
                 figures.add(losses)
-            if average:
-                average.step(stage.trained())
             run_log.step()
-            if _due(step, config.log_every, config.steps):
-                run_log.figures(figures.take(scheduler.get_last_lr()[0]), step)
-            if accelerator.is_main_process and _due(step, config.samples_every, config.steps):
-                _draw(stage, average, run_log, step)
-            if _due(step, config.checkpoint_every, config.steps):
-                save_checkpoint(accelerator, checkpoints, step, config.data_order)
+            if _due(step, config.log_every, last):
+                run_log.figures(figures.take(updates.learning_rate), step)
+            with figures.paused():
+                if accelerator.is_main_process and _due(step, config.samples_every, last):
+                    _draw(stage, updates.average, run_log, step)
+                if _due(step, config.checkpoint_every, last):
+                    save_checkpoint(accelerator, checkpoints, step, config.data_order)
     finally:
         run_log.close()
 
     target = config.output / "model"
     if accelerator.is_main_process:
-        with averaged(stage, average):
+        with averaged(stage, updates.average):
             stage.finish(batches)
             stage.save(target)
     accelerator.wait_for_everyone()
     # Let go of whatever wraps the model while the processes are still connected: later, gloo may wait for ever.
-    del model, batches
+    del updates, batches
     accelerator.free_memory()
     gc.collect()
     accelerator.end_training()
@@ -178,38 +137,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     }
 
 
-def make_average(stage: Stage, decay: float) -> EMAModel | None:
-    """The moving average of what trains, or None where there is to be none; early on it forgets faster."""
-    if not decay:
-        return None
-    return EMAModel(stage.trained(), decay=decay, use_ema_warmup=True, inv_gamma=10.0, power=0.75, foreach=True)
-
-
-@contextmanager
-def averaged(stage: Stage, average: EMAModel | None) -> Iterator[None]:
-    """Inside, the stage is in evaluation mode with its averaged weights, which are what is saved in the end."""
-    stage.eval()
-    if average:
-        average.store(stage.trained())
-        average.copy_to(stage.trained())
-    try:
-        yield
-    finally:
-        if average:
-            average.restore(stage.trained())
-        stage.train()
-
-
-def check_is_number(figure: torch.Tensor, step: int, batch: Batch, what: str = "loss") -> None:
-    """Raises :class:`NotANumberError` where a loss or a gradient is NaN or infinite, naming the step and the pairs."""
-    if not math.isfinite(value := float(figure.detach())):
-        pairs = ", ".join(batch["keys"])
-        raise NotANumberError(
-            f"The {what} of step {step} is {value}, for the pairs {pairs}: look at them, or lower the learning rate; "
-            "the run goes on from its last checkpoint."
-        )
-
-
 class Figures:
     """Losses averaged over the steps since they were last taken and over all processes, the speed, what was lost."""
 
@@ -223,6 +150,13 @@ class Figures:
         self._sums: dict[str, torch.Tensor] = {}
         self._count = 0
         self._since = time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count as time that training took."""
+        begun = time.monotonic()
+        yield
+        self._since += time.monotonic() - begun
 
     def add(self, losses: dict[str, torch.Tensor]) -> None:
         """Losses of one batch."""

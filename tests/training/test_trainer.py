@@ -17,22 +17,15 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from blip_qformer.training import trainer
+from blip_qformer.training import trainer, updates
 from blip_qformer.training.batches import Batch
-from blip_qformer.training.checkpoints import latest_checkpoint
+from blip_qformer.training.checkpoints import find_newest, latest_checkpoint
 from blip_qformer.training.config import RunConfig
 from blip_qformer.training.parts import load_parts
 from blip_qformer.training.stages import make_stage
 from blip_qformer.training.stages.subject import SubjectStage
-from blip_qformer.training.trainer import (
-    NotANumberError,
-    averaged,
-    make_average,
-    pair_seeds,
-    pair_stream,
-    seeded_batches,
-    train,
-)
+from blip_qformer.training.trainer import pair_seeds, pair_stream, seeded_batches, train
+from blip_qformer.training.updates import NotANumberError, averaged, make_average
 from tests import tiny
 
 
@@ -66,14 +59,14 @@ def scalars(log: Path, name: str) -> dict[int, float]:
 def seen_pairs(monkeypatch):
     """The keys of every batch that a loss was computed of."""
     seen: list[list[str]] = []
-    original = trainer.check_is_number
+    original = updates.check_is_number
 
-    def check_is_number(figure, step, batch, what="loss"):
+    def check_is_number(figure, step, keys, what="loss"):
         if what == "loss":
-            seen.append(batch["keys"])
-        original(figure, step, batch, what)
+            seen.append(keys)
+        original(figure, step, keys, what)
 
-    monkeypatch.setattr(trainer, "check_is_number", check_is_number)
+    monkeypatch.setattr(updates, "check_is_number", check_is_number)
     yield seen
     monkeypatch.undo()
 
@@ -217,22 +210,21 @@ def poisoned_gradient(stage, loss):
 
 @pytest.mark.parametrize(("poisoned", "what"), [(poisoned_loss, "loss"), (poisoned_gradient, "gradient")])
 def test_what_is_no_number_stops_the_run(pairs, tmp_path, monkeypatch, poisoned, what):
-    """With the step and the pairs named, and before anything of it is kept."""
+    """With the step and all its pairs named, and before anything of it is kept."""
     original = SubjectStage.forward
     batches = []
 
     def forward(self, batch):
         batches.append(batch["keys"])
         losses = original(self, batch)
-        return {**losses, "loss": poisoned(self, losses["loss"])} if len(batches) == 2 else losses
+        return {**losses, "loss": poisoned(self, losses["loss"])} if len(batches) == 4 else losses
 
     monkeypatch.setattr(SubjectStage, "forward", forward)
-    config = tiny.make_config(pairs=pairs, output=str(tmp_path), checkpoint_every=1)
+    config = tiny.make_config(pairs=pairs, output=str(tmp_path), checkpoint_every=1, gradient_accumulation=2)
     with pytest.raises(NotANumberError) as error:
         tiny.run(config)
-    assert str(error.value).startswith(
-        f"The {what} of step 2 is nan, for the pairs {', '.join(batches[1])}: look at them"
-    )
+    named = batches[3] if what == "loss" else batches[2] + batches[3]
+    assert str(error.value).startswith(f"The {what} of step 2 is nan, for the pairs {', '.join(named)}: look at them")
     assert latest_checkpoint(tmp_path / "checkpoints").name == "step-00000001"
     assert not (tmp_path / "model").exists()
 
@@ -282,6 +274,25 @@ def test_a_log_that_cannot_be_written_stops_nothing(pairs, tmp_path, monkeypatch
     assert warning == f"The log in {tmp_path / 'log'} cannot be written ({reason}): the run goes on without it."
 
 
+def test_a_copy_of_a_checkpoint_is_let_be(pairs, tmp_path):
+    config = tiny.make_config("vision", pairs=pairs, output=str(tmp_path), steps=3, checkpoint_every=1)
+    kept = tmp_path / "checkpoints" / "step-00000001-kept"
+    kept.mkdir(parents=True)
+    tiny.run(config)
+    names = {path.name for path in kept.parent.iterdir()}
+    assert names == {"step-00000001-kept", "step-00000002", "step-00000003"}
+
+
+def test_processes_that_see_other_checkpoints_get_one_sentence(tmp_path, monkeypatch):
+    """As machines do that do not share the folder: one would go on, and the other begin anew."""
+    (tmp_path / "step-00000007").mkdir()
+    accelerator = Accelerator(cpu=True)
+    assert find_newest(tmp_path, accelerator).name == "step-00000007"
+    monkeypatch.setattr(accelerator, "gather", lambda here: torch.cat([here, torch.zeros_like(here)]))
+    with pytest.raises(ValueError, match="is that of step 7 for some processes and of step 0 for others: choose an"):
+        find_newest(tmp_path, accelerator)
+
+
 def test_what_was_logged_behind_the_last_checkpoint_is_logged_anew(pairs, tmp_path):
     settings = {"pairs": pairs, "output": str(tmp_path), "log_every": 1, "workers": 0}
     tiny.run(tiny.make_config("vision", steps=2, checkpoint_every=2, **settings))
@@ -317,6 +328,39 @@ def test_the_learning_rate_follows_its_schedule(pairs, tmp_path):
     cosine = learning_rates(tiny.make_config("vision", output=str(tmp_path / "cosine"), schedule="cosine", **settings))
     expected = [1e-3 * (0.5 if step < 2 else (1 + math.cos(math.pi * (step - 2) / 4)) / 2) for step in range(1, 7)]
     assert cosine == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_run_goes_on_with_the_settings_that_its_file_has_now(pairs, tmp_path):
+    """Whoever lowers the learning rate after a loss that is no number wants it lower."""
+    settings = {"pairs": pairs, "output": str(tmp_path), "log_every": 1, "average_decay": 0.9, "schedule": "cosine"}
+    tiny.run(tiny.make_config("vision", steps=2, checkpoint_every=2, learning_rate=1e-3, **settings))
+    changes = {"learning_rate": 1e-4, "weight_decay": 0.5, "betas": [0.8, 0.9], "epsilon": 1e-6, "average_decay": 0.5}
+    config = tiny.make_config("vision", steps=4, checkpoint_every=4, **{**settings, **changes})
+    tiny.run(config)
+    rates = scalars(tmp_path / "log", "learning_rate")
+    assert rates[3] == pytest.approx(1e-4 * (1 + math.cos(math.pi * 3 / 4)) / 2)
+    last = tmp_path / "checkpoints" / "step-00000004"
+    (group,) = torch.load(last / "optimizer.bin")["param_groups"]
+    found = {"weight_decay": group["weight_decay"], "betas": [*group["betas"]], "epsilon": group["eps"]}
+    found |= {"learning_rate": group["initial_lr"]}
+    found |= {"average_decay": torch.load(last / "custom_checkpoint_0.pkl")["decay"]}
+    assert found == changes
+
+
+def test_a_run_stopped_for_today_goes_on_as_if_it_had_not_been(pairs, tmp_path):
+    """Its schedule is that of the whole run, before and after."""
+    settings = {"pairs": pairs, "steps": 5, "log_every": 1, "schedule": "cosine", "learning_rate": 1e-3}
+    stopped = tiny.make_config("vision", output=str(tmp_path / "stopped"), **settings)
+    model = tiny.run(dataclasses.replace(stopped, checkpoint_every=100), stop_at=2)
+    assert latest_checkpoint(stopped.output / "checkpoints").name == "step-00000002"
+    assert load_parts(model)  # there is something to look at
+    tiny.run(stopped)
+    whole = tiny.make_config("vision", output=str(tmp_path / "whole"), **settings)
+    tiny.run(whole)
+    assert scalars(stopped.output / "log", "learning_rate") == scalars(whole.output / "log", "learning_rate")
+    assert_same(weights(stopped.output / "model"), weights(whole.output / "model"))
+    with pytest.raises(ValueError, match="is to stop at step 0, but the first one is 1"):
+        tiny.run(stopped, stop_at=0)
 
 
 def test_the_moving_average_is_what_is_saved(pairs, tmp_path, monkeypatch):
