@@ -39,16 +39,16 @@ def vision_batch(pairs: Sequence[Pair], size: int) -> Batch:
 
 
 def multimodal_batch(pairs: Sequence[Pair], size: int, tokens: int) -> Batch:
-    """Photographs as the image encoder reads them; captions as ``[CLS] caption [SEP]``, all of one length."""
-    encodings = bert_tokenizer().encode_batch([pair.caption for pair in pairs])
-    for encoding in encodings:
-        encoding.truncate(tokens)
-        encoding.pad(tokens)
+    """Photographs as the image encoder reads them; captions as ``[CLS] caption [SEP]``, cut or padded to one length."""
+    encodings = bert_tokenizer().encode_batch([pair.caption for pair in pairs], add_special_tokens=False)
+    begin, end, padding = map(bert_tokenizer().token_to_id, ("[CLS]", "[SEP]", "[PAD]"))
+    captions = [[begin, *encoding.ids[: tokens - 2], end] for encoding in encodings]
+    missing = [tokens - len(ids) for ids in captions]
     return {
         "keys": [pair.key for pair in pairs],
         "pixel_values": _pixel_values([pair.target for pair in pairs], size),
-        "input_ids": torch.tensor([encoding.ids for encoding in encodings]),
-        "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings]),
+        "input_ids": torch.tensor([ids + n * [padding] for ids, n in zip(captions, missing, strict=True)]),
+        "attention_mask": torch.tensor([(tokens - n) * [1] + n * [0] for n in missing]),
     }
 
 

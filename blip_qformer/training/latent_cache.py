@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,14 +30,9 @@ class LatentCache:
         self.vae, self.folder = vae, folder / f"{resolution}-{digest.hexdigest()[:16]}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def encode(self, keys: Sequence[str], pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [B, 4, h, w] of each picture's latents.
-
-        Args:
-            keys: the pictures' names; one key is always the same picture.
-            pictures: [B, 3, H, W] in 0..1.
-        """
-        paths = [self.folder / f"{key}.safetensors" for key in keys]
+    def encode(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [B, 4, h, w] of each picture's latents; pictures are [B, 3, H, W] in 0..1."""
+        paths = [self.folder / f"{_digest(picture)}.safetensors" for picture in pictures]
         for path, picture in zip(paths, pictures, strict=True):
             if not path.is_file():
                 # Each alone, so that its latents are the same to the last bit whichever batch it comes in first.
@@ -47,6 +41,11 @@ class LatentCache:
                     save_file({MEAN: _plain(distribution.mean[0]), DEVIATION: _plain(distribution.std[0])}, temporary)
         kept = [load_file(path, device=str(pictures.device)) for path in paths]
         return torch.stack([each[MEAN] for each in kept]), torch.stack([each[DEVIATION] for each in kept])
+
+
+def _digest(picture: Tensor) -> str:
+    """A name for what is in a picture, which pairs that were made anew do not share with the old ones."""
+    return hashlib.blake2b(picture.cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -94,7 +94,9 @@ def decode_pair(sample: Sample) -> Pair:
     """The pair in its files; anything may be raised by a file that is damaged."""
     details = json.loads(_content(sample.files["json"]))
     word, caption = details.pop("word"), details.pop("caption")
-    tokenize_subjects([word, caption])  # raises for what cannot be read
+    tokenize_subjects([word])  # raises for what cannot be read
+    if not caption.strip():
+        raise ValueError("its caption is empty")
     pictures = [_decode_picture(sample.files, role) for role in ("subject", "target")]
     return Pair(sample.key, *pictures, word, caption, details)
 

@@ -50,9 +50,9 @@ def test_the_vocabulary_is_whole_words():
 def test_stages_ask_with_the_exchanged_words(stage, monkeypatch):
     heard = []
 
-    def tokenize(words):
+    def tokenize(words, max_tokens):
         heard.append(list(words))
-        return original(words)
+        return original(words, max_tokens)
 
     original = questions.tokenize_subjects
     monkeypatch.setattr(questions, "tokenize_subjects", tokenize)
@@ -64,3 +64,16 @@ def test_stages_ask_with_the_exchanged_words(stage, monkeypatch):
     assert len(heard) == 1
     assert len(heard[0]) == 4
     assert set(heard[0]) <= set(vocabulary_words()) - set(batch["words"])
+
+
+def test_a_word_inside_another_stays():
+    captions = ["a cat on a catamaran, the bobcat and the cat's bowl"]
+    (word,), (caption,) = exchange_words(["cat"], captions, 1.0, generators([0]))
+    assert caption == f"a {word} on a catamaran, the bobcat and the {word}'s bowl"
+
+
+def test_a_word_longer_than_the_qformer_reads_gets_one_sentence():
+    encoder = tiny.make_stage("appearance").parts.encoder
+    size = encoder.config.vision.image_size
+    with pytest.raises(ValueError, match="reads at most 30: name the thing in one to three words"):
+        questions.ask(encoder, torch.zeros(1, 3, size, size), ["dog " * 31])

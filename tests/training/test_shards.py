@@ -97,7 +97,7 @@ def test_a_pair_comes_back(shards):
         assert (found.word, found.caption, found.extra) == (expected.word, expected.caption, expected.extra)
         for role in ("subject", "target"):
             difference = np.array(getattr(found, role), float) - np.array(getattr(expected, role), float)
-            assert found.subject.mode == "RGB"
+            assert getattr(found, role).mode == "RGB"
             assert np.abs(difference).mean() < 4  # lossy
 
 
@@ -186,6 +186,18 @@ def test_skipping_decodes_nothing_and_steps_over_whole_epochs(shards, tmp_path, 
     first(PairStream(indexed(shards, tmp_path), skip=100 * COUNT + 3), 1)
     assert len(decoded) == 1
     assert len(read) <= SHARDS
+
+
+def test_any_caption_is_read_but_none_at_all(tmp_path, caplog):
+    """It is not the word that the Q-Former is asked about: signs and length are for the text encoder to cut."""
+    captions = {"a": "a dog 🐕 in the snow", "b": "🐕", "c": "dog " * 600, "d": "  "}
+    for key, caption in captions.items():
+        for role in ("subject", "target"):
+            getattr(make_pair(0), role).save(tmp_path / f"{key}.{role}.png")
+        (tmp_path / f"{key}.json").write_text(json.dumps({"word": "dog", "caption": caption}))
+    found = first(PairStream(tmp_path), 3)
+    assert {pair.key: pair.caption for pair in found} == {key: captions[key] for key in "abc"}
+    assert all("its caption is empty" in message for message in caplog.messages)
 
 
 def damaged(loose: Path, folder: Path) -> tuple[Path, set[str]]:

@@ -264,8 +264,15 @@ def test_latents_that_are_kept_change_nothing(tmp_path):
     restarted = tiny.make_stage("subject", **kept)
     restarted.parts.vae.encode = None  # is not asked again
     assert restarted(batch)["loss"].item() == first.item()
-    with pytest.raises(ValueError, match="only one source keeps unique: name one"):
-        tiny.make_stage("subject", pairs=["a", "b"], options={"keep_latents": True})
+
+
+def test_latents_are_those_of_the_picture_whatever_its_key(tmp_path):
+    """Pairs that were made anew, or that come from two sources, have the keys of other pictures."""
+    stage = tiny.make_stage("subject", output=tmp_path, options={"resolution": 32, "keep_latents": True})
+    stage(tiny.make_batch("subject", NUMBERS))
+    other = tiny.make_batch("subject", [number + 100 for number in NUMBERS])
+    other["keys"] = tiny.make_batch("subject", NUMBERS)["keys"]
+    assert stage(other)["loss"].item() == pytest.approx(tiny.make_stage("subject")(other)["loss"].item(), rel=1e-6)
 
 
 def test_the_vae_sees_crops_and_keeps_its_latents_at_one(monkeypatch):

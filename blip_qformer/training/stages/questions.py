@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 
@@ -14,7 +15,8 @@ from ...encoder.tokenizer import bert_tokenizer
 
 def ask(encoder: SubjectEncoder, pixel_values: Tensor, words: Sequence[str]) -> Tensor:
     """The Q-Former's answer [B, Q, width] about pictures [B, 3, S, S], before the projection; the ViT is frozen."""
-    ids, mask = (each.to(pixel_values.device) for each in tokenize_subjects(words))
+    tokens = tokenize_subjects(words, encoder.config.qformer.text_positions)
+    ids, mask = (each.to(pixel_values.device) for each in tokens)
     with torch.no_grad():
         image_tokens = encoder.vision(pixel_values)
     return encoder.qformer(image_tokens, ids, mask)
@@ -38,8 +40,13 @@ def exchange_words(
     for word, caption, source in zip(words, captions, sources, strict=True):
         drawn, which = torch.rand(2, generator=source).tolist()
         other = vocabulary_words()[int(which * len(vocabulary_words()))] if drawn < chance else word
-        asked.append((other, caption.replace(word, other)))
+        asked.append((other, _exchanged(caption, word, other)))
     return [word for word, _ in asked], [caption for _, caption in asked]
+
+
+def _exchanged(caption: str, word: str, other: str) -> str:
+    """A caption with another word, wherever it stands by itself: not in the "catamaran" of a "cat"."""
+    return re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", lambda _: other, caption)
 
 
 @cache

@@ -53,8 +53,6 @@ class SubjectStage(Stage):
         super().__init__(config)
         if config.gradient_checkpointing:
             self.parts.unet.enable_gradient_checkpointing()
-        if self.keep_latents and len(config.pairs) > 1:
-            raise ValueError("keep_latents tells targets apart by keys that only one source keeps unique: name one.")
         self.latents = None
         if self.keep_latents:
             self.latents = LatentCache(config.output / "latents", self.parts.vae, self.options(config)["resolution"])
@@ -111,7 +109,7 @@ class SubjectStage(Stage):
     @torch.no_grad()
     def _encode_targets(self, batch: Batch, sources: list[torch.Generator]) -> Tensor:
         if self.latents:
-            mean, deviation = self.latents.encode(batch["keys"], batch["targets"])
+            mean, deviation = self.latents.encode(batch["targets"])
         else:
             distribution = self.parts.vae.encode(batch["targets"] * 2 - 1).latent_dist
             mean, deviation = distribution.mean.float(), distribution.std.float()
