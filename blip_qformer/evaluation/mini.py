@@ -3,12 +3,12 @@
 Identity: does a generated picture pick its reference out of twenty candidates? Context: is it where the prompt says?
 Blending: does the likeness move steadily from one subject to the other? The baselines answer the same questions with
 the same model: without a subject, with another thing's subject, and with the reference pasted into a picture that was
-drawn without a subject.
+drawn without a subject; where two are blended, with one faded into the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ..training.parts import ModelParts
 from ..training.sampling import draw
 from ..training.stages.base import to_picture, to_pixels
 from ..training.world.artwork import Artwork
-from ..training.world.places import PLACES, Place
+from ..training.world.places import PLACES, Place, Random
 from ..training.world.scenes import Look, picture_of, random_look, random_place, random_placement
 from ..training.world.source import readable_artwork
 from .intervals import Share
@@ -72,43 +72,59 @@ class Case:
     artwork: Artwork
     look: Look
     reference: Image.Image
+    shown_in: Place
     place: Place
     noise_seed: int
 
 
 @dataclass
 class Report:
-    """What was measured: for each way of drawing the share of right identities and of right places."""
+    """What was measured: for each way of drawing the share of right identities, right places and steady blends."""
 
     identity: dict[str, Share] = field(default_factory=dict)
     context: dict[str, Share] = field(default_factory=dict)
-    blending: Share | None = None
+    blending: dict[str, Share] = field(default_factory=dict)
     settings: Settings = field(default_factory=Settings)
 
     def table(self) -> str:
         """As Markdown; every share with its 95 % interval."""
         chances = f"identity, 1 of {self.settings.candidates} | context, 1 of {len(PLACES)}"
-        lines = [f"| drawn | {chances} |", "|---|---|---|"]
-        lines += [f"| {name} | {self.identity[name]} | {self.context[name]} |" for name in self.identity]
-        return "\n".join([*lines, "", f"Blending moves steadily: {self.blending} of pairs."])
+        lines = [f"| drawn | {chances} | blending, steady |", "|---|---|---|---|"]
+        for name in self.identity:
+            lines.append(f"| {name} | {self.identity[name]} | {self.context[name]} | {self.blending[name]} |")
+        return "\n".join(lines)
 
 
 def make_cases(artwork: Path, settings: Settings) -> list[Case]:
-    """The held-out subjects and where they are asked for; a function of the seed."""
+    """The held-out subjects and where they are asked for; a function of the seed.
+
+    Raises:
+        ValueError: there are too few things to pick one of so many candidates.
+    """
     random = np.random.default_rng(settings.seed)
-    drawings = readable_artwork(artwork, "held-out")
-    words = sorted({each.word for each in drawings})
-    chosen = random.permutation(len(words))[: settings.things]
     cases = []
-    for number, index in enumerate(chosen):
-        same_word = [each for each in drawings if each.word == words[index]]
-        drawing, look = same_word[random.integers(len(same_word))], random_look(random)
+    for number, (drawing, look) in enumerate(held_out_subjects(artwork, random, settings.things)):
         shown_in = random_place(random)
         reference = picture_of(drawing, look, shown_in, random_placement(random), settings.edge, 1000 + number)
         others = [place for place in PLACES if place is not shown_in]
         for which in random.permutation(len(others))[: settings.places]:
-            cases.append(Case(drawing, look, reference, others[which], noise_seed=len(cases)))
+            cases.append(Case(drawing, look, reference, shown_in, others[which], noise_seed=len(cases)))
+    things = len({case.artwork.word for case in cases})
+    if things < settings.candidates:
+        raise ValueError(f"{things} things are too few to pick one of {settings.candidates}: draw more things.")
     return cases
+
+
+def held_out_subjects(artwork: Path, random: Random, count: int) -> Iterator[tuple[Artwork, Look]]:
+    """Things that were never trained on, each with another word: one of its drawings, and how it looks.
+
+    ``random`` is drawn from as they come, so that whoever draws more of it between two of them gets others.
+    """
+    drawings = readable_artwork(artwork, "held-out")
+    words = sorted({each.word for each in drawings})
+    for index in random.permutation(len(words))[:count]:
+        same_word = [each for each in drawings if each.word == words[index]]
+        yield same_word[random.integers(len(same_word))], random_look(random)
 
 
 def evaluate(
@@ -122,12 +138,17 @@ def evaluate(
 
     Returns:
         The report, and a contact sheet: reference, without a subject, with its subject.
+    Raises:
+        ValueError: there are too few things, or the model draws what is no picture.
     """
     cases = make_cases(artwork, settings)
     subjects = encode_references(parts, cases)
-    turned = [subjects[(index + settings.places) % len(subjects)] for index in range(len(subjects))]
     drawn = {}
-    for name, vectors in ((GENERATED, subjects), (WITHOUT, [None] * len(cases)), (ANOTHER, turned)):
+    for name, vectors in (
+        (GENERATED, subjects),
+        (WITHOUT, [None] * len(cases)),
+        (ANOTHER, _turned(subjects, settings.places)),
+    ):
         progress(f"drawing {len(cases)} pictures {name}")
         drawn[name] = draw_cases(parts, cases, vectors, settings)
     drawn[PASTED] = [
@@ -142,8 +163,22 @@ def evaluate(
     for name, pictures in drawn.items():
         report.identity[name] = identity_share(judges, pictures, cases, settings.seed, settings.candidates)
         report.context[name] = context_share(judges, pictures, cases)
-    progress(f"blending {settings.blends} pairs")
-    report.blending = blending_share(parts, judges, cases, subjects, settings)
+
+    pairs = blended_pairs(cases, settings)
+    progress(f"blending {len(pairs)} pairs")
+    faded = [fade(cases[first].reference, cases[second].reference) for first, second in pairs]
+    without = [drawn[WITHOUT][first] for first, _ in pairs]
+    blends = {
+        GENERATED: draw_blends(parts, cases, pairs, subjects, settings),
+        WITHOUT: [[picture] * len(BLEND_SHARES) for picture in without],
+        ANOTHER: draw_blends(parts, cases, pairs, _turned(subjects, 2 * settings.places), settings),
+        PASTED: [
+            [paste_reference(picture, reference) for reference in references]
+            for picture, references in zip(without, faded, strict=True)
+        ],
+        REAL: [[to_pixels(reference) for reference in references] for references in faded],
+    }
+    report.blending = {name: blending_share(judges, pictures, cases, pairs) for name, pictures in blends.items()}
     return report, contact_sheet(cases, drawn[WITHOUT], drawn[GENERATED])
 
 
@@ -196,11 +231,7 @@ def paste_reference(picture: Tensor, reference: Image.Image) -> Tensor:
 def identity_share(
     judges: Judges, pictures: Sequence[Tensor], cases: Sequence[Case], seed: int, candidates: int = CANDIDATES
 ) -> Share:
-    """How often a picture is closer to its own reference than to the other candidates, which have other words.
-
-    Raises:
-        ValueError: there are not so many words.
-    """
+    """How often a picture is closer to its own reference than to the other candidates, which have other words."""
     random = np.random.default_rng(seed)
     references = judges.embed(torch.stack([to_pixels(case.reference) for case in cases]))
     embedded = judges.embed(torch.stack(list(pictures)))
@@ -208,11 +239,13 @@ def identity_share(
     for index, case in enumerate(cases):
         others = [i for i, other in enumerate(cases) if other.artwork.word != case.artwork.word]
         others = _one_of_each_word(others, cases, random)[: candidates - 1]
-        if len(others) < candidates - 1:
-            raise ValueError(f"{len(others) + 1} things are too few to pick one of {candidates}: draw more things.")
-        similarity = references[[index, *others]] @ embedded[index]
-        right += bool(similarity[0] > similarity[1:].max())  # no tie, and nothing that is no number
+        right += int(picks_first(references[[index, *others]] @ embedded[index]))
     return Share(right, len(cases))
+
+
+def picks_first(similarity: Tensor) -> Tensor:
+    """Whether of candidates [..., C] the first is the most similar: no tie, and nothing that is no number."""
+    return similarity[..., 0] > similarity[..., 1:].amax(dim=-1)
 
 
 def context_share(judges: Judges, pictures: Sequence[Tensor], cases: Sequence[Case]) -> Share:
@@ -221,27 +254,57 @@ def context_share(judges: Judges, pictures: Sequence[Tensor], cases: Sequence[Ca
     return Share(sum(name == case.place.name for name, case in zip(named, cases, strict=True)), len(cases))
 
 
+def blended_pairs(cases: Sequence[Case], settings: Settings) -> list[tuple[int, int]]:
+    """The first case of each of two things, no thing twice."""
+    firsts = range(0, len(cases), settings.places)
+    return list(zip(firsts[::2], firsts[1::2], strict=False))[: settings.blends]
+
+
+def draw_blends(
+    parts: ModelParts,
+    cases: Sequence[Case],
+    pairs: Sequence[tuple[int, int]],
+    subjects: Sequence[Tensor],
+    settings: Settings,
+) -> list[list[Tensor]]:
+    """For each pair a picture at every share of the blend, all from the same noise and in the place of the first."""
+    return [
+        draw_cases(
+            parts,
+            [cases[first]] * len(BLEND_SHARES),
+            [(1 - share) * subjects[first] + share * subjects[second] for share in BLEND_SHARES],
+            settings,
+        )
+        for first, second in pairs
+    ]
+
+
+def fade(first: Image.Image, second: Image.Image) -> list[Image.Image]:
+    """A picture that turns into another, pixel by pixel, at every share of a blend."""
+    return [Image.blend(first, second, share) for share in BLEND_SHARES]
+
+
 def blending_share(
-    parts: ModelParts, judges: Judges, cases: Sequence[Case], subjects: Sequence[Tensor], settings: Settings
+    judges: Judges,
+    pictures: Sequence[Sequence[Tensor]],
+    cases: Sequence[Case],
+    pairs: Sequence[tuple[int, int]],
 ) -> Share:
     """How often likeness moves from the first subject to the second at every step of a blend, never back.
 
     Likeness to the second minus likeness to the first is compared over the shares 0, 1/4, 1/2, 3/4, 1.
     """
-    firsts = range(0, len(cases), settings.places)
-    pairs = list(zip(firsts[::2], firsts[1::2], strict=False))[: settings.blends]
     references = judges.embed(torch.stack([to_pixels(case.reference) for case in cases]))
     steady = 0
-    for first, second in pairs:
-        blends = [(1 - share) * subjects[first] + share * subjects[second] for share in BLEND_SHARES]
-        pictures = draw_cases(parts, [cases[first]] * len(blends), blends, settings)
-        embedded = judges.embed(torch.stack(pictures))
-        likeness = embedded @ (references[second] - references[first])
+    for (first, second), blend in zip(pairs, pictures, strict=True):
+        likeness = judges.embed(torch.stack(list(blend))) @ (references[second] - references[first])
         steady += bool((likeness.diff() > 0).all())  # a model that ignores its subjects does not move
     return Share(steady, len(pairs))
 
 
-def contact_sheet(cases: Sequence[Case], without: Sequence[Tensor], drawn: Sequence[Tensor], shown: int = 12) -> Image:
+def contact_sheet(
+    cases: Sequence[Case], without: Sequence[Tensor], drawn: Sequence[Tensor], shown: int = 12
+) -> Image.Image:
     """Columns of reference, without a subject, with its subject."""
     edge = 128
     columns = min(shown, len(cases))
@@ -252,6 +315,11 @@ def contact_sheet(cases: Sequence[Case], without: Sequence[Tensor], drawn: Seque
         for row, picture in enumerate(rows):
             sheet.paste(picture.resize((edge, edge), Image.Resampling.LANCZOS), (column * edge, row * edge))
     return sheet
+
+
+def _turned(subjects: Sequence[Tensor], by: int) -> list[Tensor]:
+    """For each case the subject of one so many further on."""
+    return [subjects[(index + by) % len(subjects)] for index in range(len(subjects))]
 
 
 def _one_of_each_word(indices: Sequence[int], cases: Sequence[Case], random: np.random.Generator) -> list[int]:

@@ -25,14 +25,14 @@ from ..training.parts import ModelParts
 from ..training.stages.base import to_picture, to_pixels
 from ..training.validation import VALIDATION_PROMPTS
 from ..training.world.places import PLACES
-from ..training.world.scenes import picture_of, random_look, random_place, random_placement
-from ..training.world.source import readable_artwork
-from .intervals import Share
+from ..training.world.scenes import picture_of, random_placement
 from .judges import Judges
-from .mini import CANDIDATES
+from .mini import CANDIDATES, held_out_subjects, picks_first
 
 VIEWS = 4
-ASKED = {phrase: place.name for place in PLACES for phrase in place.phrases}  # what a prompt's words call
+ASKED = {phrase: place for place in PLACES for phrase in place.phrases}  # what a prompt's words call
+ASKED_PLACES = [ASKED[prompt].name for prompt in VALIDATION_PROMPTS]
+SHOWN_PLACES = [place for place in PLACES if place.name not in ASKED_PLACES]  # no view can be drawn again for an answer
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,36 @@ class TunedSettings:
     seed: int = 12
 
 
+@dataclass(frozen=True)
+class Mean:
+    """A mean over things, and half of its 95 % interval by Student's t, which is no number for a single thing."""
+
+    value: float
+    half: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Pictures of one thing are no independent trials, so that each thing counts once."""
+        numbers = np.asarray(values, dtype=float)
+        if len(numbers) < 2:
+            return cls(float(numbers.mean()), float("nan"))
+        error = numbers.std(ddof=1) / len(numbers) ** 0.5
+        return cls(float(numbers.mean()), float(t.ppf(0.975, len(numbers) - 1) * error))
+
+
 @dataclass
 class TunedReport:
-    """By step: shares of right identities and places, and the mean likeness to the thing."""
+    """By step: shares of right identities and places, likeness to the thing, and what it gained over step 0."""
 
     settings: TunedSettings
-    identity: dict[int, Share] = field(default_factory=dict)
-    context: dict[int, Share] = field(default_factory=dict)
-    likeness: dict[int, float] = field(default_factory=dict)
-    gain: dict[int, tuple[float, float]] = field(default_factory=dict)  # over step 0, and half its 95 % interval
+    identity: dict[int, Mean] = field(default_factory=dict)
+    context: dict[int, Mean] = field(default_factory=dict)
+    likeness: dict[int, Mean] = field(default_factory=dict)
+    gain: dict[int, Mean] = field(default_factory=dict)
     kept: list[int] = field(default_factory=list)
+    kept_gain: Mean = Mean(0.0, 0.0)
     agreement: float = float("nan")
-    kept_gain: tuple[float, float] = (0.0, 0.0)
+    ended_early: int = 0
 
     def table(self) -> str:
         """As Markdown."""
@@ -79,16 +97,23 @@ class TunedReport:
             "|---|---|---|---|---|",
         ]
         for step, identity in self.identity.items():
-            gain = "" if step == 0 else f"{self.gain[step][0]:+.3f} ± {self.gain[step][1]:.3f}"
-            name = "0 (zero-shot)" if step == 0 else str(step)
-            lines.append(f"| {name} | {identity} | {self.context[step]} | {self.likeness[step]:.3f} | {gain} |")
+            context, likeness, gain = self.context[step], self.likeness[step], self.gain[step]
+            figures = [
+                "0 (zero-shot)" if step == 0 else str(step),
+                f"{identity.value:.1%} ± {identity.half:.1%}",
+                f"{context.value:.1%} ± {context.half:.1%}",
+                f"{likeness.value:.3f}",
+                "" if step == 0 else f"{gain.value:+.3f} ± {gain.half:.3f}",
+            ]
+            lines.append(f"| {' | '.join(figures)} |")
+        early = f" {self.ended_early} ended early and count as they were." if self.ended_early else ""
         return "\n".join(
             [
                 *lines,
                 "",
                 f"Steps that the Q-Former kept: {', '.join(map(str, self.kept))}; likeness gains "
-                f"{self.kept_gain[0]:+.3f} ± {self.kept_gain[1]:.3f} there. Its own likeness and the judge's, over all "
-                f"looks at all things: Spearman's rank correlation {self.agreement:.2f}.",
+                f"{self.kept_gain.value:+.3f} ± {self.kept_gain.half:.3f} there. Its own likeness and the judge's, "
+                f"over all looks at all things: Spearman's rank correlation {self.agreement:.2f}.{early}",
             ]
         )
 
@@ -102,19 +127,18 @@ class Thing:
 
 
 def make_things(artwork: Path, settings: TunedSettings, count: int) -> list[Thing]:
-    """Held-out things; a function of the seed."""
+    """Held-out things, in places that no picture is asked for; a function of the seed."""
     random = np.random.default_rng(settings.seed)
-    drawings = readable_artwork(artwork, "held-out")
-    words = sorted({each.word for each in drawings})
     things = []
-    for index in random.permutation(len(words))[:count]:
-        same_word = [each for each in drawings if each.word == words[index]]
-        drawing, look = same_word[random.integers(len(same_word))], random_look(random)
+    for number, (drawing, look) in enumerate(held_out_subjects(artwork, random, count)):
+        places = [SHOWN_PLACES[random.integers(len(SHOWN_PLACES))] for _ in range(VIEWS + 1)]
         views = [
-            picture_of(drawing, look, random_place(random), random_placement(random), settings.edge, 100 * index + view)
-            for view in range(VIEWS + 1)
+            picture_of(drawing, look, place, random_placement(random), settings.edge, 100 * number + view)
+            for view, place in enumerate(places)
         ]
         things.append(Thing(drawing.word, views))
+    if len(things) < count:
+        raise ValueError(f"{len(things)} held-out things are too few for {count}: fill the artwork folder anew.")
     return things
 
 
@@ -157,44 +181,57 @@ def _tune(parts: ModelParts, thing: Thing, settings: TunedSettings) -> Outcome:
 
 
 def _report(judges: Judges, references: Tensor, outcomes: Sequence[Outcome], settings: TunedSettings) -> TunedReport:
+    """Judge every look; ``references`` [T, 64] are the judge's views, those of the tuned things first."""
     report = TunedReport(settings, kept=[outcome.kept for outcome in outcomes])
-    steps = [score.step for score in outcomes[0].scores]
-    similarity = {step: [] for step in steps}  # for each thing the mean of its pictures
-    own, judged = [], []
-    for place, step in enumerate(steps):
-        right = in_place = pictures = 0
-        for number, outcome in enumerate(outcomes):
-            drawn = outcome.drawn[place].cpu()
-            alike = judges.embed(drawn) @ references.T  # [P, things]
-            candidates = [number, *[each for each in range(len(references)) if each != number]][: settings.candidates]
-            right += int((alike[:, candidates].argmax(dim=1) == 0).sum())
-            named = judges.name_places(drawn)
-            in_place += sum(name == ASKED[prompt] for name, prompt in zip(named, VALIDATION_PROMPTS, strict=True))
-            pictures += len(drawn)
-            similarity[step].append(float(alike[:, number].mean()))
-            own.append(outcome.scores[place].likeness)
-            judged.append(similarity[step][-1])
-        report.identity[step], report.context[step] = Share(right, pictures), Share(in_place, pictures)
-        report.likeness[step] = float(np.mean(similarity[step]))
-        report.gain[step] = mean_and_interval(np.subtract(similarity[step], similarity[0]))
-    at_kept = [similarity[step][number] for number, step in enumerate(report.kept)]
-    report.kept_gain = mean_and_interval(np.subtract(at_kept, similarity[0]))
-    report.agreement = float(spearmanr(own, judged).statistic)
+    report.ended_early = sum(outcome.scores[-1].step < settings.steps for outcome in outcomes)
+    looks = [
+        [_judge(judges, references, number, drawn, settings.candidates) for drawn in outcome.drawn]
+        for number, outcome in enumerate(outcomes)
+    ]
+
+    def at(step: int) -> list[_Look]:
+        return [made[_place(outcome, step)] for made, outcome in zip(looks, outcomes, strict=True)]
+
+    zero_shot = [made[0].likeness for made in looks]
+    for step in (score.step for score in max(outcomes, key=lambda outcome: len(outcome.scores)).scores):
+        report.identity[step] = Mean.of([look.identity for look in at(step)])
+        report.context[step] = Mean.of([look.context for look in at(step)])
+        report.likeness[step] = Mean.of([look.likeness for look in at(step)])
+        report.gain[step] = Mean.of(np.subtract([look.likeness for look in at(step)], zero_shot))
+    kept = [made[_place(outcome, outcome.kept)] for made, outcome in zip(looks, outcomes, strict=True)]
+    report.kept_gain = Mean.of(np.subtract([look.likeness for look in kept], zero_shot))
+    own = [score.likeness for outcome in outcomes for score in outcome.scores]
+    report.agreement = float(spearmanr(own, [look.likeness for made in looks for look in made]).statistic)
     return report
 
 
-def mean_and_interval(differences: Sequence[float]) -> tuple[float, float]:
-    """The mean over things, and half of its 95 % interval by Student's t."""
-    values = np.asarray(differences, dtype=float)
-    if len(values) < 2:
-        return float(values.mean()), float("nan")
-    error = values.std(ddof=1) / len(values) ** 0.5
-    return float(values.mean()), float(t.ppf(0.975, len(values) - 1) * error)
+@dataclass(frozen=True)
+class _Look:
+    """What the judges say of a thing's pictures at one step: shares of right identities and places, mean likeness."""
+
+    identity: float
+    context: float
+    likeness: float
+
+
+def _judge(judges: Judges, references: Tensor, number: int, drawn: Tensor, candidates: int) -> _Look:
+    pictures = drawn.cpu()
+    alike = judges.embed(pictures) @ references.T  # [P, T]
+    shown = [number, *[each for each in range(len(references)) if each != number]][:candidates]
+    named = judges.name_places(pictures)
+    in_place = [name == asked for name, asked in zip(named, ASKED_PLACES, strict=True)]
+    right = picks_first(alike[:, shown]).float().mean()
+    return _Look(float(right), float(np.mean(in_place)), float(alike[:, number].mean()))
+
+
+def _place(outcome: Outcome, step: int) -> int:
+    """Which of its looks holds at a step: one that ended early stays as it was."""
+    return max(place for place, score in enumerate(outcome.scores) if score.step <= step)
 
 
 def tuned_sheet(things: Sequence[Thing], outcomes: Sequence[Outcome], edge: int = 128) -> Image.Image:
     """A row for each thing: one of its views, then the first prompt's picture at each look, zero-shot first."""
-    looks = len(outcomes[0].drawn)
+    looks = max(len(outcome.drawn) for outcome in outcomes)
     sheet = Image.new("RGB", ((1 + looks) * edge, len(outcomes) * edge))
     for row, (thing, outcome) in enumerate(zip(things, outcomes, strict=False)):
         pictures = [thing.views[0], *(to_picture(drawn[0].cpu()) for drawn in outcome.drawn)]

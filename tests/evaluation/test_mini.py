@@ -7,10 +7,14 @@ import torch
 from blip_qformer.evaluation import mini
 from blip_qformer.evaluation.intervals import Share
 from blip_qformer.evaluation.mini import (
+    BLEND_SHARES,
     Settings,
+    blended_pairs,
     blending_share,
     context_share,
+    draw_blends,
     evaluate,
+    fade,
     identity_share,
     make_cases,
     paste_reference,
@@ -31,7 +35,7 @@ class ColourJudges:
         return torch.nn.functional.normalize(middle, dim=1)
 
     def name_places(self, pictures):
-        return [PLACES[round(float(picture[0, 0, 0]) * 10)].name for picture in pictures]
+        return [PLACES[round(float(picture[0, 0, 0]) * 10) % len(PLACES)].name for picture in pictures]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,7 @@ def test_a_thing_is_asked_for_in_different_places(cases):
     for first, second in zip(cases[::2], cases[1::2], strict=True):
         assert first.artwork == second.artwork
         assert first.place is not second.place
+    assert all(case.place is not case.shown_in for case in cases)
 
 
 def test_copies_of_the_references_are_all_right_and_strangers_wrong(cases):
@@ -65,15 +70,15 @@ def test_copies_of_the_references_are_all_right_and_strangers_wrong(cases):
     assert identity_share(ColourJudges(), turned, cases, seed=0, candidates=4) == Share(0, 8)
 
 
-def test_gray_pictures_have_no_identity(cases):
-    nothing = [torch.full((3, 64, 64), 0.5)] * 8
+@pytest.mark.parametrize("value", [0.5, torch.nan])
+def test_gray_pictures_have_no_identity(cases, value):
+    nothing = [torch.full((3, 64, 64), value)] * 8
     assert identity_share(ColourJudges(), nothing, cases, seed=0, candidates=4) == Share(0, 8)
 
 
-def test_too_few_things_are_refused(cases):
-    references = [to_pixels(case.reference) for case in cases]
+def test_too_few_things_are_refused_before_anything_is_drawn(artwork):
     with pytest.raises(ValueError, match="4 things are too few to pick one of 20"):
-        identity_share(ColourJudges(), references, cases, seed=0)
+        make_cases(artwork, Settings(things=4))
 
 
 def test_context_counts_the_places_named(cases):
@@ -93,7 +98,18 @@ def test_blending_must_always_go_forward(cases, monkeypatch, way, expected):
         return {"steady": pictures, "wave": [pictures[i] for i in (0, 3, 1, 2, 4)], "still": [pictures[2]] * 5}[way]
 
     monkeypatch.setattr(mini, "draw_cases", paint)
-    assert blending_share(None, ColourJudges(), cases, subjects, SETTINGS) == Share(expected, 2)
+    pairs = blended_pairs(cases, SETTINGS)
+    assert pairs == [(0, 2), (4, 6)]  # each thing is asked for in two places
+    drawn = draw_blends(None, cases, pairs, subjects, SETTINGS)
+    assert blending_share(ColourJudges(), drawn, cases, pairs) == Share(expected, 2)
+
+
+def test_a_fade_goes_from_one_picture_to_the_other(cases):
+    first, second = cases[0].reference, cases[2].reference
+    faded = [np.asarray(picture, float) for picture in fade(first, second)]
+    assert np.array_equal(faded[0], np.asarray(first, float))
+    assert np.array_equal(faded[-1], np.asarray(second, float))
+    assert np.abs(faded[2] - (faded[0] + faded[-1]) / 2).max() <= 1
 
 
 def test_the_pasted_reference_keeps_the_rim(cases):
@@ -103,15 +119,66 @@ def test_the_pasted_reference_keeps_the_rim(cases):
     assert pasted[:, 25:75, 25:75].mean() > 0.1
 
 
-def test_a_whole_report(artwork, tiny_parts):
-    report, sheet = evaluate(tiny_parts, ColourJudgesOfAnything(), artwork, SETTINGS, progress=lambda line: None)
-    assert list(report.identity) == [mini.GENERATED, mini.WITHOUT, mini.ANOTHER, mini.PASTED, mini.REAL]
+class Painter:
+    """Stands in for the model: a picture is its subject's colour in the place that the prompt names."""
+
+    def __init__(self):
+        self.asked: list[tuple[str, int]] = []  # prompt, noise
+
+    def encode_references(self, parts, cases):
+        return [to_pixels(case.reference)[:, 32, 32] for case in cases]
+
+    def draw(self, parts, prompts, subjects, *, noise, steps, guidance):
+        self.asked += [
+            (prompt, round(float(each[0, 0, 0]) * 1000)) for prompt, each in zip(prompts, noise, strict=True)
+        ]
+        pictures = []
+        for prompt, subject in zip(prompts, subjects, strict=True):
+            (place,) = [place for place in PLACES if place.phrases[0] in prompt]
+            picture = torch.full((3, 64, 64), PLACES.index(place) / 10)
+            picture[:, 16:48, 16:48] = 0.5 if subject is None else subject[:, None, None]
+            pictures.append(picture)
+        return torch.stack(pictures)
+
+
+def test_a_whole_report(artwork, cases, monkeypatch):
+    """Of a model that does everything right, each row answers its own question."""
+    painter = Painter()
+    monkeypatch.setattr(mini, "encode_references", painter.encode_references)
+    monkeypatch.setattr(mini, "draw", painter.draw)
+    report, sheet = evaluate(None, ColourJudges(), artwork, SETTINGS, progress=lambda line: None)
+    counts = {name: (report.identity[name].successes, report.blending[name].successes) for name in report.identity}
+    assert counts[mini.GENERATED] == (8, 2)
+    assert counts[mini.WITHOUT] == (0, 0)
+    assert counts[mini.ANOTHER][0] == 0
+    assert counts[mini.PASTED] == (8, 2)
+    assert counts[mini.REAL][1] == 2
     assert all(share.trials == 8 for share in [*report.identity.values(), *report.context.values()])
-    assert report.blending.trials == 2
-    assert report.table().count("\n") == 8
+    assert all(share.trials == 2 for share in report.blending.values())
+    for name in (mini.GENERATED, mini.WITHOUT, mini.ANOTHER, mini.PASTED):
+        assert report.context[name].successes == 8
+
+    once, rest = painter.asked[:8], painter.asked[8:]
+    assert rest[:8] == rest[8:16] == once  # the same noise for the same case, whatever the subject
+    assert len({noise for _, noise in once}) == 8
+    for (prompt, _), case in zip(once, cases, strict=True):
+        assert case.artwork.word in prompt
+        assert case.place.phrases[0] in prompt
+    assert len(rest) == 16 + 2 * 2 * len(BLEND_SHARES)
+
+    assert [line.split(" | ")[0] for line in report.table().splitlines()[2:]] == [f"| {name}" for name in counts]
     assert sheet.size == (8 * 128, 3 * 128)
 
 
-class ColourJudgesOfAnything(ColourJudges):
-    def name_places(self, pictures):
-        return [PLACES[0].name for _ in pictures]
+def test_the_model_itself_is_asked(artwork, tiny_parts, monkeypatch):
+    """Its encoder about each reference, and its networks for each picture."""
+    asked = []
+    monkeypatch.setattr(
+        tiny_parts.encoder, "forward", lambda pixels, words: asked.append(words) or pixels.new_ones(1, 16, 32)
+    )
+    cases = make_cases(artwork, SETTINGS)
+    vectors = mini.encode_references(tiny_parts, cases)
+    assert asked == [[case.artwork.word] for case in cases]
+    drawn = mini.draw_cases(tiny_parts, cases, vectors, SETTINGS)
+    assert [picture.shape for picture in drawn] == [(3, 64, 64)] * 8
+    assert not torch.equal(drawn[0], drawn[1])

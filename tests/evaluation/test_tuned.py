@@ -7,13 +7,8 @@ import math
 import pytest
 import torch
 
-from blip_qformer.evaluation.tuned import (
-    TunedSettings,
-    _report,
-    evaluate_tuned,
-    make_things,
-    mean_and_interval,
-)
+from blip_qformer.evaluation import tuned
+from blip_qformer.evaluation.tuned import SHOWN_PLACES, Mean, TunedSettings, _report, evaluate_tuned, make_things
 from blip_qformer.training.finetune import Outcome
 from blip_qformer.training.parts import new_parts
 from blip_qformer.training.validation import Score
@@ -39,35 +34,57 @@ def picture(colour: torch.Tensor, shade: float) -> torch.Tensor:
     return drawn
 
 
+def in_all_places(colour: torch.Tensor) -> list[torch.Tensor]:
+    return [picture(colour, shade) for shade in PLACE_SHADES.values()]
+
+
 def outcome(looks: list[list[torch.Tensor]], likeness: list[float], kept: int) -> Outcome:
     scores = [Score(step, value, 1.0) for step, value in enumerate(likeness)]
     return Outcome(kept, [0.1] * (len(looks) - 1), scores, [torch.stack(look) for look in looks])
 
 
+RED, GREEN, BLUE = COLOURS
+REFERENCES = torch.nn.functional.normalize(COLOURS - 0.5, dim=1)
+DIFFERENCE = 1 - float(REFERENCES[0] @ REFERENCES[2])  # between a thing and what it is not
+
+
 def test_it_counts_identities_places_and_gains():
     """Two things: the first is learned at step 1, the second never, and at step 1 it loses its place."""
-    snow, grass, sand = PLACE_SHADES["snow"], PLACE_SHADES["grass"], PLACE_SHADES["sand"]
-    red, green, blue = COLOURS
-    first = outcome(
-        [[picture(blue, s) for s in (snow, grass, sand)], [picture(red, s) for s in (snow, grass, sand)]], [0.2, 0.9], 1
-    )
-    second = outcome([[picture(green, s) for s in (snow, grass, sand)], [picture(blue, snow)] * 3], [0.8, 0.1], 1)
-    references = torch.nn.functional.normalize(COLOURS - 0.5, dim=1)
-    report = _report(ColourJudges(), references, [first, second], SETTINGS)
-    assert (report.identity[0].successes, report.identity[0].trials) == (3, 6)
-    assert (report.identity[1].successes, report.identity[1].trials) == (3, 6)
-    assert (report.context[0].successes, report.context[1].successes) == (6, 4)
-    difference = 1 - float(references[0] @ references[2])
-    assert report.gain[1][0] == pytest.approx(0, abs=1e-6)
-    assert report.gain[1][1] == pytest.approx(12.706 * difference, rel=1e-3)  # Student's t of one degree of freedom
+    lost = [picture(BLUE, PLACE_SHADES["snow"])] * 3
+    first = outcome([in_all_places(BLUE), in_all_places(RED)], [0.2, 0.9], kept=1)
+    second = outcome([in_all_places(GREEN), lost], [0.8, 0.1], kept=0)
+    report = _report(ColourJudges(), REFERENCES, [first, second], SETTINGS)
+    assert (report.identity[0].value, report.identity[1].value) == (0.5, 0.5)
+    assert report.context[0] == Mean(1.0, 0.0)
+    assert report.context[1].value == pytest.approx(2 / 3)
+    assert report.likeness[0].value == pytest.approx(1 - DIFFERENCE / 2)
+    assert report.gain[1].value == pytest.approx(0, abs=1e-6)
+    assert report.gain[1].half == pytest.approx(12.706 * DIFFERENCE, rel=1e-3)  # Student's t of one degree of freedom
     assert report.agreement == pytest.approx(0.894, abs=0.01)  # ranks 2 4 3 1 against 1.5 3.5 3.5 1.5
-    assert report.kept == [1, 1]
+    assert report.kept == [1, 0]
+    assert report.kept_gain.value == pytest.approx(DIFFERENCE / 2)  # the first gained, the second was let be
+
+
+def test_one_that_ended_early_counts_as_it_was():
+    first = outcome([in_all_places(BLUE), in_all_places(RED)], [0.2, 0.9], kept=1)
+    second = outcome([in_all_places(GREEN), in_all_places(BLUE), in_all_places(GREEN)], [0.8, 0.1, 0.8], kept=2)
+    report = _report(ColourJudges(), REFERENCES, [first, second], SETTINGS)
+    assert report.ended_early == 1
+    assert [each.value for each in report.identity.values()] == [0.5, 0.5, 1.0]
+    assert "1 ended early" in report.table()
+
+
+@pytest.mark.parametrize("value", [0.5, math.nan])
+def test_gray_pictures_have_no_identity(value):
+    gray = [torch.full((3, 8, 8), value).index_fill(1, torch.tensor([0]), shade) for shade in PLACE_SHADES.values()]
+    report = _report(ColourJudges(), REFERENCES, [outcome([gray, gray], [0.2, 0.3], kept=1)], SETTINGS)
+    assert [each.value for each in report.identity.values()] == [0.0, 0.0]
 
 
 def test_a_mean_comes_with_its_interval():
-    mean, half = mean_and_interval([1.0, 2.0, 3.0])
-    assert (mean, half) == pytest.approx((2.0, 4.303 / math.sqrt(3)), rel=1e-3)
-    assert math.isnan(mean_and_interval([1.0])[1])
+    mean = Mean.of([1.0, 2.0, 3.0])
+    assert (mean.value, mean.half) == pytest.approx((2.0, 4.303 / math.sqrt(3)), rel=1e-3)
+    assert math.isnan(Mean.of([1.0]).half)
 
 
 def test_things_are_held_out_and_repeat(artwork):
@@ -77,6 +94,20 @@ def test_things_are_held_out_and_repeat(artwork):
     assert all(len(thing.views) == 5 for thing in things)
     again = make_things(artwork, SETTINGS, 3)
     assert [thing.views[0].tobytes() for thing in things] == [thing.views[0].tobytes() for thing in again]
+    with pytest.raises(ValueError, match="4 held-out things are too few for 5"):
+        make_things(artwork, SETTINGS, 5)
+
+
+def test_views_are_never_in_a_place_that_is_asked_for(artwork, monkeypatch):
+    """Else a view drawn again would count as the prompt's place."""
+    assert len(SHOWN_PLACES) == 5
+    shown = []
+    original = tuned.picture_of
+    monkeypatch.setattr(tuned, "picture_of", lambda *inputs: shown.append(inputs[2]) or original(*inputs))
+    make_things(artwork, SETTINGS, 4)
+    assert len(shown) == 4 * 5
+    assert set(place.name for place in shown) <= {place.name for place in SHOWN_PLACES}
+    assert {place.name for place in SHOWN_PLACES}.isdisjoint(PLACE_SHADES)
 
 
 def test_it_tunes_and_reports(artwork):
@@ -92,7 +123,7 @@ def test_it_tunes_and_reports(artwork):
     report, sheet = evaluate_tuned(parts, Judges(), artwork, SETTINGS, progress=lambda text: None)
     assert all(torch.equal(weight, before[name]) for name, weight in parts.unet.state_dict().items())
     assert list(report.identity) == [0, 1, 2]
-    assert report.context[2].successes == 2  # one of three prompts
+    assert report.context[2].value == pytest.approx(1 / 3)  # one of three prompts
     assert sheet.size == (4 * 128, 2 * 128)
     table = report.table()
     assert "| 0 (zero-shot) |" in table
