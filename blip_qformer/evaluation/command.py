@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from ..training.extras import import_extra
+
+if TYPE_CHECKING:
+    from .mini import Report
+    from .tuned import TunedReport
 
 REPORT = "report.md"
 SHEET = "report.jpg"
@@ -60,10 +67,7 @@ def _evaluate_mini(arguments: argparse.Namespace) -> None:
         network.eval().requires_grad_(False)
     settings = Settings(things=arguments.things, seed=arguments.seed)
     report, sheet = evaluate(parts, load_judges(file), arguments.artwork, settings)
-    text = f"{report.table()}\n\nSettings: {', '.join(f'{k} {v}' for k, v in asdict(settings).items())}.\n"
-    (arguments.target / REPORT).write_text(text, encoding="utf-8")
-    sheet.save(arguments.target / SHEET, quality=90)
-    print(text)
+    _write(report, sheet, arguments.target / REPORT, arguments.target / SHEET)
 
 
 def _evaluate_tuned(arguments: argparse.Namespace) -> None:
@@ -80,7 +84,13 @@ def _evaluate_tuned(arguments: argparse.Namespace) -> None:
     settings = TunedSettings(things=arguments.things, learning_rate=arguments.learning_rate)
     judges = load_judges(arguments.judges)
     report, sheet = evaluate_tuned(load_parts(arguments.model), judges, arguments.artwork, settings)
-    text = f"{report.table()}\n\nSettings: {', '.join(f'{k} {v}' for k, v in asdict(settings).items())}.\n"
-    (arguments.target / TUNED_REPORT).write_text(text, encoding="utf-8")
-    sheet.save(arguments.target / TUNED_SHEET, quality=90)
+    _write(report, sheet, arguments.target / TUNED_REPORT, arguments.target / TUNED_SHEET)
+
+
+def _write(report: Report | TunedReport, sheet: Image.Image, table_file: Path, sheet_file: Path) -> None:
+    """The table with its settings, which is printed too, and the contact sheet."""
+    settings = ", ".join(f"{name} {value}" for name, value in asdict(report.settings).items())
+    text = f"{report.table()}\n\nSettings: {settings}.\n"
+    table_file.write_text(text, encoding="utf-8")
+    sheet.save(sheet_file, quality=90)
     print(text)

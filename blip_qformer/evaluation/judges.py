@@ -15,10 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..training.objectives import contrastive_loss
+from ..training.shards import whole_file
 from ..training.stages.base import to_pixels
 from ..training.world.artwork import Artwork
 from ..training.world.places import PLACES, Random
@@ -103,22 +105,23 @@ def train_judges(artwork: Path, settings: JudgesTraining, progress: Callable[[st
 
 
 def save_judges(judges: Judges, file: Path) -> None:
-    """Write both networks as one .safetensors file, in half precision."""
-    save_file({name: weight.half() for name, weight in judges.state_dict().items()}, str(file))
+    """Write both networks as one .safetensors file, in half precision; all of it or nothing."""
+    with whole_file(file) as temporary:
+        save_file({name: weight.half() for name, weight in judges.state_dict().items()}, temporary)
 
 
 def load_judges(file: Path) -> Judges:
     """Read what :func:`save_judges` wrote.
 
     Raises:
-        ValueError: it is another file.
+        ValueError: it is another file, or part of one.
     """
     judges = Judges()
     try:
         judges.load_state_dict({name: weight.float() for name, weight in load_file(str(file)).items()})
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"{file} does not hold these judges: leave --judges out, and they are trained anew."
+            f"{file} does not hold these judges: remove it, leave --judges out, and they are trained anew."
         ) from error
     return judges.eval().requires_grad_(False)
 

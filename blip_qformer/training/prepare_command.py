@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from .photographs import METADATA, Photographs
-from .prepare import PairSource, prepare
+from .prepare import prepare
 from .world.artwork import LISTING, SPLITS
 from .world.source import World
 
@@ -45,18 +45,17 @@ def add_prepare_command(commands: argparse._SubParsersAction) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     """`prepare`: what was made, and what was skipped why."""
-    source, settings = _source(arguments)
-    made = prepare(source, arguments.target, arguments.seed, arguments.workers, settings=settings)
+    source = _source(arguments)
+    made = prepare(source, arguments.target, arguments.seed, arguments.workers, settings=source.settings)
     print(f"Wrote {made.pairs} pairs in {made.shards} shards to {arguments.target}.")
     for reason, count in made.skipped.items():
         print(f"Skipped {count}: {reason}.")
 
 
-def _source(arguments: argparse.Namespace) -> tuple[PairSource, dict[str, object]]:
-    """What the pairs are made of, told by the list that lies in the folder, and what is to be kept in the index."""
+def _source(arguments: argparse.Namespace) -> World | Photographs:
+    """What the pairs are made of, told by the list that lies in the folder."""
     if (arguments.source / LISTING).is_file():
-        world = World(arguments.source, arguments.split, arguments.count, arguments.edge, arguments.alone)
-        return world, {"split": arguments.split, "edge": arguments.edge, "alone": arguments.alone}
+        return World(arguments.source, arguments.split, arguments.count, arguments.edge, arguments.alone)
     if not (arguments.source / METADATA).is_file():
         raise ValueError(
             f"{arguments.source} has neither {METADATA}, which says what is in photographs, nor {LISTING}, which names "
@@ -64,5 +63,4 @@ def _source(arguments: argparse.Namespace) -> tuple[PairSource, dict[str, object
         )
     if arguments.backgrounds is None:
         raise ValueError("Photographs need other backgrounds: name a folder of pictures with --backgrounds.")
-    photographs = Photographs(arguments.source, arguments.backgrounds, arguments.segmentation)
-    return photographs, photographs.settings
+    return Photographs(arguments.source, arguments.backgrounds, arguments.segmentation)

@@ -382,7 +382,11 @@ def _total(shares: Sequence[Share]) -> int | None:
 
 
 def _indexed(index: str) -> list[Part]:
-    """The shards that an index lists; they lie beside it."""
+    """The shards that an index lists; they lie beside it.
+
+    Raises:
+        ValueError: it is not there, not complete, or not ours.
+    """
     if "://" in index:
         with import_extra("webdataset.gopen", "Reading shards").gopen(index) as file:
             content = json.load(file)
@@ -390,6 +394,10 @@ def _indexed(index: str) -> list[Part]:
         content = json.loads(Path(index).read_bytes())
     else:
         raise ValueError(f"{index} is not there: make it with blip-qformer prepare.")
+    if not isinstance(content, dict) or "complete" not in content:
+        raise ValueError(
+            f"{index} does not list shards of blip-qformer prepare: name the shards themselves, as a pattern."
+        )
     if not content["complete"]:
         raise ValueError(f"{index} is not complete: run the same blip-qformer prepare again, it goes on where it was.")
     if "://" in index:

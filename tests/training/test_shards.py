@@ -200,6 +200,11 @@ def test_any_caption_is_read_but_none_at_all(tmp_path, caplog):
     assert all("its caption is empty" in message for message in caplog.messages)
 
 
+def foreign_index(folder: Path) -> PairStream:
+    (folder / "index.json").write_text('{"splits": ["train"]}')
+    return PairStream(folder)
+
+
 def damaged(loose: Path, folder: Path) -> tuple[Path, set[str]]:
     """The unpacked pairs with nine of them broken in nine ways, and the keys of the others."""
     shutil.copytree(loose, folder, dirs_exist_ok=True)
@@ -314,6 +319,7 @@ def test_a_stream_that_finds_nothing_says_so(loose, tmp_path):
         (lambda folder: PairStream(folder / "*.tar"), "There is no folder and no shard"),
         (lambda folder: PairStream(folder, skip=5, batch_size=2), "5 pairs are to be skipped"),
         (lambda folder: PairStream(indexed(folder, folder, complete=False)), "is not complete: run the same"),
+        (foreign_index, "does not list shards of blip-qformer prepare: name the shards themselves"),
         (lambda folder: write_shard(folder / "a.tar", [make_pair(1), make_pair(1)]), 'have the key "0001"'),
         (lambda folder: encode_pair(dataclasses.replace(make_pair(1), key="a.b")), 'The key "a.b"'),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import io
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from blip_qformer.training.world.scenes import (
     mixed,
     picture_of,
     random_place,
+    trimmed,
     turn_hue,
     varied_look,
 )
@@ -240,11 +242,35 @@ def test_a_world_becomes_shards(folder, tmp_path):
             assert np.array_equal(np.asarray(again.target), np.asarray(expected.convert("RGB")))
 
 
+def test_pairs_of_other_artwork_are_not_mixed(tmp_path):
+    """A folder that was filled anew with more styles, under shards that were made of fewer."""
+    folder = write_artwork(tmp_path / "artwork")
+    world = World(folder, count=2, edge=32)
+    prepare(world, tmp_path / "pairs", settings=world.settings)
+    prepare(world, tmp_path / "pairs", settings=world.settings)
+    shutil.copytree(folder / "noto", folder / "another")
+    with pytest.raises(ValueError, match="was made with artwork '.+' instead of '.+': choose another folder"):
+        prepare(world, tmp_path / "pairs", settings=world.settings)
+
+
+@pytest.mark.parametrize("error", [SyntaxError("broken PNG file"), EOFError(), ValueError("no such frame")])
+def test_whatever_pillow_raises_artwork_is_unreadable(tmp_path, monkeypatch, error):
+    def opened(file):
+        raise error
+
+    monkeypatch.setattr(Image, "open", opened)
+    with pytest.raises(OSError, match="noto/1f436.png"):
+        trimmed(tmp_path / "noto" / "1f436.png")
+
+
 def test_artwork_that_cannot_be_read_is_skipped_and_counted(tmp_path):
     folder = write_artwork(tmp_path / "artwork")
     broken = {artwork.file for artwork in artwork_of_split(folder, "train")[::3]}
     for number, file in enumerate(sorted(broken)):
-        file.write_bytes(file.read_bytes()[:60] if number % 2 else b"")  # truncated, or nothing at all
+        whole = file.read_bytes()
+        half = len(whole) // 2
+        damaged = (b"", whole[:60], whole[:half] + bytes(len(whole) - half))  # nothing, truncated, garbled
+        file.write_bytes(damaged[number % 3])
     prepared = prepare(World(folder, count=30, edge=32), tmp_path / "pairs", seed=5)
     assert list(prepared.skipped) == ["unreadable artwork"]
     assert prepared.pairs + prepared.skipped["unreadable artwork"] == 30

@@ -162,5 +162,5 @@ def trimmed(file: Path) -> Image.Image:
     """
     try:
         return _cropped(Image.open(file).convert("RGBA"))
-    except OSError as error:
+    except Exception as error:  # Pillow raises what it likes for a damaged file: SyntaxError and EOFError, too
         raise OSError(f"{file.parent.name}/{file.name}: {error}") from error

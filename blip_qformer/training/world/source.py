@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from functools import cache
@@ -61,6 +62,18 @@ class World:
 
     def __len__(self) -> int:
         return self.count
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What the pairs depend on, apart from the pixels; for the index."""
+        drawings = "\n".join(f"{each.code} {each.style} {each.word}" for each in read_artwork(self.artwork))
+        return {
+            "kind": "artwork",
+            "artwork": hashlib.sha256(drawings.encode()).hexdigest()[:16],
+            "split": self.split,
+            "edge": self.edge,
+            "alone": self.alone,
+        }
 
     def pair(self, index: int, seed: int) -> Pair:
         """One subject, with one look, in two places; the caption tells the target's place.
