@@ -49,21 +49,22 @@ bench: env
 	@$(RUN) -m benchmarks $(ARGS)
 
 # Every step can be interrupted and goes on where it was. The runs are shared by two processes, whose batches
-# together are what one update sees; each has one thread, which on two CPU cores is fastest.
+# together are what one update sees; each has one thread, which on two CPU cores is fastest. With a torch for two GPUs
+# instead: make mini LAUNCH=".venv/bin/accelerate launch --num_processes 2".
 MINI := output/mini
 MINI_RUNS := blip_qformer/training/runs/mini
-BY_TWO := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 2
+LAUNCH ?= ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc_per_node 2
 mini: env
 	@test -f output/artwork/things.jsonl || $(RUN) -m tools.artwork output/artwork
 	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-256 --count 8000 --edge 256 --seed 0
 	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-128 --count 40000 --edge 128 --seed 1
 	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-alone --count 40000 --edge 32 --seed 2 --alone
-	@$(BY_TWO) -m blip_qformer pretrain $(MINI_RUNS)/1-autoencoder.yaml
-	@$(BY_TWO) -m blip_qformer pretrain $(MINI_RUNS)/2-vision.yaml
-	@$(BY_TWO) -m blip_qformer pretrain $(MINI_RUNS)/3-multimodal.yaml
-	@$(BY_TWO) -m blip_qformer pretrain $(MINI_RUNS)/4-appearance.yaml
-	@$(BY_TWO) -m blip_qformer pretrain $(MINI_RUNS)/5-subject-128.yaml
-	@$(BY_TWO) -m blip_qformer pretrain $(MINI_RUNS)/6-subject-256.yaml
+	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/1-autoencoder.yaml
+	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/2-vision.yaml
+	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/3-multimodal.yaml
+	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/4-appearance.yaml
+	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/5-subject-128.yaml
+	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/6-subject-256.yaml
 	@$(RUN) -m blip_qformer evaluate mini $(MINI)/6-subject-256/model output/artwork $(MINI)/report
 
 lint: env

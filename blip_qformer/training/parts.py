@@ -196,6 +196,8 @@ def initialise(network: nn.Module, width: int) -> None:
 def save_parts(parts: ModelParts, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write a model in the Hub layout, all of it or nothing; one that is there is replaced when the new one is whole.
 
+    Killed at the very moment of the exchange, both lie there under hidden names.
+
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """

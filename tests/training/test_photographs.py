@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from blip_qformer.training.photographs import Photographs, parse_line
-from blip_qformer.training.prepare import SkippedPair
+from blip_qformer.training.prepare import SkippedPair, prepare
 from blip_qformer.training.prepare_command import add_prepare_command
 from blip_qformer.training.segmentation import Segmenter
 from blip_qformer.training.shards import PairStream
@@ -212,6 +212,21 @@ def test_it_goes_to_other_processes(folder):
     photographs = source(folder, LINE)
     expected = np.array(photographs.pair(0, 1).subject)
     assert np.array_equal(np.array(pickle.loads(pickle.dumps(photographs)).pair(0, 1).subject), expected)
+
+
+def test_workers_cut_out_to_the_last_bit_alike(folder):
+    """CLIPSeg and matting in processes of their own and in this one, whatever number of threads it has."""
+    write_clipseg(folder / "clipseg")
+    unmasked = {**LINE, "mask": None, "area": 0.5}
+    photographs = source(folder, LINE, unmasked, segmentation=folder / "clipseg", thresholds=(0.4, 0.8))
+    made = {}
+    for workers in (1, 2):
+        target = folder / f"by-{workers}"
+        prepare(photographs, target, seed=1, workers=workers, pairs_per_shard=1)
+        made[workers] = {file.name: file.read_bytes() for file in sorted(target.iterdir())}
+    assert len([name for name in made[1] if name.endswith(".tar")]) == 2
+    assert len(made[1]["skipped.txt"].splitlines()) == 1  # its head
+    assert made[1] == made[2]
 
 
 def prepare_command(*words: str) -> None:
