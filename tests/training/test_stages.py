@@ -247,10 +247,33 @@ def test_stage_2_against_a_loop():
 def test_steps_are_weighted_by_their_noise():
     stage = tiny.make_stage("subject", options={"signal_to_noise": 5.0})
     timesteps = torch.tensor([0, 100, 400, 999])
-    alphas = stage.scheduler.alphas_cumprod[timesteps].tolist()
-    expected = [min(a / (1 - a), 5.0) / (a / (1 - a)) for a in alphas]
+    ratios = [a / (1 - a) for a in stage.scheduler.alphas_cumprod[timesteps].tolist()]
+    expected = [min(ratio, 5.0) / ratio for ratio in ratios]
     assert expected[0] < 0.1
-    assert stage._weights(timesteps).tolist() == pytest.approx(expected)
+    assert stage.weights[timesteps].tolist() == pytest.approx(expected)
+    assert tiny.make_stage("subject").weights.tolist() == [1.0] * 1000
+
+
+def test_coarse_weights_make_errors_of_the_noise_those_of_v():
+    """v = alpha noise - sigma picture, so that at one noisy latent an error of the noise is alpha times one of v."""
+    stage = tiny.make_stage("subject", options={"coarse_weight": 1e9})
+    scheduler, steps = stage.scheduler, torch.tensor([0, 300, 700, 999])
+    noise, error = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))  # one row for each step
+    alpha, sigma = (
+        scheduler.alphas_cumprod[steps].sqrt()[:, None],
+        (1 - scheduler.alphas_cumprod[steps]).sqrt()[:, None],
+    )
+    noisy = scheduler.add_noise(torch.ones(4, 8), noise, steps)
+
+    def velocity(noise):
+        return scheduler.get_velocity((noisy - sigma * noise) / alpha, noise, steps)
+
+    errors_of_v = (velocity(noise + error) - velocity(noise)).square().mean(dim=1)
+    ratios = errors_of_v / error.square().mean(dim=1) / stage.weights[steps]
+    assert torch.allclose(ratios, ratios[:1].expand(4), rtol=1e-3)
+    limited = tiny.make_stage("subject", options={"coarse_weight": 10.0}).weights
+    assert limited.mean().item() == pytest.approx(1)
+    assert (limited.max() / limited.min()).item() == pytest.approx(10, rel=0.01)
 
 
 def test_latents_that_are_kept_change_nothing(tmp_path):

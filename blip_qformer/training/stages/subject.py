@@ -42,6 +42,9 @@ class SubjectStage(Stage):
             paper keeps its words.
         signal_to_noise: the loss of a step is weighted by min(signal-to-noise ratio, this) over that ratio (arXiv
             2303.09556), which is worth most to a small model; 0: all steps count alike, as in the paper.
+        coarse_weight: and by 1 + 1 / ratio, as if v were predicted (arXiv 2202.00512), but by no more than this. Where
+            there is little signal a picture's outlines are decided, and an error there is a small one of the noise;
+            0: not, as in the paper.
         keep_latents: whether targets' latents are kept on disk, for small data that is seen many times.
     """
 
@@ -66,6 +69,7 @@ class SubjectStage(Stage):
         projection_dropout: float = 0.1,
         word_dropout: float = 0.0,
         signal_to_noise: float = 0.0,
+        coarse_weight: float = 0.0,
         keep_latents: bool = False,
     ) -> None:
         if resolution < 8 or resolution % 8:
@@ -74,9 +78,10 @@ class SubjectStage(Stage):
             raise ValueError(f"The option projection_dropout is {projection_dropout}, which leaves nothing.")
         self.subject_dropout, self.caption_dropout = subject_dropout, caption_dropout
         self.projection_dropout, self.word_dropout = projection_dropout, word_dropout
-        self.repetitions, self.signal_to_noise = repetitions, signal_to_noise
+        self.repetitions = repetitions
         self.scheduler = DDPMScheduler.from_config(SCHEDULER)
-        self.register_buffer("alphas_cumprod", self.scheduler.alphas_cumprod, persistent=False)
+        weights = timestep_weights(self.scheduler.alphas_cumprod, signal_to_noise, coarse_weight)
+        self.register_buffer("weights", weights, persistent=False)
         self.keep_latents = keep_latents
 
     @classmethod
@@ -94,7 +99,7 @@ class SubjectStage(Stage):
         predicted = self.parts.unet(noisy, timesteps, context).sample
         errors = F.mse_loss(predicted.float(), noise, reduction="none").mean(dim=(1, 2, 3))  # [B]
         self._shown = batch
-        return {"loss": (errors * self._weights(timesteps)).mean(), "error": errors.detach().mean()}
+        return {"loss": (errors * self.weights[timesteps]).mean(), "error": errors.detach().mean()}
 
     def samples(self) -> Image.Image:
         """Subjects of the last batch, their targets, and what is drawn of them from noise."""
@@ -148,9 +153,12 @@ class SubjectStage(Stage):
         chances = torch.stack([torch.rand(answer.shape[1:], generator=source) for source in sources])
         return ((chances >= self.projection_dropout) / (1 - self.projection_dropout)).to(answer)
 
-    def _weights(self, timesteps: Tensor) -> Tensor:
-        if not self.signal_to_noise:
-            return torch.ones_like(timesteps, dtype=torch.float32)
-        alphas = self.alphas_cumprod[timesteps]
-        ratio = alphas / (1 - alphas)
-        return ratio.clamp(max=self.signal_to_noise) / ratio
+
+def timestep_weights(alphas_cumprod: Tensor, signal_to_noise: float, coarse_weight: float) -> Tensor:
+    """What the loss of each timestep counts [T]; see the options of these names. Coarse weights are 1 on average."""
+    ratio = alphas_cumprod / (1 - alphas_cumprod)
+    weights = ratio.clamp(max=signal_to_noise) / ratio if signal_to_noise else torch.ones_like(ratio)
+    if coarse_weight:
+        weights = weights * (1 + 1 / ratio).clamp(max=coarse_weight)
+        weights = weights / weights.mean()
+    return weights
