@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import torch
 import torch.distributed
-import torch.multiprocessing
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from PIL import Image
@@ -24,6 +24,7 @@ from blip_qformer.training.shards import Pair
 from blip_qformer.training.stages.base import Batch, Stage
 from blip_qformer.training.trainer import pair_seeds, to_device
 
+from . import ROOT
 from .measuring import compare
 from .table import Row
 
@@ -114,16 +115,16 @@ def _plain_step(stage: Stage, batch: Batch) -> Callable[[], None]:
 
 
 def _samples_per_second(processes: int) -> float:
-    context = torch.multiprocessing.get_context("spawn")
-    seconds: SimpleQueue = context.SimpleQueue()
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
-    torch.multiprocessing.spawn(_train_a_while, (processes, seconds), nprocs=processes)
-    return processes * SCALING_BATCH * SCALING_STEPS / max(seconds.get() for _ in range(processes))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, "-m", "benchmarks.training"]
+    printed = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return processes * SCALING_BATCH * SCALING_STEPS / max(map(float, printed.split()))
 
 
-def _train_a_while(rank: int, processes: int, seconds: SimpleQueue) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=processes)
+def _train_a_while() -> None:
+    """As one of several processes that torchrun started: print the seconds that a few steps took."""
+    torch.distributed.init_process_group("gloo")
     stage = _stage()
     model = nn.parallel.DistributedDataParallel(stage, find_unused_parameters=True)
     batch = to_device(_batch(SCALING_BATCH), torch.device("cpu"))
@@ -133,5 +134,9 @@ def _train_a_while(rank: int, processes: int, seconds: SimpleQueue) -> None:
     start = time.perf_counter()
     for _ in range(SCALING_STEPS):
         step()
-    seconds.put(time.perf_counter() - start)
+    print(time.perf_counter() - start, flush=True)
     torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _train_a_while()
