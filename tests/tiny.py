@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 from blip_qformer.training.config import RunConfig, config_from
+from blip_qformer.training.parts import ModelParts, new_parts
 from blip_qformer.training.shards import Pair, write_shard
 from blip_qformer.training.stages import stage_class
 from blip_qformer.training.trainer import pair_seeds, train
@@ -90,6 +91,14 @@ def make_config(stage: str = "subject", **changes: Any) -> RunConfig:
         "options": OPTIONS[stage],
     }
     return config_from(values | changes, "the test")
+
+
+def random_parts() -> ModelParts:
+    """A whole model whose weights are all random."""
+    parts = new_parts(SIZES, seed=0)
+    for seed, network in enumerate(parts.networks.values()):
+        randomized(network, seed)
+    return parts
 
 
 def make_stage(stage: str = "subject", **changes: Any) -> torch.nn.Module:

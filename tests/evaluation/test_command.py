@@ -10,8 +10,8 @@ from PIL import Image
 
 from blip_qformer import cli
 from blip_qformer.evaluation import judges, mini, tuned
-from blip_qformer.training.parts import new_parts, save_parts
-from tests import oracle, tiny
+from blip_qformer.training.parts import save_parts
+from tests import tiny
 from tests.artwork import write_artwork
 
 
@@ -22,10 +22,7 @@ def artwork(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    parts = new_parts(tiny.SIZES, seed=0)
-    for seed, network in enumerate(parts.networks.values()):
-        oracle.randomized(network, seed)
-    return save_parts(parts, tmp_path_factory.mktemp("model") / "model")
+    return save_parts(tiny.random_parts(), tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture(autouse=True)

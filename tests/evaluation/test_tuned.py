@@ -10,10 +10,9 @@ import torch
 from blip_qformer.evaluation import tuned
 from blip_qformer.evaluation.tuned import SHOWN_PLACES, Mean, TunedSettings, _report, evaluate_tuned, make_things
 from blip_qformer.training.finetune import Outcome
-from blip_qformer.training.parts import new_parts
 from blip_qformer.training.validation import Score
 from blip_qformer.training.world.artwork import is_held_out_word
-from tests import oracle, tiny
+from tests import tiny
 from tests.artwork import write_artwork
 from tests.evaluation.test_mini import ColourJudges
 
@@ -111,9 +110,7 @@ def test_views_are_never_in_a_place_that_is_asked_for(artwork, monkeypatch):
 
 
 def test_it_tunes_and_reports(artwork):
-    parts = new_parts(tiny.SIZES, seed=0)
-    for seed, network in enumerate(parts.networks.values()):
-        oracle.randomized(network, seed)
+    parts = tiny.random_parts()
     before = {name: weight.clone() for name, weight in parts.unet.state_dict().items()}
 
     class Judges(ColourJudges):

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from blip_qformer.cli import main as blip_qformer
 from blip_qformer.subject import load_subject
-from blip_qformer.training.parts import new_parts, save_parts
-from tests import oracle, tiny
+from blip_qformer.training.parts import save_parts
+from tests import tiny
 
 EDGE, STEPS, RATE = 64, 3, 1e-4
 OPTIONS = [
@@ -33,10 +33,7 @@ OPTIONS = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A random model in the Hub layout."""
-    parts = new_parts(tiny.SIZES, seed=0)
-    for seed, network in enumerate(parts.networks.values()):
-        oracle.randomized(network, seed)
-    return save_parts(parts, tmp_path_factory.mktemp("model") / "model")
+    return save_parts(tiny.random_parts(), tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture(scope="module")

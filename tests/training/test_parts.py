@@ -28,9 +28,7 @@ REFERENCE = oracle.Sizes(image_size=28, vision_width=64, vision_heads=1, width=3
 @pytest.fixture(scope="module")
 def parts() -> ModelParts:
     """A model all of whose weights are random."""
-    made = new_parts(tiny.SIZES, seed=0)
-    for seed, network in enumerate(made.networks.values()):
-        oracle.randomized(network, seed)
+    made = tiny.random_parts()
     made.vae.register_to_config(scaling_factor=0.9)
     return made
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from blip_qformer.encoder import preprocess
-from blip_qformer.training.parts import new_parts, save_parts
+from blip_qformer.training.parts import save_parts
 from blip_qformer.training.sampling import NEGATIVE_PROMPT, draw
-from tests import oracle, tiny
+from tests import tiny
 
 SEED, STEPS, SIZE = 3, 10, (64, 96)  # the picture's height and width; 1000 is a multiple of the steps
 
@@ -16,9 +16,7 @@ SEED, STEPS, SIZE = 3, 10, (64, 96)  # the picture's height and width; 1000 is a
 @pytest.fixture(scope="module")
 def parts():
     """A model all of whose weights are random, its latents of another scale than SD1.5's."""
-    made = new_parts(tiny.SIZES, seed=0)
-    for seed, network in enumerate(made.networks.values()):
-        oracle.randomized(network, seed)
+    made = tiny.random_parts()
     made.vae.register_to_config(scaling_factor=0.7)
     return made
 
