@@ -1,9 +1,13 @@
-"""How sure a measured share is."""
+"""How sure a measured share or mean is."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+
+import numpy as np
+from scipy.stats import t
 
 Z_95 = 1.959964  # standard deviations that hold 95 % of a normal distribution
 
@@ -39,3 +43,20 @@ class Share:
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.value:.1%} ({low:.1%} .. {high:.1%})"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over things, and half of its 95 % interval by Student's t, which is no number for a single thing."""
+
+    value: float
+    half: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Pictures of one thing are no independent trials, so that each thing counts once."""
+        numbers = np.asarray(values, dtype=float)
+        if len(numbers) < 2:
+            return cls(float(numbers.mean()), float("nan"))
+        error = numbers.std(ddof=1) / len(numbers) ** 0.5
+        return cls(float(numbers.mean()), float(t.ppf(0.975, len(numbers) - 1) * error))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from scipy.stats import spearmanr, t
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from ..training.diffusers_run import FinetuneRun
@@ -26,6 +26,7 @@ from ..training.stages.base import to_picture, to_pixels
 from ..training.validation import VALIDATION_PROMPTS
 from ..training.world.places import PLACES
 from ..training.world.scenes import picture_of, random_placement
+from .intervals import Mean
 from .judges import Judges
 from .mini import CANDIDATES, held_out_subjects, picks_first
 
@@ -57,23 +58,6 @@ class TunedSettings:
     edge: int = 256
     candidates: int = CANDIDATES
     seed: int = 12
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over things, and half of its 95 % interval by Student's t, which is no number for a single thing."""
-
-    value: float
-    half: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        """Pictures of one thing are no independent trials, so that each thing counts once."""
-        numbers = np.asarray(values, dtype=float)
-        if len(numbers) < 2:
-            return cls(float(numbers.mean()), float("nan"))
-        error = numbers.std(ddof=1) / len(numbers) ** 0.5
-        return cls(float(numbers.mean()), float(t.ppf(0.975, len(numbers) - 1) * error))
 
 
 @dataclass

@@ -1,11 +1,13 @@
 """Shares and how sure they are."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from blip_qformer.evaluation.intervals import Share
+from blip_qformer.evaluation.intervals import Mean, Share
 
 
 @given(st.integers(1, 500).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials))))
@@ -23,3 +25,9 @@ def test_a_share_reads_as_percent():
 def test_no_share_of_nothing(successes, trials):
     with pytest.raises(ValueError, match="is no share"):
         Share(successes, trials)
+
+
+def test_a_mean_comes_with_its_interval():
+    mean = Mean.of([1.0, 2.0, 3.0])
+    assert (mean.value, mean.half) == pytest.approx((2.0, 4.303 / math.sqrt(3)), rel=1e-3)
+    assert math.isnan(Mean.of([1.0]).half)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from blip_qformer.evaluation import tuned
-from blip_qformer.evaluation.tuned import SHOWN_PLACES, Mean, TunedSettings, _report, evaluate_tuned, make_things
+from blip_qformer.evaluation.intervals import Mean
+from blip_qformer.evaluation.tuned import SHOWN_PLACES, TunedSettings, _report, evaluate_tuned, make_things
 from blip_qformer.training.finetune import Outcome
 from blip_qformer.training.validation import Score
 from blip_qformer.training.world.artwork import is_held_out_word
@@ -78,12 +79,6 @@ def test_gray_pictures_have_no_identity(value):
     gray = [torch.full((3, 8, 8), value).index_fill(1, torch.tensor([0]), shade) for shade in PLACE_SHADES.values()]
     report = _report(ColourJudges(), REFERENCES, [outcome([gray, gray], [0.2, 0.3], kept=1)], SETTINGS)
     assert [each.value for each in report.identity.values()] == [0.0, 0.0]
-
-
-def test_a_mean_comes_with_its_interval():
-    mean = Mean.of([1.0, 2.0, 3.0])
-    assert (mean.value, mean.half) == pytest.approx((2.0, 4.303 / math.sqrt(3)), rel=1e-3)
-    assert math.isnan(Mean.of([1.0]).half)
 
 
 def test_things_are_held_out_and_repeat(artwork):
