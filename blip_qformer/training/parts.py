@@ -28,6 +28,7 @@ from ..encoder import QFormerConfig, SubjectEncoder, SubjectEncoderConfig, Visio
 from ..encoder.tokenizer import VOCABULARY
 from .carried_colours import carry_colours
 from .config import RunConfig
+from .patch_positions import place_patches
 from .text_encoder import TextEncoder, TextEncoderConfig
 
 SIZES = ("vision", "qformer", "projection_width", "text_encoder", "unet", "vae", "tokenizer")  # of a new model
@@ -161,6 +162,7 @@ def new_parts(sizes: dict[str, Any], seed: int) -> ModelParts:
             (text_encoder, text_encoder.config.width),
         ):
             initialise(network, width)
+        place_patches(encoder.vision.position_embedding)
         unet = _sized("unet", UNet2DConditionModel, sizes)
         vae = _sized("vae", AutoencoderKL, sizes)
         carry_colours(vae)
