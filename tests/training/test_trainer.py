@@ -234,7 +234,7 @@ def test_the_log_has_the_figures_and_the_pictures(pairs, tmp_path):
         pairs=pairs, output=str(tmp_path), steps=4, log_every=2, samples_every=4, learning_rate=0.5e-3, batch_size=2
     )
     tiny.run(config)
-    for name in ("loss", "error", "learning_rate", "samples_per_second"):
+    for name in ("loss", "learning_rate", "samples_per_second"):
         assert scalars(tmp_path / "log", name).keys() == {2, 4}
     assert scalars(tmp_path / "log", "learning_rate")[4] == pytest.approx(0.5e-3)
     assert all(value > 0 for value in scalars(tmp_path / "log", "samples_per_second").values())

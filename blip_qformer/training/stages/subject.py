@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count, takewhile
 
 import torch
 import torch.nn.functional as F
@@ -40,11 +41,13 @@ class SubjectStage(Stage):
         projection_dropout: inside the projection.
         word_dropout: how often the subject's word gives way to another, see :func:`.questions.exchange_words`; the
             paper keeps its words.
-        signal_to_noise: the loss of a step is weighted by min(signal-to-noise ratio, this) over that ratio (arXiv
-            2303.09556), which is worth most to a small model; 0: all steps count alike, as in the paper.
-        coarse_weight: and by 1 + 1 / ratio, as if v were predicted (arXiv 2202.00512), but by no more than this. Where
-            there is little signal a picture's outlines are decided, and an error there is a small one of the noise;
-            0: not, as in the paper.
+        signal_to_noise: a timestep counts min(signal-to-noise ratio, this) over that ratio (arXiv 2303.09556), which is
+            worth most to a small model; 0: all timesteps count alike, as in the paper.
+        coarse_weight: and 1 + 1 / ratio times as much, as if v were predicted (arXiv 2202.00512), but no more than
+            this. Where there is little signal a picture's outlines are decided, and an error there is a small one of
+            the noise; 0: not, as in the paper.
+        coarse_noise: how much noise of coarser scales is added to the usual, see :func:`add_coarse_noise`; 0: none, as
+            in the paper.
         keep_latents: whether targets' latents are kept on disk, for small data that is seen many times.
     """
 
@@ -70,6 +73,7 @@ class SubjectStage(Stage):
         word_dropout: float = 0.0,
         signal_to_noise: float = 0.0,
         coarse_weight: float = 0.0,
+        coarse_noise: float = 0.0,
         keep_latents: bool = False,
     ) -> None:
         if resolution < 8 or resolution % 8:
@@ -78,10 +82,9 @@ class SubjectStage(Stage):
             raise ValueError(f"The option projection_dropout is {projection_dropout}, which leaves nothing.")
         self.subject_dropout, self.caption_dropout = subject_dropout, caption_dropout
         self.projection_dropout, self.word_dropout = projection_dropout, word_dropout
-        self.repetitions = repetitions
+        self.repetitions, self.coarse_noise = repetitions, coarse_noise
         self.scheduler = DDPMScheduler.from_config(SCHEDULER)
-        weights = timestep_weights(self.scheduler.alphas_cumprod, signal_to_noise, coarse_weight)
-        self.register_buffer("weights", weights, persistent=False)
+        self.weights = timestep_weights(self.scheduler.alphas_cumprod, signal_to_noise, coarse_weight)
         self.keep_latents = keep_latents
 
     @classmethod
@@ -93,13 +96,13 @@ class SubjectStage(Stage):
         latents = self._encode_targets(batch, sources)  # [B, 4, H / 8, W / 8]
         context = self._encode_captions(batch, sources)  # [B, 77, width]
         noise = normal(sources, latents.shape[1:], latents.device)
-        steps = self.scheduler.config.num_train_timesteps
-        timesteps = torch.cat([torch.randint(steps, (1,), generator=source) for source in sources]).to(latents.device)
+        timesteps = draw_timesteps(self.weights, sources).to(latents.device)
+        if self.coarse_noise:
+            noise = add_coarse_noise(noise, self.coarse_noise, sources)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         predicted = self.parts.unet(noisy, timesteps, context).sample
-        errors = F.mse_loss(predicted.float(), noise, reduction="none").mean(dim=(1, 2, 3))  # [B]
         self._shown = batch
-        return {"loss": (errors * self.weights[timesteps]).mean(), "error": errors.detach().mean()}
+        return {"loss": F.mse_loss(predicted.float(), noise)}
 
     def samples(self) -> Image.Image:
         """Subjects of the last batch, their targets, and what is drawn of them from noise."""
@@ -155,10 +158,36 @@ class SubjectStage(Stage):
 
 
 def timestep_weights(alphas_cumprod: Tensor, signal_to_noise: float, coarse_weight: float) -> Tensor:
-    """What the loss of each timestep counts [T]; see the options of these names. Coarse weights are 1 on average."""
+    """What each timestep counts [T]; see the options of these names."""
     ratio = alphas_cumprod / (1 - alphas_cumprod)
     weights = ratio.clamp(max=signal_to_noise) / ratio if signal_to_noise else torch.ones_like(ratio)
     if coarse_weight:
         weights = weights * (1 + 1 / ratio).clamp(max=coarse_weight)
-        weights = weights / weights.mean()
     return weights
+
+
+def draw_timesteps(weights: Tensor, sources: Sequence[torch.Generator]) -> Tensor:
+    """One timestep [B] from each source, each as often as it counts in ``weights`` [T].
+
+    On average that is the loss weighted so, but no step of training is spent on what hardly counts.
+    """
+    shares = weights.cumsum(dim=0) / weights.sum()  # [T]
+    chances = torch.cat([torch.rand(1, generator=source) for source in sources])  # [B]
+    return torch.searchsorted(shares, chances, right=True).clamp(max=len(weights) - 1)
+
+
+def add_coarse_noise(noise: Tensor, amount: float, sources: Sequence[torch.Generator]) -> Tensor:
+    """Noise of every coarser scale on top of noise [B, C, H, W]: the first doubling of the grain is scaled by
+    ``amount``, the second by its square, and so on up to one value for the whole picture.
+
+    White noise is so faint at a picture's coarse scales that even the noisiest latent of SD's schedule shows outlines
+    there; a model learns to read them, and reads some into the noise that it draws from. With this it learns to take
+    them from the prompt. (After Jonathan Whitaker's "Multi-Resolution Noise for Diffusion Model Training", Weights &
+    Biases, 2023, but the finest noise is left as it is, because pictures are drawn from noise of that strength.)
+    """
+    edge, scale = min(noise.shape[2:]), amount
+    for grain in takewhile(lambda grain: grain <= edge, (2**doublings for doublings in count(1))):
+        coarse = normal(sources, (noise.shape[1], *(-(-side // grain) for side in noise.shape[2:])), noise.device)
+        noise = noise + scale * F.interpolate(coarse, noise.shape[2:], mode="bilinear")
+        scale *= amount
+    return noise
