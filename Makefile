@@ -62,7 +62,7 @@ mini: env
 	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/1-autoencoder.yaml
 	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/2-vision.yaml
 	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/3-multimodal.yaml
-	@$(RUN) -m blip_qformer.training.placed_queries $(MINI)/3-multimodal/model $(MINI)/pairs-128 $(MINI)/3-placed
+	@$(RUN) -m blip_qformer.training.placed_queries $(MINI)/3-multimodal/model $(MINI)/pairs-128 $(MINI)/3-placed/model
 	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/4-appearance.yaml
 	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/5-subject-128.yaml
 	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/6-subject-256.yaml

@@ -94,10 +94,13 @@ def test_make_mini_runs_every_run_and_evaluates_the_last():
     runs = [read_config(ROOT / name) for name in names]
     assert names == [str(file.relative_to(ROOT)) for file in sorted(MINI_RUNS.glob("[0-9]*.yaml"))]
     made = {ROOT / word for word in shlex.split(dry.replace(";", " ")) if "pairs-" in word}
+    ((placed_from, placed_pairs, placed),) = re.findall(r"placed_queries (\S+) (\S+) (\S+)", dry)
+    models_made = {ROOT / each.output / "model" for each in runs}
+    assert ROOT / placed_from in models_made and ROOT / placed_pairs in made
     for run in runs:
         assert {ROOT / pairs.partition("/pairs-{")[0] for pairs in run.pairs} <= made
         models = [*run.networks.values(), *([run.model] if isinstance(run.model, str) else [])]
-        assert {ROOT / model for model in models} <= {ROOT / each.output / "model" for each in runs}
+        assert {ROOT / model for model in models} <= models_made | {ROOT / placed}
     assert f"evaluate mini {runs[-1].output / 'model'} " in dry
 
 

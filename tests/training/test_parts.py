@@ -158,7 +158,7 @@ def test_the_first_weights_are_a_function_of_the_seed(parts):
     assert_same(same, first)
     assert not torch.equal(first["unet.conv_in.weight"], other["unet.conv_in.weight"])
     for name, weight in first.items():
-        if weight.ndim > 1 and not name.startswith(("unet", "vae")):
+        if weight.ndim > 1 and not name.startswith(("unet", "vae", "encoder.vision.position_embedding")):
             deviation = 0.02 * (768 / 32) ** 0.5  # BERT's 0.02, at the width of all of these
             assert weight.std() == pytest.approx(deviation, rel=0.3)
 
