@@ -32,6 +32,7 @@ from .stages.questions import ask
 PICTURES = 256  # enough to fit 16 linear functions of 128 numbers
 FOCUS = 0.35  # of the fitted logits: so soft that a query also sees its patch's neighbours, and can learn to look there
 RIDGE = 1e-4  # of the queries' fit
+SEED = 0
 REMAINING = 0.3  # of what is left of the first weights in a head that looks at a place
 
 
@@ -52,14 +53,13 @@ def place_queries(encoder: SubjectEncoder, pixel_values: Tensor, words: Sequence
     layers = [layer.cross_attention for layer in encoder.qformer.layers if layer.cross_attention is not None]
     looks = _looks(encoder, edge, layers)
     tokens = encoder.vision(pixel_values)[:, 1:]  # [B, edge^2, image width]
-    weight, bias = fit_location(tokens, edge)
-    for number, attention in enumerate(layers):
-        for head, (down, right) in looks.get(number, {}).items():
+    keys = fit_location(tokens, edge)
+    for attention, patches in zip(layers, looks, strict=False):  # the later layers look where they like
+        queries = _queries_before(attention, encoder, pixel_values, words)  # [B, Q, width]
+        for head, (down, right) in enumerate(patches):
             rows, columns = _patches_of_queries(encoder.config.qformer.query_tokens, edge, down, right)
             asked = torch.cat([F.one_hot(rows, edge), F.one_hot(columns, edge)], dim=1).float()  # [Q, 2 * edge]
-            width = attention.query.out_features // attention.heads
-            queries = _queries_before(attention, encoder, pixel_values, words)
-            _look(attention, head * width, FOCUS * math.sqrt(width) * asked, queries, (weight, bias), width)
+            _turn_head(attention, head, queries, asked, keys)
         for linear in (attention.value, attention.output):  # what is seen arrives whole
             nn.init.orthogonal_(linear.weight)
 
@@ -92,10 +92,8 @@ def fit_location(tokens: Tensor, edge: int) -> tuple[Tensor, Tensor]:
     return (weight - weight.mean(1, keepdim=True)).flatten(0, 1), (bias - bias.mean(1, keepdim=True)).flatten()
 
 
-def _looks(
-    encoder: SubjectEncoder, edge: int, layers: Sequence[QFormerAttention]
-) -> dict[int, dict[int, tuple[int, int]]]:
-    """Which head of which layer looks at which patch of the queries' cells: layer -> head -> (row, column)."""
+def _looks(encoder: SubjectEncoder, edge: int, layers: Sequence[QFormerAttention]) -> list[list[tuple[int, int]]]:
+    """The patches of a cell, as (row, column), that the first heads of each layer look at, till all have been."""
     config = encoder.config.qformer
     side = math.isqrt(config.query_tokens)
     if side**2 != config.query_tokens or edge % side:
@@ -109,10 +107,8 @@ def _looks(
             f"{len(layers) * heads} heads, each {config.width // heads} wide, cannot look at {cell**2} patches of a "
             f"cell by rows and columns of {edge}: choose fewer patches, or more and wider heads."
         )
-    looks: dict[int, dict[int, tuple[int, int]]] = {}
-    for number in range(cell**2):
-        looks.setdefault(number // heads, {})[number % heads] = divmod(number, cell)
-    return looks
+    patches = [divmod(number, cell) for number in range(cell**2)]
+    return [patches[first : first + heads] for first in range(0, len(patches), heads)]
 
 
 def _patches_of_queries(queries: int, edge: int, down: int, right: int) -> tuple[Tensor, Tensor]:
@@ -135,15 +131,17 @@ def _queries_before(
     return seen[0]
 
 
-def _look(
-    attention: QFormerAttention, start: int, asked: Tensor, queries: Tensor, keys: tuple[Tensor, Tensor], width: int
+def _turn_head(
+    attention: QFormerAttention, head: int, queries: Tensor, asked: Tensor, keys: tuple[Tensor, Tensor]
 ) -> None:
-    """Turn one head: its keys tell rows and columns, its queries [B, Q, width] ask as in ``asked`` [Q, 2 * edge]."""
+    """Let one head's keys tell rows and columns, and its queries [B, Q, width] ask for those in ``asked``."""
+    width = attention.query.out_features // attention.heads
     inputs = F.pad(queries, (0, 1), value=1.0).flatten(0, 1)  # [B * Q, width + 1], a one for the bias
-    wanted = asked.repeat(len(queries), 1)
+    wanted = FOCUS * math.sqrt(width) * asked.repeat(len(queries), 1)  # [B * Q, 2 * edge]
     ridge = RIDGE * len(inputs) * torch.eye(inputs.shape[1])
     fitted = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ wanted)  # [width + 1, 2 * edge]
-    place, rest = slice(start, start + asked.shape[1]), slice(start + asked.shape[1], start + width)
+    start, end = head * width, (head + 1) * width
+    place, rest = slice(start, start + asked.shape[1]), slice(start + asked.shape[1], end)
     attention.query.weight[place], attention.query.bias[place] = fitted[:-1].T, fitted[-1]
     attention.key.weight[place], attention.key.bias[place] = keys
     attention.query.weight[rest] *= REMAINING
@@ -161,7 +159,9 @@ def place_model(model: Path, pairs: str, target: Path) -> None:
     size = parts.encoder.config.vision.image_size
     batch = subject_batch(list(islice(PairStream(pairs), PICTURES)), size=size, resolution=size)
     parts.encoder.eval().requires_grad_(False)
-    place_queries(parts.encoder, batch["pixel_values"], batch["words"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        place_queries(parts.encoder, batch["pixel_values"], batch["words"])
     save_parts(parts, target)
 
 
