@@ -16,10 +16,10 @@ from blip_qformer.encoder.tokenizer import bert_tokenizer
 from blip_qformer.training import sampling
 from blip_qformer.training.objectives import matching_mask
 from blip_qformer.training.sampling import NEGATIVE_PROMPT
-from blip_qformer.training.stages import STAGES, stage_class
+from blip_qformer.training.stages import STAGES, stage_class, subject
 from blip_qformer.training.stages.base import generators
 from blip_qformer.training.stages.multimodal import read
-from blip_qformer.training.stages.subject import add_coarse_noise, draw_timesteps
+from blip_qformer.training.stages.subject import add_coarse_noise, draw_timesteps, drawn_weights, timestep_weights
 from tests import tiny
 
 NUMBERS = range(6)
@@ -277,13 +277,29 @@ def test_coarse_weights_make_errors_of_the_noise_those_of_v():
     assert (limited.max() / limited.min()).item() == pytest.approx(10, rel=0.01)
 
 
-def test_timesteps_are_drawn_as_often_as_they_count():
-    weights = torch.tensor([1.0, 0.0, 5.0, 2.0])
+def test_timesteps_count_half_by_how_often_they_are_drawn_and_half_in_the_loss():
+    weights = torch.tensor([1.0, 0.0, 9.0, 4.0])
     drawn = draw_timesteps(weights, generators(range(4000)))
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     assert shares[1] == 0
-    assert torch.allclose(shares, weights / 8, atol=0.02)
+    assert torch.allclose(shares, torch.tensor([1.0, 0.0, 3.0, 2.0]) / 6, atol=0.02)
+    counted = shares * drawn_weights(weights)
+    assert torch.allclose(counted, weights / 14, atol=0.03)
     assert draw_timesteps(weights, generators([17])) == drawn[17]  # each from its own source
+    assert drawn_weights(torch.ones(3)).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_the_loss_counts_each_pair_by_its_timestep(monkeypatch):
+    stage = tiny.make_stage("subject", options={"resolution": 32, "coarse_weight": 250.0})
+    counts, errors = drawn_weights(stage.weights), []
+    stage.weights = torch.ones(1000)
+    for number, timestep in enumerate((40, 990, 500)):
+        monkeypatch.setattr(subject, "draw_timesteps", lambda *_, timestep=timestep: torch.tensor([timestep]))
+        errors.append(counts[timestep] * stage(tiny.make_batch("subject", [number]))["loss"])
+    stage.weights = timestep_weights(stage.scheduler.alphas_cumprod, signal_to_noise=0.0, coarse_weight=250.0)
+    monkeypatch.setattr(subject, "draw_timesteps", lambda *_: torch.tensor([40, 990, 500]))
+    whole = stage(tiny.make_batch("subject", range(3)))["loss"]
+    assert whole.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4)
 
 
 def test_location_is_the_cross_entropy_of_row_and_column():

@@ -102,7 +102,8 @@ class SubjectStage(Stage):
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         predicted = self.parts.unet(noisy, timesteps, context).sample
         self._shown = batch
-        return {"loss": F.mse_loss(predicted.float(), noise)}
+        errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))  # [B]
+        return {"loss": (errors * drawn_weights(self.weights)[timesteps.cpu()].to(errors)).mean()}
 
     def samples(self) -> Image.Image:
         """Subjects of the last batch, their targets, and what is drawn of them from noise."""
@@ -167,13 +168,20 @@ def timestep_weights(alphas_cumprod: Tensor, signal_to_noise: float, coarse_weig
 
 
 def draw_timesteps(weights: Tensor, sources: Sequence[torch.Generator]) -> Tensor:
-    """One timestep [B] from each source, each as often as it counts in ``weights`` [T].
+    """One timestep [B] from each source; half of what it counts, by its root, is how often it comes.
 
-    On average that is the loss weighted so, but no step of training is spent on what hardly counts.
+    The other half is :func:`drawn_weights`. If all were in the loss, most steps of training would be spent on what
+    hardly counts; if none were, the noisiest timesteps would fill them, although their errors are the smallest.
     """
-    shares = weights.cumsum(dim=0) / weights.sum()  # [T]
+    shares = weights.sqrt().cumsum(dim=0) / weights.sqrt().sum()  # [T]
     chances = torch.cat([torch.rand(1, generator=source) for source in sources])  # [B]
     return torch.searchsorted(shares, chances, right=True).clamp(max=len(weights) - 1)
+
+
+def drawn_weights(weights: Tensor) -> Tensor:
+    """What each drawn timestep counts in the loss [T], 1 on average over draws, so that in the end all count as they
+    should."""
+    return weights.sqrt() * weights.sqrt().mean() / weights.mean()
 
 
 def add_coarse_noise(noise: Tensor, amount: float, sources: Sequence[torch.Generator]) -> Tensor:
