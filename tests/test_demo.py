@@ -30,8 +30,18 @@ def test_demo_draws_a_thing_in_four_places_and_says_what_it_is():
     below = {place: tile[-EDGE // 8 :].mean(axis=(0, 1)) for place, tile in zip(CONTEXTS, tiles[1:], strict=True)}
     assert below["on the grass"].argmax() == 1  # green
     assert below["in the snow"].mean() > 0.7 > 0.3 > below["at night"].mean()
-    assert remark.startswith(f"Left: the {WORD} that were given.")
+    given, *drawn = (is_orange(tile) for tile in tiles)
+    for each in drawn:  # a ring where there is one in the given picture, with a hole in it
+        assert (given & each).sum() > 0.35 * (given | each).sum()
+        assert each[120:160, 110:146].mean() < 0.3
+    assert remark.startswith(f"Left: the {WORD} that was given.")
     assert "KSampler" in done.stderr  # the progress bar
+
+
+def is_orange(picture: np.ndarray) -> np.ndarray:
+    """Where a picture [H, W, 3] in 0..1 has the life ring's colour."""
+    red, green, blue = np.moveaxis(picture, -1, 0)
+    return (red > 0.7) & (green < 0.4) & (blue < 0.3)
 
 
 def test_demo_runs_a_workflow_with_weights_of_ones_own(tmp_path):

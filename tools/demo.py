@@ -26,7 +26,7 @@ LOADERS = ("BLIPDiffusionLoader", "BLIPDiffusionQFormerLoader")
 
 #: The small model, something that it has never seen, and where to draw it.
 SMALL_MODEL = ROOT / "mini" / "model"
-GIVEN, WORD = ROOT / "mini" / "inputs" / "grapes.png", "grapes"
+GIVEN, WORD = ROOT / "mini" / "inputs" / "buoy.png", "buoy"
 CONTEXTS = ("in the snow", "on the grass", "on the beach", "at night")
 EDGE = 256
 ROW = "demo.png"
@@ -111,9 +111,7 @@ def main() -> int:
     for picture in pictures:
         print(picture)
     if not chosen.checkpoint:
-        print(
-            f"Left: the {WORD} that were given. Then: those {WORD} {', '.join(CONTEXTS)}, by the small model in mini/."
-        )
+        print(f"Left: the {WORD} that was given. Then: that {WORD} {', '.join(CONTEXTS)}, by the small model in mini/.")
     return 0
 
 

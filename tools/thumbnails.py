@@ -25,12 +25,12 @@ SIZED = ("EmptyLatentImage", "ImageScale", "SolidMask", "MaskComposite")
 
 #: What the photographs and words of the workflows become in the small model's world.
 PICTURES = {
-    "cat.jpg": "grapes.png",
+    "cat.jpg": "buoy.png",
     "cup.jpg": "pear.png",
-    "cat-near.jpg": "grapes.png",
-    "cat-evening.jpg": "grapes.png",
+    "cat-near.jpg": "buoy.png",
+    "cat-evening.jpg": "buoy.png",
 }
-WORDS = {"cat": "grapes", "cup": "pear"}
+WORDS = {"cat": "buoy", "cup": "pear"}
 PLACE = "on the grass"
 
 #: What a workflow changes beside that: node class -> inputs.
@@ -42,7 +42,7 @@ CHANGES: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "edit-generated": {},
     "edit-photo": {"BLIPDiffusionPromptToPrompt": {"source_blend_words": "pear"}},
     "subject-finetune": {
-        "BLIPDiffusionSubjectFinetune": {"subject_word": "grapes", "resolution": 256, "learning_rate": 5e-5}
+        "BLIPDiffusionSubjectFinetune": {"subject_word": "buoy", "resolution": 256, "learning_rate": 5e-5}
     },
     "subject-generation": {},
     "subject-img2img": {},
