@@ -179,8 +179,7 @@ def draw_timesteps(weights: Tensor, sources: Sequence[torch.Generator]) -> Tenso
 
 
 def drawn_weights(weights: Tensor) -> Tensor:
-    """What each drawn timestep counts in the loss [T], 1 on average over draws, so that in the end all count as they
-    should."""
+    """What each drawn timestep counts in the loss [T]; over many draws 1 on average. See :func:`draw_timesteps`."""
     return weights.sqrt() * weights.sqrt().mean() / weights.mean()
 
 
