@@ -96,14 +96,16 @@ class SubjectStage(Stage):
         latents = self._encode_targets(batch, sources)  # [B, 4, H / 8, W / 8]
         context = self._encode_captions(batch, sources)  # [B, 77, width]
         noise = normal(sources, latents.shape[1:], latents.device)
-        timesteps = draw_timesteps(self.weights, sources).to(latents.device)
+        timesteps = draw_timesteps(self.weights, sources)  # on the CPU, where the weights are
+        counts = drawn_weights(self.weights)[timesteps].to(latents.device)
+        timesteps = timesteps.to(latents.device)
         if self.coarse_noise:
             noise = add_coarse_noise(noise, self.coarse_noise, sources)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         predicted = self.parts.unet(noisy, timesteps, context).sample
         self._shown = batch
         errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))  # [B]
-        return {"loss": (errors * drawn_weights(self.weights)[timesteps.cpu()].to(errors)).mean()}
+        return {"loss": (errors * counts).mean()}
 
     def samples(self) -> Image.Image:
         """Subjects of the last batch, their targets, and what is drawn of them from noise."""
