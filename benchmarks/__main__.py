@@ -27,14 +27,12 @@ from .subjects import VIEWS_HEAD, trajectory_rows, view_costs
 from .table import HEAD, RESULTS, Row, machine, markdown_table, write_section
 from .training import SCALING_HEAD, scaling, training_rows
 
-HOW = (
-    "Random weights, float32, both on the same tensors; full size, but the sampled U-Net, which is SD1.5's with widths "
-    f"{'-'.join(map(str, SIZES.unet_channels))}. Ours and the peer ran in turns; a ratio below 1 means ours is faster."
-)
+FULL_SIZE = f"full size, but the sampled U-Net, which is SD1.5's with widths {'-'.join(map(str, SIZES.unet_channels))}"
 
 
 def subjects() -> Iterator[str]:
     """Subject Encode, Subject Prompt Compose and drawing with a subject."""
+    yield how(FULL_SIZE)
     with models() as (host, pipeline, loaded):
         yield compared(
             chain(
@@ -50,6 +48,7 @@ def subjects() -> Iterator[str]:
 
 def editing() -> Iterator[str]:
     """Edits by attention."""
+    yield how(FULL_SIZE)
     with models() as (host, _, loaded):
         yield compared(chain(editing_rows(host, loaded), attention_rows()))
     yield "One self-attention layer that takes over another picture's, each in a process of its own:"
@@ -58,6 +57,7 @@ def editing() -> Iterator[str]:
 
 def finetune() -> Iterator[str]:
     """Fine-tuning on one subject."""
+    yield how(FULL_SIZE)
     with models() as (host, pipeline, loaded):
         yield compared(finetune_rows(host, loaded, pipeline.unet))
     yield "The same steps, each way in a process of its own:"
@@ -66,6 +66,7 @@ def finetune() -> Iterator[str]:
 
 def training() -> Iterator[str]:
     """Stage 2 of the small model."""
+    yield how("the small model's sizes")
     yield compared(training_rows())
     yield "The same in several processes on this one machine:"
     yield markdown_table(SCALING_HEAD, scaling())
@@ -86,6 +87,14 @@ def models() -> Iterator[tuple[Host, oracle.BlipDiffusionPipeline, SimpleNamespa
         yield host, pipeline, hosted(host, pipeline)
 
 
+def how(sizes: str) -> str:
+    """What a group's ratios mean, and where they were measured."""
+    return (
+        f"{machine()}. Random weights, float32, both on the same tensors; {sizes}. Ours and the peer ran in turns; "
+        "a ratio below 1 means ours is faster."
+    )
+
+
 def compared(rows: Iterable[Row]) -> str:
     """A table of comparisons; each is shown when it is measured."""
     cells = []
@@ -104,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := [name for name in chosen.groups if name not in GROUPS]:
         parser.error(f'"{unknown[0]}" is no group: choose from {", ".join(GROUPS)}')
     for name in chosen.groups or GROUPS:
-        text = "\n\n".join([f"{machine()}. {HOW}", *GROUPS[name]()])
+        text = "\n\n".join(GROUPS[name]())
         print(f"\n{text}\n", flush=True)
         if chosen.write:
             write_section(f"python -m benchmarks {name}", text)
