@@ -56,7 +56,7 @@ MINI_RUNS := blip_qformer/training/runs/mini
 LAUNCH ?= ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc_per_node 2
 mini: env
 	@test -f output/artwork/things.jsonl || $(RUN) -m tools.artwork output/artwork
-	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-256 --count 4000 --edge 256 --seed 0
+	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-256 --count 8000 --edge 256 --seed 0
 	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-128 --count 40000 --edge 128 --seed 1
 	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-alone --count 40000 --edge 32 --seed 2 --alone
 	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/1-autoencoder.yaml
