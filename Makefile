@@ -52,17 +52,17 @@ bench: env
 # together are what one update sees; each has one thread, which on two CPU cores is fastest. With a torch for two GPUs
 # instead: make mini LAUNCH=".venv/bin/accelerate launch --num_processes 2".
 MINI := output/mini
-MINI_RUNS := blip_qformer/training/runs/mini
+MINI_RUNS := mini/runs
 LAUNCH ?= ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc_per_node 2
 mini: env
-	@test -f output/artwork/things.jsonl || $(RUN) -m tools.artwork output/artwork
+	@test -f output/artwork/things.jsonl || $(RUN) -m mini.world.fetch output/artwork
 	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-256 --count 8000 --edge 256 --seed 0
 	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-128 --count 40000 --edge 128 --seed 1
 	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-alone --count 40000 --edge 32 --seed 2 --alone
 	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/1-autoencoder.yaml
 	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/2-vision.yaml
 	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/3-multimodal.yaml
-	@$(RUN) -m blip_qformer.training.placed_queries $(MINI)/3-multimodal/model $(MINI)/pairs-128 $(MINI)/3-placed/model
+	@$(RUN) -m mini.init.placed_queries $(MINI)/3-multimodal/model $(MINI)/pairs-128 $(MINI)/3-placed/model
 	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/4-appearance.yaml
 	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/5-subject-128.yaml
 	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/6-subject-256.yaml

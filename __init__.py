@@ -1,7 +1,7 @@
 """BLIP-Diffusion for ComfyUI: show it a picture of a thing and name it, and every SD1.5 graph can draw that thing."""
 
 from .nodes import NODES
-from .nodes.folders import register_model_folder
+from .nodes.host.model_paths import register_model_folder
 from .nodes.types import ComfyExtension, io
 
 WEB_DIRECTORY = "./web"

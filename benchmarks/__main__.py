@@ -15,17 +15,16 @@ from types import SimpleNamespace
 
 import torch
 
+from benchmarks.editing import ATTENTION_HEAD, attention_costs, attention_rows, editing_rows
+from benchmarks.encoding import compose_rows, encoder_rows
+from benchmarks.finetune import MEMORY_HEAD, finetune_costs, finetune_rows
+from benchmarks.models import SIZES, encoder_of, hosted, reference_pipeline
+from benchmarks.sampling import sampling_rows
+from benchmarks.subjects import VIEWS_HEAD, trajectory_rows, view_costs
+from benchmarks.table import HEAD, RESULTS, Row, machine, markdown_table, write_section
+from benchmarks.training import SCALING_HEAD, scaling, training_rows
 from tests import oracle
 from tests.host import Host, load_host
-
-from .editing import ATTENTION_HEAD, attention_costs, attention_rows, editing_rows
-from .encoding import compose_rows, encoder_rows
-from .finetune import MEMORY_HEAD, finetune_costs, finetune_rows
-from .models import SIZES, encoder_of, hosted, reference_pipeline
-from .sampling import sampling_rows
-from .subjects import VIEWS_HEAD, trajectory_rows, view_costs
-from .table import HEAD, RESULTS, Row, machine, markdown_table, write_section
-from .training import SCALING_HEAD, scaling, training_rows
 
 FULL_SIZE = f"full size, but the sampled U-Net, which is SD1.5's with widths {'-'.join(map(str, SIZES.unet_channels))}"
 

@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.measuring import compare
+from benchmarks.memory import cost_in_own_process
+from benchmarks.sampling import EDGE, STEPS
+from benchmarks.table import Row
 from blip_qformer.attention.injection import PictureRows, inject_self
 from blip_qformer.attention.plan import StepPlan
 from tests.host import Host
-
-from .measuring import compare
-from .memory import cost_in_own_process
-from .sampling import EDGE, STEPS
-from .table import Row
 
 PAIRS = 3
 SOURCE, SWAPPED, REFINED = "a cat on a wooden chair", "a dog on a wooden chair", "a big red dog on a wooden chair"

@@ -20,10 +20,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from blip_qformer.contact_sheet import contact_sheet
+from benchmarks.table import markdown_table
+from blip_qformer.imaging.contact_sheet import contact_sheet
 from tests.host import Host, load_host
-
-from .table import markdown_table
 
 PLACE = "on the grass"
 EDGE, GUIDANCE, SEED = 256, 5.0, 3

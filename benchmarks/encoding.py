@@ -7,12 +7,11 @@ from types import SimpleNamespace
 
 import torch
 
+from benchmarks.measuring import compare
+from benchmarks.table import Row
 from blip_qformer.encoder import SubjectEncoder
 from tests.host import Host
 from tests.oracle import BlipDiffusionPipeline
-
-from .measuring import compare
-from .table import Row
 
 PAIRS = {1: 7, 8: 3}  # batch size -> how often
 AIM = {1: "0.85", 8: "0.95"}

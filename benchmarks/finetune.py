@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from blip_qformer.training.parts import SCHEDULER
+from benchmarks.measuring import compare, seconds_per_step
+from benchmarks.memory import cost_in_own_process
+from benchmarks.models import hosted, reference_pipeline
+from benchmarks.table import Row
+from blip_qformer.pipeline.pipeline import SCHEDULER
 from tests.host import Host, load_host
-
-from .measuring import compare, seconds_per_step
-from .memory import cost_in_own_process
-from .models import hosted, reference_pipeline
-from .table import Row
 
 PAIRS, STEPS, BATCH, RANK, WORD = 3, 4, 3, 16, "dog"
 EDGE = 512 if torch.cuda.is_available() else 256
@@ -91,10 +90,10 @@ def works(host: Host, loaded: SimpleNamespace, unet: UNet2DConditionModel) -> di
 
 def _ours(host: Host, loaded: SimpleNamespace, vectors: Tensor, latents: Tensor, trains: str) -> Any:
     """The node's own way, without its pictures."""
-    bench = host.module("nodes.workbench")
-    settings = host.module("blip_qformer.training.finetune").FinetuneSettings(STEPS, batch_size=BATCH)
+    bench = host.module("nodes.host.finetune")
+    settings = host.module("blip_qformer.finetune.loop").FinetuneSettings(STEPS, batch_size=BATCH)
     with torch.inference_mode(False):
-        workbench = bench.Workbench(loaded.model, loaded.clip, None, loaded.qformer, WORD, trains, RANK, True)
+        workbench = bench.HostFinetuner(loaded.model, loaded.clip, None, loaded.qformer, WORD, trains, RANK, True)
         return workbench.tune(vectors.clone(), latents.clone(), settings)
 
 

@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.memory import Cost, cost_in_own_process
+from benchmarks.table import RESULTS, machine, markdown_table, write_section
 from tests import oracle
 from tests.host import Host, load_host
 from tests.random_weights import write_hub_folder
 from tools.host import comfyui_path
-
-from .memory import Cost, cost_in_own_process
-from .table import RESULTS, machine, markdown_table, write_section
 
 COMMAND = "python -m benchmarks.full_size"
 GUIDANCE = 7.5

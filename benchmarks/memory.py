@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import ROOT
+from benchmarks import ROOT
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _encode_views(path: str, views: str) -> Callable[[], Any]:
 
 
 def _convert(source: str, target: str, dtype: str) -> Callable[[], Any]:
-    from blip_qformer import cli
+    from blip_qformer.cli import command_line as cli
 
     def work():
         if cli.main(["convert", source, target, "--dtype", dtype]) != 0:
@@ -116,13 +116,13 @@ def _convert(source: str, target: str, dtype: str) -> Callable[[], Any]:
 
 
 def _edit_attention(way: str, edge: str) -> Callable[[], Any]:
-    from .editing import attention_work
+    from benchmarks.editing import attention_work
 
     return attention_work(way, int(edge))
 
 
 def _finetune(way: str) -> Callable[[], Any]:
-    from .finetune import one_way
+    from benchmarks.finetune import one_way
 
     return one_way(way)
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from blip_qformer.checkpoint.hub import NAMES
+from blip_qformer.checkpoint.layouts.hub import NAMES
 from blip_qformer.encoder import SubjectEncoder
 from tests import oracle
 from tests.host import Host
@@ -33,12 +33,12 @@ def encoder_of(pipeline: oracle.BlipDiffusionPipeline) -> SubjectEncoder:
 
 def hosted(host: Host, pipeline: oracle.BlipDiffusionPipeline) -> SimpleNamespace:
     """The same weights as Load BLIP-Diffusion gives them: ``model``, ``clip`` and ``qformer``."""
-    checkpoint, networks = host.module("blip_qformer.checkpoint"), host.module("nodes.networks")
+    checkpoint, networks = host.module("blip_qformer.checkpoint"), host.module("nodes.host.networks")
     path = Path("reference")
 
     def part(name: str):
         network = getattr(pipeline, name)
-        return checkpoint.Part(path, dict(network.config), network.state_dict)
+        return checkpoint.Component(path, dict(network.config), network.state_dict)
 
     opened = checkpoint.Checkpoint(
         path=path,
@@ -49,6 +49,6 @@ def hosted(host: Host, pipeline: oracle.BlipDiffusionPipeline) -> SimpleNamespac
     )
     return SimpleNamespace(
         model=networks.build_model(part("unet"), part("vae")),
-        clip=networks.build_clip(checkpoint.Part(path, {}, pipeline.text_encoder.state_dict)),
-        qformer=host.module("nodes.qformer").HostedQFormer(opened),
+        clip=networks.build_clip(checkpoint.Component(path, {}, pipeline.text_encoder.state_dict)),
+        qformer=host.module("nodes.host.managed").ManagedEncoder(opened),
     )

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 
 import torch
 
+from benchmarks.encoding import PROMPT
+from benchmarks.measuring import compare
+from benchmarks.table import Row
 from tests.host import Host
-
-from .encoding import PROMPT
-from .measuring import compare
-from .table import Row
 
 PAIRS, STEPS = 3, 10
 EDGE = 512 if torch.cuda.is_available() else 256  # pixels

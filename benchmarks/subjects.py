@@ -9,14 +9,13 @@ from types import SimpleNamespace
 
 import torch
 
+from benchmarks.encoding import PROMPT
+from benchmarks.measuring import compare
+from benchmarks.memory import cost_in_own_process
+from benchmarks.table import Row
 from blip_qformer.checkpoint import save_qformer
 from blip_qformer.encoder import SubjectEncoder
 from tests.host import Host
-
-from .encoding import PROMPT
-from .measuring import compare
-from .memory import cost_in_own_process
-from .table import Row
 
 PAIRS, TRAJECTORY, STEPS, EDGE = 3, 16, 4, 128
 VIEWS = (8, 64)

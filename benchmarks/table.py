@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .measuring import Comparison
+from benchmarks.measuring import Comparison
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 TITLE = "# Results\n\nWritten by the commands in the headings, never by hand.\n"

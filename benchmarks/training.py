@@ -17,16 +17,15 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from benchmarks import ROOT
+from benchmarks.measuring import compare
+from benchmarks.table import Row
+from blip_qformer.data.pairs import Pair
+from blip_qformer.pipeline.pipeline import SCHEDULER
 from blip_qformer.training import stages
 from blip_qformer.training.config import RunConfig, config_from, read_config
-from blip_qformer.training.parts import SCHEDULER
-from blip_qformer.training.shards import Pair
 from blip_qformer.training.stages.base import Batch, Stage
 from blip_qformer.training.trainer import pair_seeds, to_device
-
-from . import ROOT
-from .measuring import compare
-from .table import Row
 
 RUN = Path(stages.__file__).parent.parent / "runs" / "mini" / "1-autoencoder.yaml"
 BATCH, PAIRS, EDGE = 8, 3, 256
@@ -89,7 +88,7 @@ def _step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], No
 
 def _plain_step(stage: Stage, batch: Batch) -> Callable[[], None]:
     """As diffusers' text-to-image example has it: encode the picture, encode the text, predict the noise."""
-    ours = stage.parts.text_encoder.config
+    ours = stage.pipeline.text_encoder.config
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             hidden_size=ours.width,
@@ -98,9 +97,9 @@ def _plain_step(stage: Stage, batch: Batch) -> Callable[[], None]:
             num_attention_heads=ours.heads,
         )
     ).to(DEVICE)
-    unet, vae = stage.parts.unet, stage.parts.vae
+    unet, vae = stage.pipeline.unet, stage.pipeline.vae
     scheduler = DDPMScheduler.from_config(SCHEDULER)
-    tokenize = stage.parts.tokenizer
+    tokenize = stage.pipeline.tokenizer
 
     def loss() -> torch.Tensor:
         with torch.no_grad():

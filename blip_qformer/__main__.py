@@ -6,6 +6,6 @@ from pathlib import Path
 if not __package__:  # run by its path, as ComfyUI portable's Python must be
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from blip_qformer.cli import main
+from .cli.command_line import main
 
 sys.exit(main())

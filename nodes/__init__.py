@@ -1,16 +1,27 @@
-"""What a person sees in the graph."""
+"""What a person sees in the graph: each module holds nodes and ends with ``NODES``."""
 
-from . import attention, attention_map, background, blend, finetune, inversion, keep, load, prompt, subject
+from . import (
+    attention_edit,
+    attention_map,
+    composite,
+    encode,
+    finetune,
+    interpolate,
+    inversion,
+    loaders,
+    prompt,
+    subject_files,
+)
 
 NODES = [
-    *load.NODES,
-    *subject.NODES,
+    *loaders.NODES,
+    *encode.NODES,
     *prompt.NODES,
-    *blend.NODES,
-    *keep.NODES,
-    *attention.NODES,
+    *interpolate.NODES,
+    *subject_files.NODES,
+    *attention_edit.NODES,
     *inversion.NODES,
     *attention_map.NODES,
-    *background.NODES,
+    *composite.NODES,
     *finetune.NODES,
 ]

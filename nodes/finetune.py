@@ -13,25 +13,17 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from ..blip_qformer.finetune.loop import FULL, LOW_RANK, FinetuneSettings, Outcome, Step, check_count, check_size
+from ..blip_qformer.finetune.lora import RANK
+from ..blip_qformer.finetune.loss_curve import loss_curve
+from ..blip_qformer.finetune.validation import VALIDATION_PROMPTS, preview_strip
 from ..blip_qformer.subject import Subject
-from ..blip_qformer.subject.provenance import picture_hash
-from ..blip_qformer.training.finetune import (
-    FULL,
-    LOW_RANK,
-    FinetuneSettings,
-    Outcome,
-    Step,
-    check_count,
-    check_size,
-)
-from ..blip_qformer.training.loss_curve import loss_curve
-from ..blip_qformer.training.low_rank import RANK
-from ..blip_qformer.training.validation import VALIDATION_PROMPTS, preview_strip
-from .conditioning import require_clip_l
-from .inversion import check_model
-from .qformer import HostedQFormer
+from ..blip_qformer.subject.provenance import image_hash
+from .host.conditioning import require_clip_l
+from .host.finetune import HostFinetuner, Watch, encode_pictures
+from .host.inversion import check_model
+from .host.managed import ManagedEncoder
 from .types import CATEGORY, Blip2QFormer, BlipSubject, advanced, io
-from .workbench import Watch, Workbench, encode_pictures
 
 PREVIEW = 512  # longest edge, pixels
 
@@ -171,7 +163,7 @@ class SubjectFinetune(io.ComfyNode):
         model: ModelPatcher,
         clip: comfy.sd.CLIP,
         vae: comfy.sd.VAE,
-        qformer: HostedQFormer,
+        qformer: ManagedEncoder,
         image: Tensor,
         subject_word: str,
         steps: int,
@@ -195,7 +187,7 @@ class SubjectFinetune(io.ComfyNode):
         require_clip_l(clip, vectors.shape[-1])
         latents = encode_pictures(vae, image, resolution, mirror)
         settings = FinetuneSettings(steps, learning_rate, batch_size, seed=seed)
-        workbench = Workbench(model, clip, vae, qformer, word, trains, rank, gradient_checkpointing)
+        workbench = HostFinetuner(model, clip, vae, qformer, word, trains, rank, gradient_checkpointing)
         prompts = [line.strip() for line in look_prompts.splitlines() if line.strip()]
         looks = {"every": look_every if prompts else 0, "prompts": prompts}
         with torch.inference_mode(False):
@@ -203,7 +195,7 @@ class SubjectFinetune(io.ComfyNode):
         if not tuned.outcome.losses:  # nothing was learned that a later run could go on with
             comfy.model_management.throw_exception_if_processing_interrupted()
         patched, _ = comfy.sd.load_lora_for_models(model, None, tuned.weights, 1.0, 0.0)
-        subject = Subject(tuned.vectors[None], word, qformer.encoder_hash, picture_hash(image))
+        subject = Subject(tuned.vectors[None], word, qformer.encoder_hash, image_hash(image))
         outcome = tuned.outcome
         curve = to_image(loss_curve(outcome.losses, outcome.scores, outcome.kept))
         # A black pixel stands for pictures where none were drawn.

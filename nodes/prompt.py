@@ -6,7 +6,7 @@ import comfy.sd
 
 from ..blip_qformer.prompt import OVERFLOWS, Overflow, compose_prompt
 from ..blip_qformer.subject import Subject
-from .conditioning import encode_subject_prompt
+from .host.conditioning import encode_subject_prompt
 from .types import CATEGORY, BlipSubject, advanced, io
 
 

@@ -7,7 +7,7 @@ CATEGORY = "BLIP-Diffusion"
 #: A :class:`~blip_qformer.subject.Subject`.
 BlipSubject = io.Custom("BLIP_SUBJECT")
 
-#: A :class:`~.qformer.HostedQFormer`.
+#: A :class:`~.qformer.ManagedEncoder`.
 Blip2QFormer = io.Custom("BLIP2_QFORMER")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from blip_qformer.training.world.artwork import is_held_out_word
+from mini.world.artwork import is_held_out_word
 
 STYLES = ("fluent", "noto", "twemoji")
 TRAINED = [word for word in (f"shape{number}" for number in range(100)) if not is_held_out_word(word)][:6]

@@ -30,7 +30,7 @@ def _import_from_root(name: str) -> None:
 
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
-for package in ("tools", "tests", "benchmarks"):
+for package in ("tools", "tests", "benchmarks", "mini"):
     if package not in sys.modules:
         _import_from_root(package)
 

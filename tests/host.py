@@ -77,7 +77,7 @@ class Host:
         )[0]
 
     def module(self, name: str) -> ModuleType:
-        """A module of the loaded pack, such as ``"nodes.subject"``; not a second copy of it."""
+        """A module of the loaded pack, such as ``"nodes.encode"``; not a second copy of it."""
         return importlib.import_module(f"{self.pack.__name__}.{name}")
 
 

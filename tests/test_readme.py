@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from blip_qformer.pipeline.pipeline import new_pipeline, save_pipeline
 from blip_qformer.training.config import read_config
-from blip_qformer.training.parts import new_parts, save_parts
 from tests import oracle, tiny
 from tests.clipseg import write_clipseg
 from tests.random_weights import write_hub_folder
@@ -70,7 +70,7 @@ def places(checkpoint, tmp_path_factory):
         "rex-3.jpg",
     )
     named = {name: folder / name for name in names}
-    named["models/blip_diffusion/blipdiffusion"] = save_parts(new_parts(tiny.SIZES, seed=0), folder / "model")
+    named["models/blip_diffusion/blipdiffusion"] = save_pipeline(new_pipeline(tiny.SIZES, seed=0), folder / "model")
     return {**named, PUBLISHED: checkpoint, "clipseg-rd64-refined": write_clipseg(folder / "clipseg")}
 
 

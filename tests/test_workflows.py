@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from blip_qformer.checkpoint.stable_diffusion import controlnet_to_ldm, stable_diffusion_checkpoint
-from blip_qformer.cli import main as blip_qformer
+from blip_qformer.checkpoint.ldm_keys import controlnet_to_ldm, stable_diffusion_checkpoint
+from blip_qformer.cli.command_line import main as blip_qformer
 from tests import oracle
 from tests.random_weights import DEMO, SMALL, write_hub_folder
 from tools.frontend import Frontend

@@ -12,9 +12,10 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+from blip_qformer.data.pairs import Pair
+from blip_qformer.data.shards import write_shard
+from blip_qformer.pipeline.pipeline import Pipeline, new_pipeline
 from blip_qformer.training.config import RunConfig, config_from
-from blip_qformer.training.parts import ModelParts, new_parts
-from blip_qformer.training.shards import Pair, write_shard
 from blip_qformer.training.stages import stage_class
 from blip_qformer.training.trainer import pair_seeds, train
 from tests.oracle import randomized
@@ -85,7 +86,7 @@ def make_config(stage: str = "subject", **changes: Any) -> RunConfig:
         "steps": 3,
         "batch_size": 4,
         "learning_rate": 1e-3,
-        "workers": 0,
+        "num_workers": 0,
         "shuffle_buffer": 5,
         "checkpoint_every": 0,
         "options": OPTIONS[stage],
@@ -93,12 +94,12 @@ def make_config(stage: str = "subject", **changes: Any) -> RunConfig:
     return config_from(values | changes, "the test")
 
 
-def random_parts() -> ModelParts:
+def random_parts() -> Pipeline:
     """A whole model whose weights are all random."""
-    parts = new_parts(SIZES, seed=0)
-    for seed, network in enumerate(parts.networks.values()):
+    pipeline = new_pipeline(SIZES, seed=0)
+    for seed, network in enumerate(pipeline.networks.values()):
         randomized(network, seed)
-    return parts
+    return pipeline
 
 
 def make_stage(stage: str = "subject", **changes: Any) -> torch.nn.Module:

@@ -43,6 +43,7 @@ def align(source: Sequence[TokenSpan], edited: Sequence[TokenSpan], tokens: int)
     Args:
         source, edited: their words in order, as :func:`~blip_qformer.prompt.find_words` gives them.
         tokens: of each conditioning, a multiple of 77.
+
     Raises:
         ValueError: a prompt has too many words.
     """

@@ -75,6 +75,7 @@ def attend_twice(
         query: [B, N, C]; key, values: [B, T, C]; projected.
         attend: the attention.
         attend_all: the same for all rows, where somebody else has a say in it.
+
     Returns:
         [B, N, C]
     """

@@ -88,8 +88,10 @@ class AttentionRecord:
         Args:
             phrase: as in :func:`~.words.find_phrase`.
             height, width: of the picture, in pixels.
+
         Returns:
             [B, height, width] in 0..1; the attention of one place on all tokens is 1.
+
         Raises:
             ValueError: no prompt has the phrase.
         """
@@ -113,6 +115,7 @@ def mean_attention(query: Tensor, key: Tensor, heads: int, tokens: int) -> Tenso
         query: [B, places, heads * d]
         key: [B, n * tokens, heads * d]; ComfyUI repeats a prompt when it runs beside a longer one.
         tokens: of the prompt itself; what is said again is added to it.
+
     Returns:
         [B, tokens, places], float32.
     """
@@ -136,6 +139,7 @@ def overlay(pictures: Tensor, heat: Tensor, strength: float) -> Tensor:
         pictures: [B, H, W, 1, 3 or 4] in 0..1
         heat: [B, H, W] in 0..1
         strength: how much of the glow is mixed in; 0: the pictures as they are.
+
     Returns:
         [B, H, W, 3]
     """

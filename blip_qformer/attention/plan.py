@@ -88,6 +88,7 @@ def plan_cross(alignment: Alignment, share: Tensor) -> CrossPlan | None:
 
     Args:
         share: [tokens]
+
     Returns:
         None: nothing is taken over.
     """

@@ -54,6 +54,7 @@ def follow_source(
         tokens: of each conditioning.
         keep_masks: see :class:`~.edits.PromptToPrompt`.
         before: what single pictures were to have anyway.
+
     Raises:
         ValueError: a word stands in none of the edited prompts, or not in the source's; or a prompt is too long.
     """

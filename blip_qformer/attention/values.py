@@ -31,6 +31,7 @@ def map_values(values: Tensor, mapper: Tensor) -> Tensor:
     Args:
         values: [B, T, C] of the edit.
         mapper: [tokens, tokens] as in :class:`~.alignment.Alignment`, each column perhaps scaled.
+
     Returns:
         [B, T, C]; the same behind the tokens of the prompt.
     """

@@ -82,6 +82,7 @@ def find_phrase(spans: Sequence[TokenSpan], phrase: str) -> tuple[int, ...]:
     Args:
         spans: the words of a prompt in order, as :func:`~blip_qformer.prompt.find_words` gives them.
         phrase: one or more words, in any case. A word that CLIP reads as several, such as ``8k``, is found too.
+
     Raises:
         ValueError: it does not stand there, or not that often.
     """

@@ -24,6 +24,7 @@ def scaled_dot_product_attention(
     Args:
         query: [B, Q, width]; ``key`` and ``value``: [B, K, width].
         mask: added to the scores, broadcast to [B, heads, Q, K].
+
     Returns:
         [B, Q, width]
     """

@@ -42,12 +42,13 @@ class SubjectEncoder(nn.Module):
         self.projection = Projection(config.qformer.width, config.projection_width, config.qformer.layer_norm_eps, make)
 
     def forward(self, pixel_values: Tensor, words: Sequence[str]) -> Tensor:
-        """
-        Args:
+        """Args:
             pixel_values: [B, 3, S, S] from :func:`~blip_qformer.encoder.preprocess`.
             words: what each picture shows, B of them.
+
         Returns:
             [B, 16, 768]: vectors that sit in a prompt like words.
+
         Raises:
             ValueError: a wrong shape, or a word the Q-Former cannot read.
         """

@@ -37,8 +37,10 @@ def preprocess(
         mask: [B, H, W], [1, H, W] or [H, W], white where the subject is: it alone is kept, on a plain background.
         size: edge of the square, in pixels.
         background: brightness of the plain background, in 0..1.
+
     Returns:
         [B, 3, size, size], normalised with CLIP's mean and standard deviation.
+
     Raises:
         ValueError: no picture, another number of channels, NaN, an unknown mode, or a mask that does not fit.
     """
@@ -70,8 +72,10 @@ def fitting_mask(mask: Tensor, images: Tensor) -> Tensor:
     Args:
         mask: [B, H, W], [1, H, W] or [H, W] in 0..1; one of another size but the same shape is scaled.
         images: [B, H, W, C]
+
     Returns:
         [B, H, W], on the pictures' device.
+
     Raises:
         ValueError: another number of masks than pictures, or another shape.
     """
@@ -99,6 +103,7 @@ def isolate_subject(picture: Tensor, mask: Tensor, background: float = WHITE) ->
 
     Args:
         picture: [3, H, W] in 0..1; ``mask``: [H, W] in 0..1, the subject's opacity.
+
     Returns:
         [1, 3, S, S]
     """

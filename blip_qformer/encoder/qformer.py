@@ -29,11 +29,10 @@ class QFormer(nn.Module):
         )
 
     def forward(self, image_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """
-        Args:
-            image_tokens: [B, N, image_width]
-            input_ids: [B, T], the word as ``[CLS] word [SEP]``, padded.
-            attention_mask: [B, T], 1 where there is a token, 0 where there is padding.
+        """Args:
+        image_tokens: [B, N, image_width]
+        input_ids: [B, T], the word as ``[CLS] word [SEP]``, padded.
+        attention_mask: [B, T], 1 where there is a token, 0 where there is padding.
         """
         queries = self.query_tokens.to(image_tokens).expand(len(image_tokens), -1, -1)
         text = self.embed_text(input_ids, image_tokens.dtype)

@@ -35,8 +35,10 @@ def tokenize_subjects(words: Sequence[str], max_tokens: int = 512) -> tuple[Tens
     Args:
         words: what the pictures show, one to a picture: ``["dog", "teddy bear"]``.
         max_tokens: the most tokens the Q-Former has positions for, ``[CLS]`` and ``[SEP]`` included.
+
     Returns:
         ``input_ids`` [B, T] and ``attention_mask`` [B, T], padded to the longest.
+
     Raises:
         ValueError: a word is empty, too long, or made of nothing the vocabulary knows.
     """

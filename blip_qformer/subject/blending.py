@@ -28,6 +28,7 @@ def blend(subjects: Sequence[Subject], weights: Sequence[float], mode: BlendMode
         weights: one a subject, of any positive sum. A subject that has all the weight comes back bit by bit.
         mode: see :func:`blend_vectors`.
         word: the word for the blend; empty: the heaviest subject's.
+
     Raises:
         ValueError: the weights or the mode cannot be used, or the subjects do not fit each other.
     """
@@ -46,6 +47,7 @@ def trajectory(subjects: Sequence[Subject], steps: int, mode: BlendMode = "linea
         subjects: two or four of one row; four are top left, top right, bottom left and bottom right.
         steps: places along the line, both ends included, or along each side of the square, row after row.
         word: the word for all of it; empty: the first subject's.
+
     Raises:
         ValueError: as for :func:`blend`; or another number of subjects or of their rows, or fewer than two steps.
     """
@@ -70,6 +72,7 @@ def blend_vectors(vectors: Sequence[Tensor], weights: Sequence[float], mode: Ble
             the directions, slerp for two and the same mean for more; ``norm-preserving``, the direction of the linear
             mean. The last two let the norms go linearly, where a linear mean is shorter than what it is made of. All
             work in float64 and do not depend on the order.
+
     Raises:
         ValueError: there is no such mode.
     """

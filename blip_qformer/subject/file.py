@@ -33,6 +33,7 @@ def save_subject(path: str | Path, subject: Subject, overwrite: bool = False) ->
 
     Args:
         overwrite: whether another file may be replaced; one that already holds this very subject is left as it is.
+
     Raises:
         FileExistsError: the file is there and ``overwrite`` is False.
         OSError: the folder cannot be written to.
@@ -66,6 +67,7 @@ def load_subject(path: str | Path, word: str = "") -> Subject:
 
     Args:
         word: the word for it; empty: the word in the file.
+
     Raises:
         SubjectFileError: the file is missing, not whole, or something else; or no word is known.
     """

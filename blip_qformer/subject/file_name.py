@@ -17,6 +17,7 @@ def checked_name(name: str) -> str:
 
     Returns:
         The name in one Unicode form, as file systems differ in it.
+
     Raises:
         ValueError: says what is wrong with the name.
     """

@@ -30,7 +30,7 @@ def encoder_hash(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:HASH_LENGTH]
 
 
-def picture_hash(images: Tensor) -> str:
+def image_hash(images: Tensor) -> str:
     """Which pictures [B, H, W, C] in 0..1 these are, in 8 bits a colour, as files hold them."""
     digest = hashlib.sha256(str(tuple(images.shape)).encode())
     for image in images:  # one by one: a copy of all would double the memory

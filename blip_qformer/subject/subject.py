@@ -16,7 +16,8 @@ class Subject:
         vectors: [N, 16, 768], kept as float32 on the CPU; N views of one thing, or N things.
         word: what the encoder was asked about, "dog".
         encoder: which encoder made it, :func:`~blip_qformer.provenance.encoder_hash`; empty where that is not known.
-        source: which picture it was made from, :func:`~blip_qformer.provenance.picture_hash`; empty likewise.
+        source: which picture it was made from, :func:`~blip_qformer.provenance.image_hash`; empty likewise.
+
     Raises:
         ValueError: the vectors have another number of axes, or hold NaN.
     """

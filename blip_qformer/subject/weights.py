@@ -33,6 +33,7 @@ def normalise_weights(weights: Sequence[float], count: int) -> list[float]:
 
     Args:
         count: how many things are weighted.
+
     Raises:
         ValueError: the wrong number of weights, NaN or infinity among them, or a sum that is not clearly positive.
     """

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .extras import import_extra
+from ..extras import import_extra
 
 Schedule = Literal["constant", "cosine"]
 
@@ -28,15 +28,15 @@ class RunConfig:
         seed: of new weights, of the pairs' order, and of all noise.
         steps: how often the weights are updated.
         batch_size: pairs a process reads at once; times processes times gradient_accumulation is what one update sees.
-        learning_rate, warmup_steps, schedule, weight_decay, betas, epsilon, largest_gradient: AdamW's and what is
-            around it; a largest_gradient of 0 does not clip.
+        learning_rate, warmup_steps, schedule, weight_decay, betas, epsilon, max_grad_norm: AdamW's and what is
+            around it; a max_grad_norm of 0 does not clip.
         mixed_precision: ``no``, ``fp16`` or ``bf16``.
         gradient_checkpointing: recompute the U-Net's activations instead of keeping them.
-        average_decay: of the weights' moving average, which is what is saved at the end; 0 saves the weights.
-        saved_as: precision of the trained model's files.
-        workers: processes that read pairs, for each training process.
+        ema_decay: of the weights' moving average, which is what is saved at the end; 0 saves the weights.
+        save_dtype: precision of the trained model's files.
+        num_workers: processes that read pairs, for each training process.
         shuffle_buffer: how many pairs each of them mixes, see :class:`~.shards.PairStream`.
-        checkpoint_every, samples_every, log_every: in steps; 0 never.
+        checkpoint_every, validate_every, log_every: in steps; 0 never.
         options: what only this stage has.
     """
 
@@ -54,23 +54,23 @@ class RunConfig:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
-    largest_gradient: float = 1.0
+    max_grad_norm: float = 1.0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
-    average_decay: float = 0.0
-    saved_as: Literal["float32", "float16", "bfloat16"] = "float32"
-    workers: int = 1
+    ema_decay: float = 0.0
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    num_workers: int = 1
     shuffle_buffer: int = 1000
     networks: dict[str, str] = field(default_factory=dict)
     checkpoint_every: int = 1000
-    samples_every: int = 0
+    validate_every: int = 0
     log_every: int = 20
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def data_order(self) -> dict[str, Any]:
         """What decides which pair comes when, as JSON has it."""
-        names = ("seed", "batch_size", "gradient_accumulation", "workers", "shuffle_buffer")
+        names = ("seed", "batch_size", "gradient_accumulation", "num_workers", "shuffle_buffer")
         return {**{name: getattr(self, name) for name in names}, "pairs": list(self.pairs)}
 
 
@@ -117,8 +117,8 @@ def config_from(content: Mapping[str, Any], source: str) -> RunConfig:
     for name, smallest in SMALLEST.items():
         if getattr(config, name) < smallest:
             raise ValueError(f"{source} sets {name} to {getattr(config, name)}, where at least {smallest} is needed.")
-    if config.average_decay >= 1:
-        raise ValueError(f"{source} sets average_decay to {config.average_decay}, where less than 1 is needed.")
+    if config.ema_decay >= 1:
+        raise ValueError(f"{source} sets ema_decay to {config.ema_decay}, where less than 1 is needed.")
     return config
 
 
@@ -128,6 +128,7 @@ def checked(name: str, value: Any, kind: Any, source: str) -> Any:
     Args:
         kind: the type that is needed; see ``_KINDS``.
         source: where the value stands, as the error's subject.
+
     Raises:
         ValueError: it is nothing of that kind.
     """

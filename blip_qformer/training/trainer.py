@@ -19,13 +19,13 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 
-from .batches import Batch
-from .checkpoints import find_newest, save_checkpoint
+from ..data.collate import Batch
+from ..data.stream import PairStream
+from .checkpointing import find_newest, save_checkpoint
 from .config import RunConfig
-from .progress import RunLog
-from .shards import PairStream
+from .logging import RunLog
 from .stages import Stage, make_stage, stage_class
-from .updates import Updates, averaged
+from .train_state import TrainState, averaged
 
 
 def train(config: RunConfig, stop_at: int | None = None) -> Path:
@@ -33,10 +33,12 @@ def train(config: RunConfig, stop_at: int | None = None) -> Path:
 
     Args:
         stop_at: the last step to take, where that is not the run's last one; its schedule stays that of the whole run.
+
     Returns:
         The folder of the trained model, in the Hub layout.
+
     Raises:
-        NotANumberError: the loss became NaN or infinite; names the step and the pairs.
+        NonFiniteError: the loss became NaN or infinite; names the step and the pairs.
         ValueError: something in the run's file does not fit, or stop_at is no step.
         OSError: the disk is full; the last checkpoint stays whole.
     """
@@ -51,7 +53,7 @@ def train(config: RunConfig, stop_at: int | None = None) -> Path:
     set_seed(config.seed, device_specific=True)
     stage = make_stage(config)
     stage.to(accelerator.device)
-    updates = Updates(config, accelerator, stage)
+    updates = TrainState(config, accelerator, stage)
     checkpoints = config.output / "checkpoints"
     newest = find_newest(checkpoints, accelerator)
     done = updates.take_up(newest) if newest else 0
@@ -70,7 +72,7 @@ def train(config: RunConfig, stop_at: int | None = None) -> Path:
             if _due(step, config.log_every, last):
                 run_log.figures(figures.take(updates.learning_rate), step)
             with figures.paused():
-                if accelerator.is_main_process and _due(step, config.samples_every, last):
+                if accelerator.is_main_process and _due(step, config.validate_every, last):
                     _draw(stage, updates.average, run_log, step)
                 if _due(step, config.checkpoint_every, last):
                     save_checkpoint(accelerator, checkpoints, step, config.data_order)
@@ -113,10 +115,10 @@ def seeded_batches(config: RunConfig, accelerator: Accelerator, stream: PairStre
         stream,
         batch_size=config.batch_size,
         collate_fn=stage_class(config.stage).collate(config),
-        num_workers=config.workers,
-        persistent_workers=config.workers > 0,
+        num_workers=config.num_workers,
+        persistent_workers=config.num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
-        multiprocessing_context="spawn" if config.workers else None,  # torch's threads do not survive a fork
+        multiprocessing_context="spawn" if config.num_workers else None,  # torch's threads do not survive a fork
     )
     for number, batch in enumerate(loader, start=done * config.gradient_accumulation):
         first = (number * accelerator.num_processes + accelerator.process_index) * config.batch_size

@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from blip_qformer.attention.schedule import StepRange
-from blip_qformer.attention.words import (
-    find_phrase,
-    parse_word_ranges,
-    parse_word_weights,
-    readable,
-    weight_tokens,
-)
+from blip_qformer.attention.words import find_phrase, parse_word_ranges, parse_word_weights, readable, weight_tokens
 from blip_qformer.prompt import SUBJECT_WORD, TokenSpan
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from blip_qformer.checkpoint import save_qformer
-from blip_qformer.checkpoint.hub import NAMES
+from blip_qformer.checkpoint.layouts.hub import NAMES
 from blip_qformer.encoder import QFormerConfig, SubjectEncoder, SubjectEncoderConfig, VisionConfig
 
 CONFIG = SubjectEncoderConfig(

@@ -261,7 +261,7 @@ def test_strength_0_is_the_picture(host, drawn):
 @pytest.mark.parametrize("shape", [(2, 64, 64, 3), (2, 31, 77, 4), (2, 1, 1, 3)])
 def test_pictures_of_any_size(host, drawn, shape):
     images, masks = show(host, drawn.attention, torch.rand(shape), words="dog")
-    assert masks.shape == shape[:3] and images.isfinite().all() and 0 <= images.min() and images.max() <= 1
+    assert masks.shape == shape[:3] and images.isfinite().all() and images.min() >= 0 and images.max() <= 1
 
 
 def test_a_word_that_is_not_there_is_named(host, drawn):

@@ -95,7 +95,7 @@ def test_without_prompts_nothing_is_drawn_on_the_way_and_the_last_step_is_kept(h
 def test_cancelled_it_keeps_what_it_learned_and_the_graph_stops_behind_it(host, loaded, pictures, monkeypatch):
     import comfy.model_management as management
 
-    steps = host.module("blip_qformer.training.finetune").SubjectTuning.steps
+    steps = host.module("blip_qformer.finetune.loop").SubjectTuning.steps
 
     def cancelled(self):
         for step in steps(self):
@@ -103,7 +103,7 @@ def test_cancelled_it_keeps_what_it_learned_and_the_graph_stops_behind_it(host, 
                 management.interrupt_current_processing()
             yield step
 
-    monkeypatch.setattr(host.module("blip_qformer.training.finetune").SubjectTuning, "steps", cancelled)
+    monkeypatch.setattr(host.module("blip_qformer.finetune.loop").SubjectTuning, "steps", cancelled)
     tuned = tune(host, loaded, pictures, steps=50)
     assert tuned.report == "low-rank: 2 steps, step 2 kept."
     with pytest.raises(management.InterruptProcessingException):
@@ -130,7 +130,7 @@ def test_cancelled_while_it_draws_it_stops_at_the_next_denoising_step(host, load
 
         return made
 
-    workbench = host.module("nodes.workbench")
+    workbench = host.module("nodes.host.finetune")
     monkeypatch.setattr(workbench, "host_denoiser", counting(workbench.host_denoiser))
     with pytest.raises(management.InterruptProcessingException):
         tune(host, loaded, pictures, steps=4, look_every=2, look_prompts="in the snow")
@@ -138,7 +138,7 @@ def test_cancelled_while_it_draws_it_stops_at_the_next_denoising_step(host, load
 
 
 def test_a_loss_that_is_no_number_stops_it_and_keeps_the_step_before(host, loaded, pictures, monkeypatch, caplog):
-    tuning = host.module("blip_qformer.training.finetune").SubjectTuning
+    tuning = host.module("blip_qformer.finetune.loop").SubjectTuning
     loss = tuning.loss
     monkeypatch.setattr(tuning, "loss", lambda self, draws: loss(self, draws) * (float("nan") if self.losses else 1))
     tuned = tune(host, loaded, pictures, steps=5)

@@ -17,7 +17,7 @@ from blip_qformer.encoder import SubjectEncoder
 from blip_qformer.encoder.config import QFormerConfig, SubjectEncoderConfig, VisionConfig
 from blip_qformer.subject.file import SubjectFileError, load_subject, save_subject
 from blip_qformer.subject.file_name import LONGEST_NAME, checked_name
-from blip_qformer.subject.provenance import encoder_hash, encoder_mismatch, picture_hash
+from blip_qformer.subject.provenance import encoder_hash, encoder_mismatch, image_hash
 
 
 @pytest.fixture
@@ -242,6 +242,6 @@ def test_a_mismatch_in_words():
 
 def test_pictures_are_told_apart():
     picture = torch.randint(0, 256, (1, 20, 30, 3)) / 255
-    assert picture_hash(picture) == picture_hash(picture + 1e-6)
+    assert image_hash(picture) == image_hash(picture + 1e-6)
     others = [picture.flip(1), picture[:, :10], torch.cat([picture, picture]), picture.reshape(1, 30, 20, 3)]
-    assert len({picture_hash(each) for each in (picture, *others)}) == 5
+    assert len({image_hash(each) for each in (picture, *others)}) == 5

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from blip_qformer.pipeline.pipeline import new_pipeline
 from blip_qformer.training.config import config_from, read_config
-from blip_qformer.training.parts import new_parts
 from blip_qformer.training.stages import stage_class
 from tests import tiny
 from tools.host import ROOT
@@ -77,7 +77,7 @@ def test_every_model_of_the_repository_can_be_made(file, monkeypatch):
     monkeypatch.chdir(ROOT)  # where runs are started
     import yaml
 
-    new_parts(yaml.safe_load(file.read_text()), seed=0).check_widths()
+    new_pipeline(yaml.safe_load(file.read_text()), seed=0).check_widths()
 
 
 def test_the_papers_own_runs():
@@ -87,7 +87,7 @@ def test_the_papers_own_runs():
     assert (second.steps, second.batch_size * 16, second.learning_rate) == (500_000, 16, 2e-6)
     options = stage_class("subject").options(second)
     assert (options["resolution"], options["subject_dropout"], options["caption_dropout"]) == (512, 0.15, 0)
-    assert (options["repetitions"], options["projection_dropout"], options["signal_to_noise"]) == (1, 0.1, 0)
+    assert (options["repetitions"], options["projection_dropout"], options["min_snr_gamma"]) == (1, 0.1, 0)
     assert second.model == str(first.output / "model")
 
 
@@ -120,7 +120,7 @@ VALUES = {
         ({"learning_rate": "high"}, "sets learning_rate to 'high', where a number, 0 or more, is needed"),
         ({"learning_rate": float("nan")}, "sets learning_rate to nan, where a number"),
         ({"learning_rate": [1]}, r"sets learning_rate to \[1\], where a number"),
-        ({"average_decay": 1}, "sets average_decay to 1.0, where less than 1 is needed"),
+        ({"ema_decay": 1}, "sets ema_decay to 1.0, where less than 1 is needed"),
         ({"betas": [0.9]}, r"sets betas to \[0.9\], where a list of two numbers is needed"),
         ({"betas": 0.9}, "sets betas to 0.9, where a list of two numbers is needed"),
         ({"schedule": "linear"}, "sets schedule to 'linear', where one of constant, cosine is needed"),

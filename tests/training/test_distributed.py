@@ -38,7 +38,7 @@ def without_a_subject(options: dict[str, Any]) -> tuple[list[int], list[int]]:
     for number in range(20):
         stage.zero_grad()
         stage(tiny.make_batch("subject", [number]))["loss"].backward()
-        (left_out if stage.parts.encoder.qformer.query_tokens.grad is None else kept).append(number)
+        (left_out if stage.pipeline.encoder.qformer.query_tokens.grad is None else kept).append(number)
     return left_out, kept
 
 
@@ -93,18 +93,18 @@ def test_two_processes_train_stop_and_go_on(processes, pairs, tmp_path):
         batch_size=2,
         gradient_accumulation=2,
         warmup_steps=2,
-        average_decay=0.5,
+        ema_decay=0.5,
         gradient_checkpointing=True,
         log_every=1,
         checkpoint_every=1,
         options={"resolution": 32, "subject_dropout": 0.5},
     )
     run_two(processes, "training.py", config=config, port=free_port())
-    parts = dataclasses.replace(config, output=tmp_path / "parts", steps=2)
-    run_two(processes, "training.py", config=parts, port=free_port())
-    run_two(processes, "training.py", config=dataclasses.replace(parts, steps=3), port=free_port())
+    pipeline = dataclasses.replace(config, output=tmp_path / "pipeline", steps=2)
+    run_two(processes, "training.py", config=pipeline, port=free_port())
+    run_two(processes, "training.py", config=dataclasses.replace(pipeline, steps=3), port=free_port())
 
-    models = [config.output / "model", parts.output / "model"]
+    models = [config.output / "model", pipeline.output / "model"]
     for file in sorted(models[0].rglob("*.safetensors")):
         expected, found = load_file(file), load_file(models[1] / file.relative_to(models[0]))
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []

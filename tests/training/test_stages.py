@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from blip_qformer.encoder import tokenize_subjects
 from blip_qformer.encoder.qformer import padding_mask
 from blip_qformer.encoder.tokenizer import bert_tokenizer
-from blip_qformer.training import sampling
-from blip_qformer.training.objectives import matching_mask
-from blip_qformer.training.sampling import NEGATIVE_PROMPT
+from blip_qformer.pipeline import sample as sampling
+from blip_qformer.pipeline.sample import NEGATIVE_PROMPT
+from blip_qformer.training.losses import matching_mask
 from blip_qformer.training.stages import STAGES, stage_class, subject
 from blip_qformer.training.stages.base import generators
 from blip_qformer.training.stages.multimodal import read
-from blip_qformer.training.stages.subject import add_coarse_noise, draw_timesteps, drawn_weights, timestep_weights
+from blip_qformer.training.stages.subject import add_multires_noise, draw_timesteps, drawn_weights, timestep_weights
 from tests import tiny
 
 NUMBERS = range(6)
@@ -99,7 +99,7 @@ def test_half_precision_stays_near(name):
 def test_the_encoder_of_training_is_the_encoder():
     stage, batch = tiny.make_stage("subject"), tiny.make_batch("subject", NUMBERS)
     words = [tiny.make_pair(number).word for number in NUMBERS]
-    expected = stage.parts.encoder(batch["pixel_values"], words)
+    expected = stage.pipeline.encoder(batch["pixel_values"], words)
     assert expected.std() > 0.1
     torch.testing.assert_close(
         stage._encode_subjects(batch["pixel_values"], batch["words"]), expected, atol=1e-6, rtol=0
@@ -111,7 +111,7 @@ def test_the_projections_dropout_is_each_pairs_own():
     stage = tiny.make_stage("subject", options={"projection_dropout": 0.5})
     whole = stage._encode_subjects(batch["pixel_values"], batch["words"], generators(batch["seeds"]))
     plain = stage._encode_subjects(batch["pixel_values"], batch["words"])
-    encoder = stage.parts.encoder
+    encoder = stage.pipeline.encoder
     image_tokens = encoder.vision(batch["pixel_values"])
     answer = encoder.qformer(image_tokens, *tokenize_subjects(batch["words"]))
     share = ((whole - answer) / (plain - answer)).flatten()  # of what the projection adds
@@ -127,7 +127,7 @@ def test_the_projections_dropout_is_each_pairs_own():
 def test_without_padding_the_three_masks_meet_in_the_qformers_own():
     """The Q-Former under the matching mask is the one that encodes subjects."""
     stage = tiny.make_stage("multimodal")
-    encoder = stage.parts.encoder
+    encoder = stage.pipeline.encoder
     ids, mask = tokenize_subjects(["dog", "teddy bear"])
     image_tokens = encoder.vision(torch.randn(2, 3, 28, 28))
     queries, text = read(encoder.qformer, image_tokens, ids, mask, matching_mask)
@@ -142,7 +142,7 @@ def test_stage_1_against_a_loop():
     stage = tiny.make_stage("multimodal", options={**tiny.OPTIONS["multimodal"], "smoothing": 0.0})
     batch = tiny.make_batch("multimodal", NUMBERS)
     found = stage(batch)
-    encoder, count = stage.parts.encoder, len(NUMBERS)
+    encoder, count = stage.pipeline.encoder, len(NUMBERS)
     image_tokens = encoder.vision(batch["pixel_values"]).detach()
     ids, attention = batch["input_ids"], batch["attention_mask"]
     tokens = ids.shape[1]
@@ -204,8 +204,8 @@ def test_stage_1_against_a_loop():
             queries, _ = answer(picture, ids[text], attention[text], lambda row, column: True)
             losses.append(-stage.matching_head(queries).mean(dim=0).log_softmax(dim=0)[label])
     assert found["matching"].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
-    parts = sum(found[name].item() for name in ("contrast", "matching", "generation"))
-    assert found["loss"].item() == pytest.approx(parts)
+    pipeline = sum(found[name].item() for name in ("contrast", "matching", "generation"))
+    assert found["loss"].item() == pytest.approx(pipeline)
 
 
 def test_a_temperature_at_zero_comes_back():
@@ -222,32 +222,34 @@ def test_stage_2_against_a_loop():
     stage = tiny.make_stage("subject", options={"resolution": 32, **options})
     batch = tiny.make_batch("subject", range(12))
     found = stage(batch)
-    parts, alphas = stage.parts, stage.scheduler.alphas_cumprod
+    pipeline, alphas = stage.pipeline, stage.scheduler.alphas_cumprod
     losses, kinds = [], set()
     for index in range(12):
         source = torch.Generator().manual_seed(batch["seeds"][index])
-        distribution = parts.vae.encode(batch["targets"][index : index + 1] * 2 - 1).latent_dist
+        distribution = pipeline.vae.encode(batch["targets"][index : index + 1] * 2 - 1).latent_dist
         latents = distribution.mean + distribution.std * torch.randn(1, 4, 4, 4, generator=source)
-        latents = latents * parts.vae.config.scaling_factor
+        latents = latents * pipeline.vae.config.scaling_factor
         drop_subject, drop_caption, repeat, which = torch.rand(4, generator=source).tolist()
         pair = tiny.make_pair(index)
         if drop_caption < 0.3:
             text, vectors = (NEGATIVE_PROMPT if which < 0.5 else ""), None
         else:
             text = ", ".join([pair.caption] * (1 + int(repeat * 3)))
-            vectors = None if drop_subject < 0.4 else parts.encoder(batch["pixel_values"][index][None], [pair.word])[0]
+            vectors = (
+                None if drop_subject < 0.4 else pipeline.encoder(batch["pixel_values"][index][None], [pair.word])[0]
+            )
         kinds.add((text == "", text == NEGATIVE_PROMPT, vectors is None, text.count(pair.caption)))
-        context = sampling.encode_prompts(parts.text_encoder, sampling.tokenize_prompts(parts, [text]), [vectors])
+        context = sampling.encode_prompts(pipeline.text_encoder, sampling.tokenize_prompts(pipeline, [text]), [vectors])
         noise = torch.randn(1, 4, 4, 4, generator=source)
         step = (1000 * torch.rand(1, generator=source)).long()
         noisy = alphas[step].sqrt() * latents + (1 - alphas[step]).sqrt() * noise
-        losses.append(F.mse_loss(parts.unet(noisy, step, context).sample, noise))
+        losses.append(F.mse_loss(pipeline.unet(noisy, step, context).sample, noise))
     assert len(kinds) >= 5  # with and without a subject, once and twice, and without a caption
     assert found["loss"].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
 
 def test_timesteps_count_by_their_noise():
-    stage = tiny.make_stage("subject", options={"signal_to_noise": 5.0})
+    stage = tiny.make_stage("subject", options={"min_snr_gamma": 5.0})
     timesteps = torch.tensor([0, 100, 400, 999])
     ratios = [a / (1 - a) for a in stage.scheduler.alphas_cumprod[timesteps].tolist()]
     expected = [min(ratio, 5.0) / ratio for ratio in ratios]
@@ -296,7 +298,7 @@ def test_the_loss_counts_each_pair_by_its_timestep(monkeypatch):
     for number, timestep in enumerate((40, 990, 500)):
         monkeypatch.setattr(subject, "draw_timesteps", lambda *_, timestep=timestep: torch.tensor([timestep]))
         errors.append(counts[timestep] * stage(tiny.make_batch("subject", [number]))["loss"])
-    stage.weights = timestep_weights(stage.scheduler.alphas_cumprod, signal_to_noise=0.0, coarse_weight=250.0)
+    stage.weights = timestep_weights(stage.scheduler.alphas_cumprod, min_snr_gamma=0.0, coarse_weight=250.0)
     monkeypatch.setattr(subject, "draw_timesteps", lambda *_: torch.tensor([40, 990, 500]))
     whole = stage(tiny.make_batch("subject", range(3)))["loss"]
     assert whole.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4)
@@ -318,7 +320,7 @@ def test_location_is_the_cross_entropy_of_row_and_column():
 
 def test_coarse_noise_is_on_top_of_the_fine_one():
     noise = torch.randn(8, 4, 32, 48, generator=torch.Generator().manual_seed(0))
-    noisier = add_coarse_noise(noise, 0.7, generators(range(8)))
+    noisier = add_multires_noise(noise, 0.7, generators(range(8)))
 
     def deviation_of_means(latents, grain):
         return F.avg_pool2d(latents, grain).std().item()
@@ -329,40 +331,40 @@ def test_coarse_noise_is_on_top_of_the_fine_one():
     assert deviation_of_means(noisier, 8) > 3 * deviation_of_means(noise, 8) > 0
     assert deviation_of_means(noisier, 32) > 4 * deviation_of_means(noise, 32)
     assert deviation_of_steps(noisier) == pytest.approx(deviation_of_steps(noise), rel=0.1)
-    alone = add_coarse_noise(noise[5:6], 0.7, generators([5]))  # each row from its own source
+    alone = add_multires_noise(noise[5:6], 0.7, generators([5]))  # each row from its own source
     assert torch.equal(alone, noisier[5:6])
 
 
 def test_coarse_noise_is_what_is_to_be_predicted():
     """A U-Net that answers with the very noise that was added makes no error."""
-    stage = tiny.make_stage("subject", options={"resolution": 32, "coarse_noise": 0.5})
+    stage = tiny.make_stage("subject", options={"resolution": 32, "multires_noise": 0.5})
     latents = {}
     stage.scheduler.add_noise = lambda clean, noise, timesteps: latents.setdefault("noise", noise)
-    stage.parts.unet.forward = lambda noisy, *_: SimpleNamespace(sample=noisy)
+    stage.pipeline.unet.forward = lambda noisy, *_: SimpleNamespace(sample=noisy)
     assert stage(tiny.make_batch("subject", NUMBERS))["loss"].item() == 0
     plain = tiny.make_stage("subject", options={"resolution": 32})
     plain.scheduler.add_noise = lambda clean, noise, timesteps: latents.setdefault("plain", noise)
-    plain.parts.unet.forward = lambda noisy, *_: SimpleNamespace(sample=noisy)
+    plain.pipeline.unet.forward = lambda noisy, *_: SimpleNamespace(sample=noisy)
     plain(tiny.make_batch("subject", NUMBERS))
     assert latents["noise"].mean(dim=(2, 3)).std() > 1.5 * latents["plain"].mean(dim=(2, 3)).std()
 
 
 def test_latents_that_are_kept_change_nothing(tmp_path):
     batch = tiny.make_batch("subject", NUMBERS)
-    kept = {"output": tmp_path, "options": {"resolution": 32, "keep_latents": True}}
+    kept = {"output": tmp_path, "options": {"resolution": 32, "cache_latents": True}}
     stage = tiny.make_stage("subject", **kept)
     first, again = stage(batch)["loss"], stage(batch)["loss"]
     assert first.item() == again.item()
     # Kept ones were encoded one by one, whose last bits are not a batch's.
     assert first.item() == pytest.approx(tiny.make_stage("subject")(batch)["loss"].item(), rel=1e-6)
     restarted = tiny.make_stage("subject", **kept)
-    restarted.parts.vae.encode = None  # is not asked again
+    restarted.pipeline.vae.encode = None  # is not asked again
     assert restarted(batch)["loss"].item() == first.item()
 
 
 def test_latents_are_those_of_the_picture_whatever_its_key(tmp_path):
     """Pairs that were made anew, or that come from two sources, have the keys of other pictures."""
-    stage = tiny.make_stage("subject", output=tmp_path, options={"resolution": 32, "keep_latents": True})
+    stage = tiny.make_stage("subject", output=tmp_path, options={"resolution": 32, "cache_latents": True})
     stage(tiny.make_batch("subject", NUMBERS))
     other = tiny.make_batch("subject", [number + 100 for number in NUMBERS])
     other["keys"] = tiny.make_batch("subject", NUMBERS)["keys"]
@@ -382,8 +384,8 @@ def test_the_vae_sees_crops_and_keeps_its_latents_at_one(monkeypatch):
         windows = picture.unfold(1, 16, 1).unfold(2, 16, 1)  # [3, 17, 17, 16, 16]
         assert (windows == crop[:, None, None]).all(dim=(0, 3, 4)).any()
     stage.finish(iter([batch, tiny.make_batch("autoencoder", range(6, 12))]))
-    factor = stage.parts.vae.config.scaling_factor
-    latents = stage.parts.vae.encode(crops * 2 - 1).latent_dist.mean * factor
+    factor = stage.pipeline.vae.config.scaling_factor
+    latents = stage.pipeline.vae.encode(crops * 2 - 1).latent_dist.mean * factor
     assert factor != 0.18215
     assert latents.std().item() == pytest.approx(1, rel=0.2)
 

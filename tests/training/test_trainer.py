@@ -17,15 +17,16 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from blip_qformer.training import trainer, updates
-from blip_qformer.training.batches import Batch
-from blip_qformer.training.checkpoints import find_newest, latest_checkpoint
+from blip_qformer.data.collate import Batch
+from blip_qformer.pipeline.pipeline import load_pipeline
+from blip_qformer.training import train_state as updates
+from blip_qformer.training import trainer
+from blip_qformer.training.checkpointing import find_newest, latest_checkpoint
 from blip_qformer.training.config import RunConfig
-from blip_qformer.training.parts import load_parts
 from blip_qformer.training.stages import make_stage
 from blip_qformer.training.stages.subject import SubjectStage
+from blip_qformer.training.train_state import NonFiniteError, averaged, make_average
 from blip_qformer.training.trainer import pair_seeds, pair_stream, seeded_batches, train
-from blip_qformer.training.updates import NotANumberError, averaged, make_average
 from tests import tiny
 
 
@@ -74,9 +75,9 @@ def seen_pairs(monkeypatch):
 #: Everything at once that a resumed run could get wrong.
 HARD = {
     "gradient_accumulation": 2,
-    "average_decay": 0.9,
+    "ema_decay": 0.9,
     "warmup_steps": 2,
-    "workers": 1,
+    "num_workers": 1,
     "checkpoint_every": 1,
     "log_every": 1,
     "options": {
@@ -84,7 +85,7 @@ HARD = {
         "caption_dropout": 0.1,
         "repetitions": 3,
         "projection_dropout": 0.2,
-        "keep_latents": True,
+        "cache_latents": True,
     },
 }
 
@@ -123,11 +124,11 @@ def test_a_run_that_is_done_is_only_saved_again(pairs, tmp_path):
     """As when it was killed between its last checkpoint and its end; the autoencoder measures itself there."""
     config = tiny.make_config("autoencoder", pairs=pairs, output=str(tmp_path), steps=2, checkpoint_every=1)
     model = tiny.run(config)
-    first, scaling = weights(model), load_parts(model).vae.config.scaling_factor
+    first, scaling = weights(model), load_pipeline(model).vae.config.scaling_factor
     (model / "model_index.json").unlink()
     assert tiny.run(config) == model
     assert_same(weights(model), first)
-    assert load_parts(model).vae.config.scaling_factor == scaling
+    assert load_pipeline(model).vae.config.scaling_factor == scaling
 
 
 def batches_from(config: RunConfig, accelerator: Accelerator, done: int) -> Iterator[Batch]:
@@ -221,7 +222,7 @@ def test_what_is_no_number_stops_the_run(pairs, tmp_path, monkeypatch, poisoned,
 
     monkeypatch.setattr(SubjectStage, "forward", forward)
     config = tiny.make_config(pairs=pairs, output=str(tmp_path), checkpoint_every=1, gradient_accumulation=2)
-    with pytest.raises(NotANumberError) as error:
+    with pytest.raises(NonFiniteError) as error:
         tiny.run(config)
     named = batches[3] if what == "loss" else batches[2] + batches[3]
     assert str(error.value).startswith(f"The {what} of step 2 is nan, for the pairs {', '.join(named)}: look at them")
@@ -231,7 +232,7 @@ def test_what_is_no_number_stops_the_run(pairs, tmp_path, monkeypatch, poisoned,
 
 def test_the_log_has_the_figures_and_the_pictures(pairs, tmp_path):
     config = tiny.make_config(
-        pairs=pairs, output=str(tmp_path), steps=4, log_every=2, samples_every=4, learning_rate=0.5e-3, batch_size=2
+        pairs=pairs, output=str(tmp_path), steps=4, log_every=2, validate_every=4, learning_rate=0.5e-3, batch_size=2
     )
     tiny.run(config)
     for name in ("loss", "learning_rate", "samples_per_second"):
@@ -248,7 +249,7 @@ def test_the_log_has_the_figures_and_the_pictures(pairs, tmp_path):
 def test_what_cannot_be_read_is_among_the_figures(tmp_path):
     """A pair and a whole shard; where everything can be read there is no such figure."""
     folder = tiny.write_pairs(tmp_path / "pairs", shards=2)
-    settings = {"pairs": str(folder), "log_every": 1, "samples_every": 0, "batch_size": 8}
+    settings = {"pairs": str(folder), "log_every": 1, "validate_every": 0, "batch_size": 8}
     tiny.run(tiny.make_config(output=str(tmp_path / "whole"), steps=2, **settings))
     with pytest.raises(KeyError, match="unreadable"):
         scalars(tmp_path / "whole" / "log", "unreadable")
@@ -267,7 +268,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(pairs, tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
-    settings = {"pairs": pairs, "output": str(tmp_path), "log_every": 1, "samples_every": 2, "batch_size": 2}
+    settings = {"pairs": pairs, "output": str(tmp_path), "log_every": 1, "validate_every": 2, "batch_size": 2}
     assert tiny.run(tiny.make_config(steps=2, **settings)).is_dir()
     (warning,) = [message for message in caplog.messages if "cannot be written" in message]
     reason = "[Errno 28] No space left on device"
@@ -294,7 +295,7 @@ def test_processes_that_see_other_checkpoints_get_one_sentence(tmp_path, monkeyp
 
 
 def test_what_was_logged_behind_the_last_checkpoint_is_logged_anew(pairs, tmp_path):
-    settings = {"pairs": pairs, "output": str(tmp_path), "log_every": 1, "workers": 0}
+    settings = {"pairs": pairs, "output": str(tmp_path), "log_every": 1, "num_workers": 0}
     tiny.run(tiny.make_config("vision", steps=2, checkpoint_every=2, **settings))
     before = scalars(tmp_path / "log", "loss")
     (tmp_path / "checkpoints" / "step-00000002").rename(tmp_path / "checkpoints" / "step-00000001")
@@ -332,9 +333,9 @@ def test_the_learning_rate_follows_its_schedule(pairs, tmp_path):
 
 def test_a_run_goes_on_with_the_settings_that_its_file_has_now(pairs, tmp_path):
     """Whoever lowers the learning rate after a loss that is no number wants it lower."""
-    settings = {"pairs": pairs, "output": str(tmp_path), "log_every": 1, "average_decay": 0.9, "schedule": "cosine"}
+    settings = {"pairs": pairs, "output": str(tmp_path), "log_every": 1, "ema_decay": 0.9, "schedule": "cosine"}
     tiny.run(tiny.make_config("vision", steps=2, checkpoint_every=2, learning_rate=1e-3, **settings))
-    changes = {"learning_rate": 1e-4, "weight_decay": 0.5, "betas": [0.8, 0.9], "epsilon": 1e-6, "average_decay": 0.5}
+    changes = {"learning_rate": 1e-4, "weight_decay": 0.5, "betas": [0.8, 0.9], "epsilon": 1e-6, "ema_decay": 0.5}
     config = tiny.make_config("vision", steps=4, checkpoint_every=4, **{**settings, **changes})
     tiny.run(config)
     rates = scalars(tmp_path / "log", "learning_rate")
@@ -343,7 +344,7 @@ def test_a_run_goes_on_with_the_settings_that_its_file_has_now(pairs, tmp_path):
     (group,) = torch.load(last / "optimizer.bin")["param_groups"]
     found = {"weight_decay": group["weight_decay"], "betas": [*group["betas"]], "epsilon": group["eps"]}
     found |= {"learning_rate": group["initial_lr"]}
-    found |= {"average_decay": torch.load(last / "custom_checkpoint_0.pkl")["decay"]}
+    found |= {"ema_decay": torch.load(last / "custom_checkpoint_0.pkl")["decay"]}
     assert found == changes
 
 
@@ -353,7 +354,7 @@ def test_a_run_stopped_for_today_goes_on_as_if_it_had_not_been(pairs, tmp_path):
     stopped = tiny.make_config("vision", output=str(tmp_path / "stopped"), **settings)
     model = tiny.run(dataclasses.replace(stopped, checkpoint_every=100), stop_at=2)
     assert latest_checkpoint(stopped.output / "checkpoints").name == "step-00000002"
-    assert load_parts(model)  # there is something to look at
+    assert load_pipeline(model)  # there is something to look at
     tiny.run(stopped)
     whole = tiny.make_config("vision", output=str(tmp_path / "whole"), **settings)
     tiny.run(whole)
@@ -372,23 +373,23 @@ def test_the_moving_average_is_what_is_saved(pairs, tmp_path, monkeypatch):
     weight = "position_embedding"
 
     def step(self):
-        after_step.append(stages[-1].parts.encoder.vision.position_embedding.detach().clone())
+        after_step.append(stages[-1].pipeline.encoder.vision.position_embedding.detach().clone())
         original(self)
 
     monkeypatch.setattr(trainer.RunLog, "step", step)
     settings = {"pairs": pairs, "steps": 6, "learning_rate": 1e-2}
-    model = tiny.run(tiny.make_config("vision", output=str(tmp_path / "average"), average_decay=0.3, **settings))
+    model = tiny.run(tiny.make_config("vision", output=str(tmp_path / "average"), ema_decay=0.3, **settings))
     average = after_step[0]
     for number, current in enumerate(after_step[1:], start=1):
         decay = min(0.3, 1 - (1 + number / 10) ** -0.75)
         average = decay * average + (1 - decay) * current
-    found = load_parts(model).encoder.vision.state_dict()[weight]
+    found = load_pipeline(model).encoder.vision.state_dict()[weight]
     torch.testing.assert_close(found, average)
     assert (found - after_step[-1]).abs().max() > 1e-4
 
     after_step.clear()
     model = tiny.run(tiny.make_config("vision", output=str(tmp_path / "plain"), **settings))
-    assert torch.equal(load_parts(model).encoder.vision.state_dict()[weight], after_step[-1])
+    assert torch.equal(load_pipeline(model).encoder.vision.state_dict()[weight], after_step[-1])
 
 
 def test_drawing_gives_the_weights_back(monkeypatch):
@@ -462,7 +463,7 @@ def test_a_checkpoint_of_another_run_gets_one_sentence(pairs, tmp_path):
         tiny.run(tiny.make_config("vision", **settings))
 
 
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"batch_size": 1}, {"workers": 2}, {"gradient_accumulation": 2}])
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"batch_size": 1}, {"num_workers": 2}, {"gradient_accumulation": 2}])
 def test_a_run_does_not_go_on_with_pairs_in_another_order(pairs, tmp_path, changed):
     settings = {"pairs": pairs, "output": str(tmp_path), "steps": 1, "checkpoint_every": 1}
     tiny.run(tiny.make_config("vision", **settings))

@@ -6,13 +6,14 @@ GPUs, several machines) wraps the loss with it. See :class:`~.base.Stage`.
 
 from __future__ import annotations
 
+from mini.stages.appearance import AppearanceStage
+from mini.stages.autoencoder import AutoencoderStage
+from mini.stages.vision import VisionStage
+
 from ..config import RunConfig
-from .appearance import AppearanceStage
-from .autoencoder import AutoencoderStage
 from .base import Stage
 from .multimodal import MultimodalStage
 from .subject import SubjectStage
-from .vision import VisionStage
 
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage for stage in (AutoencoderStage, VisionStage, MultimodalStage, AppearanceStage, SubjectStage)

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..batches import Batch, to_pixels
+from ...data.collate import Batch, to_pixels
+from ...data.pairs import Pair
+from ...pipeline.pipeline import Pipeline, load_pipeline, new_pipeline, replace_network, save_pipeline
 from ..config import RunConfig, checked
-from ..parts import ModelParts, load_parts, new_parts, replace_network, save_parts
-from ..shards import Pair
 
 __all__ = ["Batch", "Stage", "generators", "normal", "side_by_side", "to_picture", "to_pixels"]
 
@@ -43,15 +43,17 @@ class Stage(nn.Module, ABC):
     def __init__(self, config: RunConfig):
         super().__init__()
         model = config.model
-        self.parts: ModelParts = new_parts(model, config.seed) if isinstance(model, dict) else load_parts(Path(model))
+        self.pipeline: Pipeline = (
+            new_pipeline(model, config.seed) if isinstance(model, dict) else load_pipeline(Path(model))
+        )
         for name, folder in config.networks.items():
-            replace_network(self.parts, name, Path(folder))
-        self.parts.check_widths()
-        self.networks = nn.ModuleDict({name: self.parts.networks[name] for name in self.uses})
+            replace_network(self.pipeline, name, Path(folder))
+        self.pipeline.check_widths()
+        self.networks = nn.ModuleDict({name: self.pipeline.networks[name] for name in self.uses})
         self.networks.requires_grad_(False)
         for name in self.trains:
             self.networks.get_submodule(name).requires_grad_(True)
-        self.saved_as = getattr(torch, config.saved_as)
+        self.save_dtype = getattr(torch, config.save_dtype)
         self._set(**self.options(config))
 
     @abstractmethod
@@ -97,7 +99,7 @@ class Stage(nn.Module, ABC):
 
     def save(self, folder: Path) -> Path:
         """Write the whole model in the Hub layout."""
-        return save_parts(self.parts, folder, self.saved_as)
+        return save_pipeline(self.pipeline, folder, self.save_dtype)
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that train, in an order that does not change."""

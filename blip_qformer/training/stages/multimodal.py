@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...data.collate import Batch, multimodal_batch
+from ...data.pairs import Pair
 from ...encoder.qformer import QFormer
 from ...encoder.tokenizer import DEC_TOKEN, bert_tokenizer
-from ..batches import Batch, multimodal_batch
+from ...pipeline.pipeline import image_size_of
 from ..config import RunConfig
-from ..objectives import (
+from ..losses import (
     contrastive_loss,
     contrastive_mask,
     gather_rows,
@@ -28,8 +30,6 @@ from ..objectives import (
     process_index,
     query_text_similarity,
 )
-from ..parts import image_size_of
-from ..shards import Pair
 from .base import Stage, generators
 
 TEMPERATURES = 0.001, 0.5
@@ -49,7 +49,7 @@ class MultimodalStage(Stage):
     trains = ("encoder.qformer",)
 
     def _set(self, shared_width: int = 256, smoothing: float = 0.1, caption_tokens: int = 32) -> None:
-        sizes = self.parts.encoder.config.qformer
+        sizes = self.pipeline.encoder.config.qformer
         if not 3 <= caption_tokens <= sizes.text_positions:
             raise ValueError(
                 f"The option caption_tokens is {caption_tokens}, but this Q-Former reads 3 to {sizes.text_positions}."
@@ -69,18 +69,18 @@ class MultimodalStage(Stage):
         ids, attention_mask = batch["input_ids"], batch["attention_mask"]
         with torch.no_grad():
             self.temperature.clamp_(*TEMPERATURES)  # as in BLIP (arXiv 2201.12086): at zero and below nothing is learnt
-            image_tokens = self.parts.encoder.vision(batch["pixel_values"])  # [B, N, image width]
+            image_tokens = self.pipeline.encoder.vision(batch["pixel_values"])  # [B, N, image width]
 
         contrast, similarity, other = self._contrast(image_tokens, ids, attention_mask)
         matching = self._matching(image_tokens, ids, attention_mask, similarity, other, generators(batch["seeds"]))
         generation = self._generation(image_tokens, ids, attention_mask)
-        parts = {"contrast": contrast, "matching": matching, "generation": generation}
+        pipeline = {"contrast": contrast, "matching": matching, "generation": generation}
         accuracy = (similarity.argmax(1) == self._own(similarity)).float().mean()
-        return {"loss": sum(parts.values()), **{k: v.detach() for k, v in parts.items()}, "retrieval": accuracy}
+        return {"loss": sum(pipeline.values()), **{k: v.detach() for k, v in pipeline.items()}, "retrieval": accuracy}
 
     def _contrast(self, image_tokens: Tensor, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, and the cosines [B, G] of pictures with texts and of texts with pictures."""
-        queries, text = read(self.parts.encoder.qformer, image_tokens, ids, attention_mask, contrastive_mask)
+        queries, text = read(self.pipeline.encoder.qformer, image_tokens, ids, attention_mask, contrastive_mask)
         pictures = F.normalize(self.image_head(queries).float(), dim=-1)  # [B, Q, D]
         texts = F.normalize(self.text_head(text[:, 0]).float(), dim=-1)  # [B, D]
         image_to_text = query_text_similarity(pictures, gather_rows(texts))
@@ -104,7 +104,7 @@ class MultimodalStage(Stage):
         wrong_image = hard_negatives(text_to_image, first, temperature, sources)
         all_tokens, all_ids, all_masks = (gather_rows(each) for each in (image_tokens, ids, attention_mask))
         queries, _ = read(
-            self.parts.encoder.qformer,
+            self.pipeline.encoder.qformer,
             torch.cat([image_tokens, image_tokens, all_tokens[wrong_image]]),
             torch.cat([ids, all_ids[wrong_text], ids]),
             torch.cat([attention_mask, all_masks[wrong_text], attention_mask]),
@@ -118,7 +118,7 @@ class MultimodalStage(Stage):
     def _generation(self, image_tokens: Tensor, ids: Tensor, attention_mask: Tensor) -> Tensor:
         begun = ids.clone()
         begun[:, 0] = bert_tokenizer().token_to_id(DEC_TOKEN)
-        qformer = self.parts.encoder.qformer
+        qformer = self.pipeline.encoder.qformer
         _, text = read(qformer, image_tokens, begun, attention_mask, generation_mask)
         logits = self.word_head(text, qformer.word_embedding.weight)
         return generation_loss(logits, ids, attention_mask, self.smoothing)

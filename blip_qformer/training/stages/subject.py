@@ -16,15 +16,15 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor
 
-from ..batches import Batch, subject_batch
+from ...data.collate import Batch, subject_batch
+from ...data.latent_cache import LatentCache
+from ...data.pairs import Pair
+from ...pipeline.clip_text_model import encode_prompts
+from ...pipeline.pipeline import SCHEDULER, image_size_of
+from ...pipeline.sample import NEGATIVE_PROMPT, draw, tokenize_prompts
 from ..config import RunConfig
-from ..latent_cache import LatentCache
-from ..parts import SCHEDULER, image_size_of
-from ..sampling import NEGATIVE_PROMPT, draw, tokenize_prompts
-from ..shards import Pair
-from ..text_encoder import encode_prompts
 from .base import Stage, generators, normal, side_by_side
-from .questions import ask, exchange_words
+from .subject_vectors import ask, exchange_words
 
 SHOWN = 8
 
@@ -41,14 +41,14 @@ class SubjectStage(Stage):
         projection_dropout: inside the projection.
         word_dropout: how often the subject's word gives way to another, see :func:`.questions.exchange_words`; the
             paper keeps its words.
-        signal_to_noise: a timestep counts min(signal-to-noise ratio, this) over that ratio (arXiv 2303.09556), which is
+        min_snr_gamma: a timestep counts min(signal-to-noise ratio, this) over that ratio (arXiv 2303.09556), which is
             worth most to a small model; 0: all timesteps count alike, as in the paper.
         coarse_weight: and 1 + 1 / ratio times as much, as if v were predicted (arXiv 2202.00512), but no more than
             this. Where there is little signal a picture's outlines are decided, and an error there is a small one of
             the noise; 0: not, as in the paper.
-        coarse_noise: how much noise of coarser scales is added to the usual, see :func:`add_coarse_noise`; 0: none, as
+        multires_noise: how much noise of coarser scales is added to the usual, see :func:`add_multires_noise`; 0: none, as
             in the paper.
-        keep_latents: whether targets' latents are kept on disk, for small data that is seen many times.
+        cache_latents: whether targets' latents are kept on disk, for small data that is seen many times.
     """
 
     name = "subject"
@@ -58,10 +58,10 @@ class SubjectStage(Stage):
     def __init__(self, config: RunConfig):
         super().__init__(config)
         if config.gradient_checkpointing:
-            self.parts.unet.enable_gradient_checkpointing()
+            self.pipeline.unet.enable_gradient_checkpointing()
         self.latents = None
-        if self.keep_latents:
-            self.latents = LatentCache(config.output / "latents", self.parts.vae, self.options(config)["resolution"])
+        if self.cache_latents:
+            self.latents = LatentCache(config.output / "latents", self.pipeline.vae, self.options(config)["resolution"])
 
     def _set(
         self,
@@ -71,10 +71,10 @@ class SubjectStage(Stage):
         repetitions: int = 1,
         projection_dropout: float = 0.1,
         word_dropout: float = 0.0,
-        signal_to_noise: float = 0.0,
+        min_snr_gamma: float = 0.0,
         coarse_weight: float = 0.0,
-        coarse_noise: float = 0.0,
-        keep_latents: bool = False,
+        multires_noise: float = 0.0,
+        cache_latents: bool = False,
     ) -> None:
         if resolution < 8 or resolution % 8:
             raise ValueError(f"The option resolution is {resolution}, but the VAE reads multiples of 8.")
@@ -82,10 +82,10 @@ class SubjectStage(Stage):
             raise ValueError(f"The option projection_dropout is {projection_dropout}, which leaves nothing.")
         self.subject_dropout, self.caption_dropout = subject_dropout, caption_dropout
         self.projection_dropout, self.word_dropout = projection_dropout, word_dropout
-        self.repetitions, self.coarse_noise = repetitions, coarse_noise
+        self.repetitions, self.multires_noise = repetitions, multires_noise
         self.scheduler = DDPMScheduler.from_config(SCHEDULER)
-        self.weights = timestep_weights(self.scheduler.alphas_cumprod, signal_to_noise, coarse_weight)
-        self.keep_latents = keep_latents
+        self.weights = timestep_weights(self.scheduler.alphas_cumprod, min_snr_gamma, coarse_weight)
+        self.cache_latents = cache_latents
 
     @classmethod
     def collate(cls, config: RunConfig) -> Callable[[Sequence[Pair]], Batch]:
@@ -99,10 +99,10 @@ class SubjectStage(Stage):
         timesteps = draw_timesteps(self.weights, sources)  # on the CPU, where the weights are
         counts = drawn_weights(self.weights)[timesteps].to(latents.device)
         timesteps = timesteps.to(latents.device)
-        if self.coarse_noise:
-            noise = add_coarse_noise(noise, self.coarse_noise, sources)
+        if self.multires_noise:
+            noise = add_multires_noise(noise, self.multires_noise, sources)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        predicted = self.parts.unet(noisy, timesteps, context).sample
+        predicted = self.pipeline.unet(noisy, timesteps, context).sample
         self._shown = batch
         errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))  # [B]
         return {"loss": (errors * counts).mean()}
@@ -113,7 +113,7 @@ class SubjectStage(Stage):
         vectors = self._encode_subjects(batch["pixel_values"], batch["words"])
         latent = [edge // 8 for edge in batch["targets"].shape[2:]]
         noise = normal(generators(range(len(vectors))), (4, *latent), vectors.device)
-        drawn = draw(self.parts, batch["captions"], list(vectors), noise=noise)
+        drawn = draw(self.pipeline, batch["captions"], list(vectors), noise=noise)
         subjects = F.interpolate(batch["subjects"].float(), drawn.shape[2:])
         return side_by_side([subjects, batch["targets"], drawn])
 
@@ -122,10 +122,10 @@ class SubjectStage(Stage):
         if self.latents:
             mean, deviation = self.latents.encode(batch["targets"])
         else:
-            distribution = self.parts.vae.encode(batch["targets"] * 2 - 1).latent_dist
+            distribution = self.pipeline.vae.encode(batch["targets"] * 2 - 1).latent_dist
             mean, deviation = distribution.mean.float(), distribution.std.float()
         latents = mean + deviation * normal(sources, mean.shape[1:], mean.device)
-        return latents * self.parts.vae.config.scaling_factor
+        return latents * self.pipeline.vae.config.scaling_factor
 
     def _encode_captions(self, batch: Batch, sources: list[torch.Generator]) -> Tensor:
         words, said = exchange_words(batch["words"], batch["captions"], self.word_dropout, sources)
@@ -139,7 +139,7 @@ class SubjectStage(Stage):
             else:
                 captions.append(", ".join([caption] * (1 + int(repeat * self.repetitions))))
                 subjects.append(None if drop_subject < self.subject_dropout else own)
-        return encode_prompts(self.parts.text_encoder, tokenize_prompts(self.parts, captions), subjects)
+        return encode_prompts(self.pipeline.text_encoder, tokenize_prompts(self.pipeline, captions), subjects)
 
     def _encode_subjects(
         self, pixel_values: Tensor, words: Sequence[str], sources: list[torch.Generator] | None = None
@@ -149,8 +149,8 @@ class SubjectStage(Stage):
         Args:
             sources: of the projection's dropout; without them there is none.
         """
-        answer = ask(self.parts.encoder, pixel_values, words)
-        return self.parts.encoder.projection(answer, self._dropout(answer, sources) if sources else None)
+        answer = ask(self.pipeline.encoder, pixel_values, words)
+        return self.pipeline.encoder.projection(answer, self._dropout(answer, sources) if sources else None)
 
     def _dropout(self, answer: Tensor, sources: list[torch.Generator]) -> Tensor | None:
         """What to multiply with for dropout, drawn for each pair from its own source."""
@@ -160,10 +160,10 @@ class SubjectStage(Stage):
         return ((chances >= self.projection_dropout) / (1 - self.projection_dropout)).to(answer)
 
 
-def timestep_weights(alphas_cumprod: Tensor, signal_to_noise: float, coarse_weight: float) -> Tensor:
+def timestep_weights(alphas_cumprod: Tensor, min_snr_gamma: float, coarse_weight: float) -> Tensor:
     """What each timestep counts [T]; see the options of these names."""
     ratio = alphas_cumprod / (1 - alphas_cumprod)
-    weights = ratio.clamp(max=signal_to_noise) / ratio if signal_to_noise else torch.ones_like(ratio)
+    weights = ratio.clamp(max=min_snr_gamma) / ratio if min_snr_gamma else torch.ones_like(ratio)
     if coarse_weight:
         weights = weights * (1 + 1 / ratio).clamp(max=coarse_weight)
     return weights
@@ -185,7 +185,7 @@ def drawn_weights(weights: Tensor) -> Tensor:
     return weights.sqrt() * weights.sqrt().mean() / weights.mean()
 
 
-def add_coarse_noise(noise: Tensor, amount: float, sources: Sequence[torch.Generator]) -> Tensor:
+def add_multires_noise(noise: Tensor, amount: float, sources: Sequence[torch.Generator]) -> Tensor:
     """Noise of every coarser scale on top of noise [B, C, H, W]: the first doubling of the grain is scaled by
     ``amount``, the second by its square, and so on up to one value for the whole picture.
 

@@ -1,0 +1,1 @@
+"""The published layouts of a checkpoint."""

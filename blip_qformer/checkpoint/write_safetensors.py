@@ -1,0 +1,184 @@
+"""Writing a .safetensors file tensor by tensor.
+
+The safetensors library wants all tensors in memory at once before it writes; here the most that is held is one tensor,
+in its old dtype and its new, so that a 7 GB checkpoint converts on a small machine. The format is simple: eight bytes
+that say how long the header is, the header in JSON (name -> dtype, shape, where its bytes begin and end), the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write tensors, of any shape and any memory layout, to a .safetensors file, all of it or nothing.
+
+    The file is written under a temporary name beside its own and renamed when complete, so that an interruption leaves
+    neither half a file nor a damaged old one.
+
+    Args:
+        metadata: text by name, kept in the file's header.
+        dtype: what floating-point tensors are cast to; others stay as they are.
+        overwrite: whether a file that is there may be replaced.
+        progress: called after each tensor with the number of bytes just written; their sum is `data_size`.
+
+    Raises:
+        FileExistsError: the file is there and ``overwrite`` is False.
+        OSError: the disk is too full, or the folder is missing.
+        ValueError: a tensor cannot be stored, or does not fit into ``dtype``.
+    """
+    path = Path(path)
+    entries = _entries(tensors, dtype)
+    header = _header(entries, metadata)
+    check_target(path, overwrite=overwrite)
+    check_free_space(path.parent, len(header) + sum(entry.size for entry in entries))
+
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with temporary.open("xb") as file:
+            file.write(header)
+            for entry in entries:
+                data = _stored(entry, tensors[entry.name])
+                file.write(data)
+                if progress is not None:
+                    progress(len(data))
+                del data  # before the next tensor is read: two at once is what this module avoids
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        # After the rename there is nothing left under this name; after any failure, Ctrl-C included, there is.
+        temporary.unlink(missing_ok=True)
+
+
+def data_size(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> int:
+    """The bytes that the tensors take in a file, its header apart, once cast to dtype. No tensor is read."""
+    return sum(entry.size for entry in _entries(tensors, dtype))
+
+
+def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Refuse, in one sentence, a path at which no file may be written.
+
+    Raises:
+        FileExistsError: something is there, and it is a folder or may not be overwritten.
+        FileNotFoundError: its folder is not there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder, and a file was to be written there: choose another name.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"{path} exists already: choose another name, or allow overwriting it "
+            "(overwrite=True; on the command line, --force)."
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{path.parent} is not a folder, so {path.name} cannot be written there: create it first."
+        )
+
+
+def check_free_space(folder: str | os.PathLike[str], needed: int) -> None:
+    """Refuse, in one sentence, a disk with less room than needed.
+
+    Args:
+        folder: any on that disk; ``needed``: bytes.
+
+    Raises:
+        OSError: there is too little room.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder} has {free} bytes free and {needed} are needed: make room there or choose another disk."
+        )
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor as the file will hold it; size is in bytes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    size: int
+
+
+def _entries(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> list[_Entry]:
+    """The file's tensors in their order there."""
+    entries = []
+    for name, tensor in tensors.items():
+        stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        if stored not in DTYPE_NAMES:
+            raise ValueError(f"The tensor {name} is {stored}, which safetensors cannot hold: cast it to another dtype.")
+        if name == "__metadata__":
+            raise ValueError("A tensor is named __metadata__, which safetensors keeps for itself: rename the tensor.")
+        entries.append(_Entry(name, stored, tuple(tensor.shape), tensor.numel() * stored.itemsize))
+    # Widest elements first: so each tensor begins at a multiple of its element size, as mapping into memory needs.
+    return sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+
+
+def _header(entries: list[_Entry], metadata: Mapping[str, str] | None) -> bytes:
+    """The file's beginning: the header's length as eight bytes, and the header, padded to a multiple of eight."""
+    header: dict[str, dict] = {}
+    for name, value in (metadata or {}).items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise ValueError(f"The metadata {name!r} is {value!r}, and safetensors holds only text: make it a str.")
+    if metadata:
+        header["__metadata__"] = dict(metadata)
+    begin = 0
+    for entry in entries:
+        offsets = [begin, begin + entry.size]
+        header[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": offsets}
+        begin += entry.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _stored(entry: _Entry, tensor: Tensor) -> memoryview:
+    """A tensor's elements in row-major order, as they are stored; ValueError if one is too large for its dtype."""
+    if tensor.is_floating_point() and torch.finfo(entry.dtype).max < torch.finfo(tensor.dtype).max and entry.size:
+        largest = max(abs(extreme.item()) for extreme in tensor.aminmax())
+        if torch.finfo(entry.dtype).max < largest < math.inf:
+            raise ValueError(
+                f"The tensor {entry.name} holds {largest:g}, too large for {entry.dtype}: write bfloat16 or float32."
+            )
+    stored = tensor.detach().to(device="cpu", dtype=entry.dtype).contiguous()
+    # Flat first: a tensor without axes cannot be seen as bytes. As bytes, because numpy knows no bfloat16.
+    return stored.reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,78 @@
+"""The command `blip-qformer finetune MODEL PICTURE... --word WORD --output FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ..extras import import_extra
+from ..finetune.loop import FULL, LOW_RANK, FinetuneSettings, check_count
+from ..finetune.lora import RANK
+from ..subject.file_name import checked_name
+
+EXTRAS = ("accelerate", "diffusers", "transformers")
+
+
+def add_finetune_command(commands: argparse._SubParsersAction) -> None:
+    """Add `finetune` to a parser's commands."""
+    defaults = FinetuneSettings()
+    parser = commands.add_parser(
+        "finetune",
+        help="teach a model one subject from a few pictures",
+        description="Fine-tune a model on 3 to 5 pictures of one thing. Writes the tuned subject, an embedding that "
+        "every ComfyUI loads, and beside it a LoRA file or, with --trains full, a checkpoint for the stock loader; "
+        "and pictures of the curve and of what was drawn on the way.",
+    )
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a whole BLIP-Diffusion model in the Hub layout")
+    parser.add_argument("pictures", metavar="PICTURE", nargs="+", type=Path, help="3 to 5 pictures of the thing")
+    parser.add_argument("--word", required=True, help="what it is: dog, teddy bear, teapot")
+    parser.add_argument("--output", metavar="FOLDER", type=Path, required=True, help="what is made goes there")
+    parser.add_argument("--name", help="of the files, letters, digits, - and _ (the word)")
+    parser.add_argument("--trains", choices=[LOW_RANK, FULL], default=LOW_RANK, help=f"what of the U-Net ({LOW_RANK})")
+    parser.add_argument("--steps", type=int, default=defaults.steps, help=f"({defaults.steps})")
+    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate, help="(5e-6, the paper's)")
+    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help=f"({defaults.batch_size})")
+    parser.add_argument("--resolution", type=int, default=512, help="edge of the square it learns at, pixels (512)")
+    parser.add_argument("--rank", type=int, default=RANK, help=f"of low-rank ({RANK})")
+    parser.add_argument("--seed", type=int, default=0, help="(0)")
+    parser.add_argument("--look-every", metavar="N", type=int, default=20, help="steps between two looks; 0: none (20)")
+    parser.add_argument("--mixed-precision", choices=["no", "bf16"], help="(bf16 on a GPU that knows it)")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    parser.add_argument("--mirror", action="store_true", help="learn from mirrored pictures too")
+    parser.set_defaults(command=_finetune)
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
+    """`finetune`: train, write the files, and say which step was kept."""
+    for extra in EXTRAS:
+        import_extra(extra, "Fine-tuning")
+    from accelerate import Accelerator
+
+    from ..pipeline.pipeline import load_pipeline
+    from ..pipeline.subject_finetune import FinetuneRun, read_picture
+
+    word = arguments.word.strip()
+    name = checked_name(arguments.name or word.replace(" ", "-"))
+    check_count(len(arguments.pictures))
+    pictures = [read_picture(path) for path in arguments.pictures]
+    half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    run = FinetuneRun(
+        load_pipeline(arguments.model),
+        Accelerator(mixed_precision=arguments.mixed_precision or ("bf16" if half else "no")),
+        pictures,
+        word,
+        FinetuneSettings(arguments.steps, arguments.learning_rate, arguments.batch_size, seed=arguments.seed),
+        rank=None if arguments.trains == FULL else arguments.rank,
+        resolution=arguments.resolution,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        mirror=arguments.mirror,
+    )
+    outcome = run.tune(arguments.look_every)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for path in run.write(arguments.output, name, outcome):
+        print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
+    print(f"{len(outcome.losses)} steps, step {outcome.kept} kept.")
+    for score in outcome.scores:
+        print(f"step {score.step}: likeness {score.likeness:.3f}, agreement {score.agreement:.3f}")

@@ -1,0 +1,1 @@
+"""Training pairs: photographs, filters, prompted context, shards, the stream."""

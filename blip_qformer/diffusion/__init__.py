@@ -1,0 +1,1 @@
+"""The noise schedule, DDIM and DDIM inversion, in torch alone."""

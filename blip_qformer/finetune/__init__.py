@@ -1,0 +1,1 @@
+"""Fine-tuning on one subject: the loop, LoRA, validation, the loss curve."""

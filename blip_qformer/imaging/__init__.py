@@ -1,0 +1,1 @@
+"""Images: matting, segmentation, compositing, contact sheets."""

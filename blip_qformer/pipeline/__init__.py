@@ -1,0 +1,1 @@
+"""A whole BLIP-Diffusion model on diffusers: load, save, sample, fine-tune."""

@@ -1,0 +1,136 @@
+"""Checkpoints of a run: written whole or not at all, and found again after the run was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+
+KEPT = 2  # the newest, and one before it
+
+
+NAME = re.compile(r"step-(\d+)")
+
+
+STATE = "run.json"
+
+
+def find_newest(folder: Path, accelerator: Accelerator) -> Path | None:
+    """The checkpoint that all processes go on from, or None; what a killed run was writing is removed.
+
+    Raises:
+        ValueError: processes see different ones.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_unfinished(folder)
+    accelerator.wait_for_everyone()
+    newest = latest_checkpoint(folder)
+    seen = accelerator.gather(torch.tensor([_step(newest) if newest else 0], device=accelerator.device)).tolist()
+    if len(set(seen)) > 1:
+        raise ValueError(
+            f"The newest checkpoint in {folder} is that of step {max(seen)} for some processes and of step {min(seen)} "
+            "for others: choose an output that all machines share."
+        )
+    return newest
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in a folder, or None."""
+    return max(_checkpoints(folder), key=_step, default=None)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed run was writing or removing."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path)
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, data_order: Mapping[str, Any]) -> Path:
+    """Write everything a run needs to go on, in all processes together.
+
+    It is written under a temporary name and renamed when complete; only then are older ones removed.
+
+    Args:
+        data_order: the settings that decide which pairs come when; whoever goes on has to have the same.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to; the checkpoint before it stays.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = _hidden(final)
+    problem: Exception | None = None
+    try:
+        accelerator.save_state(str(partial))
+        if accelerator.is_main_process:
+            state = {"step": step, "processes": accelerator.num_processes, **data_order}
+            (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
+        _flush(partial)
+    except (OSError, RuntimeError, SafetensorError) as error:  # what Python, torch and safetensors make of a full disk
+        problem = error
+    if _in_any_process(accelerator, problem is not None):
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = latest_checkpoint(folder)
+        raise OSError(
+            f"The checkpoint of step {step} could not be written to {folder} ({problem or 'another process failed'}): "
+            f"make room there and start the run again, it goes on from {kept.name if kept else 'the beginning'}."
+        ) from problem
+    if accelerator.is_main_process:
+        partial.rename(final)
+        for old in sorted(_checkpoints(folder), key=_step)[:-KEPT]:
+            shutil.rmtree(old.rename(_hidden(old)))
+    accelerator.wait_for_everyone()
+    return final
+
+
+def load_checkpoint(accelerator: Accelerator, path: Path, data_order: Mapping[str, Any]) -> int:
+    """Take up where a checkpoint was written; returns how many steps were done.
+
+    Raises:
+        ValueError: it was written by a run that reads the pairs in another order, or by another model's.
+    """
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    for name, ours in {"processes": accelerator.num_processes, **data_order}.items():
+        if (theirs := state.get(name, ours)) != ours:
+            raise ValueError(
+                f"{path} was written with {name} {theirs} and cannot be taken up with {ours}, which reads the pairs in "
+                "another order: set it back, or choose another output to begin anew."
+            )
+    try:
+        accelerator.load_state(str(path))
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not fit this run ({reason}): choose another output to begin anew.") from error
+    return int(state["step"])
+
+
+def _in_any_process(accelerator: Accelerator, here: bool) -> bool:
+    """Whether something is so in one of the processes at least; all wait for the answer."""
+    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device)))
+
+
+def _flush(folder: Path) -> None:
+    """Onto the disk with what is in it, before it gets the name of something whole."""
+    for path in folder.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if NAME.fullmatch(path.name)]
+
+
+def _step(path: Path) -> int:
+    return int(NAME.fullmatch(path.name)[1])

@@ -1,0 +1,1 @@
+"""The small world and the small model made in it."""

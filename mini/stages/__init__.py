@@ -1,0 +1,1 @@
+"""Training stages that only a model trained from nothing needs."""

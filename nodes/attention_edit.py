@@ -1,0 +1,335 @@
+"""Attention Re-weight Edit · Prompt-to-Prompt Edit · Edit Mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import comfy.sd
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..blip_qformer.attention.edits import PromptToPrompt, Reweight
+from ..blip_qformer.attention.prompt_to_prompt import Settings, follow_source
+from ..blip_qformer.attention.schedule import StepRange
+from ..blip_qformer.attention.words import parse_word_ranges, parse_word_weights, parse_words, weight_tokens
+from ..blip_qformer.prompt import TokenSpan
+from .host.attention.batching import EDIT_MASKS, EditMasks, join_pictures, repeat_with_source
+from .host.attention.hooks import edits_of, with_edits
+from .host.conditioning import Conditioning, words_of
+from .host.latents import Latent
+from .types import CATEGORY, advanced, io
+
+WORDS_HELP = "A word that stands several times is meant everywhere; dog#2 is its second occurrence alone."
+
+
+def part_input(name: str, default: float, tooltip: str) -> io.Float.Input:
+    """A place in the schedule: 0 before the first step, 1 behind the last."""
+    display = io.NumberDisplay.slider
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, display_mode=display, tooltip=tooltip)
+
+
+def text_input(name: str, tooltip: str) -> io.String.Input:
+    """The text of a stock conditioning, which does not know its words."""
+    return advanced(io.String.Input(name, optional=True, default="", multiline=True, tooltip=tooltip))
+
+
+class AttentionReweight(io.ComfyNode):
+    """Words of a prompt become louder or quieter."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BLIPDiffusionAttentionReweight",
+            display_name="Attention Re-weight Edit",
+            category=CATEGORY,
+            description="Makes words of a prompt louder, quieter or the opposite, and leaves the rest of the picture "
+            "as it is. Stands between the prompt and any sampler; the negative prompt does not need it.",
+            inputs=[
+                io.Conditioning.Input(
+                    "conditioning",
+                    tooltip="From Subject Prompt Compose; or from CLIP Text Encode, with clip and text below.",
+                ),
+                io.String.Input(
+                    "weights",
+                    default="",
+                    multiline=True,
+                    placeholder="swimming:2.0, <subject>:0.6, red hat:-0.5",
+                    tooltip="Words with weights, commas between them. 1: as it is. 2: twice as much. 0: not at all. "
+                    f"Below 0: the opposite. <subject> is the subject's picture. {WORDS_HELP}",
+                ),
+                advanced(
+                    part_input("start", 0.0, "From which part of the steps on: 0 is the beginning, 0.5 the middle.")
+                ),
+                advanced(
+                    part_input(
+                        "end",
+                        1.0,
+                        "Up to which part of the steps: 1 is the end. The first steps decide what stands where, the "
+                        "last ones the details.",
+                    )
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Only for a conditioning from CLIP Text Encode: the clip it was made with.",
+                ),
+                text_input("text", "Only for a conditioning from CLIP Text Encode: the text it was made from."),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="conditioning",
+                    tooltip="For a sampler's positive input, or ControlNet and area nodes before it.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        conditioning: Conditioning,
+        weights: str,
+        start: float,
+        end: float,
+        clip: comfy.sd.CLIP | None = None,
+        text: str = "",
+    ) -> io.NodeOutput:
+        check_not_joined(conditioning)
+        words, steps = words_of(conditioning, clip, text), StepRange(start, end)
+        tokens = [tensor.shape[1] for tensor, _ in conditioning]
+        factors = weight_tokens(words, parse_word_weights(weights), tokens)
+        if steps.is_empty or all((each == 1).all() for each in factors):
+            return io.NodeOutput(conditioning)
+        added = [Reweight(each, steps) for each in factors]
+        before = edits_of(conditioning)
+        return io.NodeOutput(with_edits(conditioning, [(*old, new) for old, new in zip(before, added, strict=True)]))
+
+
+class PromptToPromptEdit(io.ComfyNode):
+    """A picture and its edits, drawn side by side from one noise."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BLIPDiffusionPromptToPrompt",
+            display_name="Prompt-to-Prompt Edit",
+            category=CATEGORY,
+            description="Draws a picture and an edit of it side by side: the same arrangement, another thing, or your "
+            "subject in its place. Both outputs go to the sampler; the negative prompt goes there as ever.",
+            inputs=[
+                io.Conditioning.Input("source", tooltip="The prompt of the picture to edit: a cat on a chair."),
+                io.Conditioning.Input(
+                    "edited",
+                    tooltip="The prompt of the edit: a dog on a chair, or a <subject> dog on a chair. Words may be "
+                    "swapped, added or left out; what both prompts share is found by itself.",
+                ),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="An Empty Latent Image, or a picture from DDIM Inversion. Every picture of it is drawn "
+                    "once for the source and once for each edit.",
+                ),
+                part_input(
+                    "cross_end",
+                    0.8,
+                    "How long the edit keeps what stands where, as a part of the steps. Lower: the new thing finds its "
+                    "own shape.",
+                ),
+                part_input(
+                    "self_end",
+                    0.4,
+                    "How long the edit keeps outlines and layout, as a part of the steps. Lower it if the new thing "
+                    "has another shape.",
+                ),
+                io.String.Input(
+                    "weights",
+                    default="",
+                    placeholder="red hat:2.0",
+                    tooltip=f"Words of the edited prompt with weights, as in Attention Re-weight Edit. {WORDS_HELP}",
+                ),
+                io.String.Input(
+                    "blend_words",
+                    default="",
+                    placeholder="<subject>, dog",
+                    tooltip="Words of the edited prompt, with commas between them: only where they look may the "
+                    "picture change, and the background stays. Empty: it may change everywhere.",
+                ),
+                advanced(
+                    io.String.Input(
+                        "source_blend_words",
+                        default="",
+                        placeholder="cat",
+                        tooltip="The same with words of the source prompt, such as the thing that is replaced. With "
+                        "both, the picture may change where either looks.",
+                    )
+                ),
+                advanced(
+                    part_input(
+                        "blend_threshold",
+                        0.3,
+                        "How strongly blend words must look at a place for it to change. Higher: a smaller area. "
+                        "0: no blend.",
+                    )
+                ),
+                advanced(part_input("cross_start", 0.0, "From which part of the steps on cross_end counts.")),
+                advanced(part_input("self_start", 0.0, "From which part of the steps on self_end counts.")),
+                advanced(
+                    io.String.Input(
+                        "word_steps",
+                        default="",
+                        placeholder="dog:0.5, hat:0.2-0.9",
+                        tooltip="An end, or a start and an end, in place of cross_start and cross_end for single words "
+                        "of the edited prompt.",
+                    )
+                ),
+                advanced(
+                    io.Boolean.Input(
+                        "source_unguided",
+                        default=False,
+                        tooltip="For a photograph from DDIM Inversion: the source is drawn without the sampler's cfg, "
+                        "so that it comes out as the photograph. The edits are guided as ever.",
+                    )
+                ),
+                io.Conditioning.Input("edited_2", optional=True, tooltip="A second edit of the same picture."),
+                io.Conditioning.Input("edited_3", optional=True, tooltip="A third edit of the same picture."),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Only for conditionings from CLIP Text Encode: the clip they were made with.",
+                ),
+                text_input("source_text", "Only for CLIP Text Encode: the text that source was made from."),
+                text_input(
+                    "edited_text",
+                    "Only for CLIP Text Encode: the text that edited was made from. With edited_2 and "
+                    "edited_3, a line for each.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="conditioning", tooltip="For the sampler's positive input."),
+                io.Latent.Output(
+                    display_name="latent",
+                    tooltip="For the sampler's latent_image: the source, then each edit, all with the same noise.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        source: Conditioning,
+        edited: Conditioning,
+        latent: Latent,
+        cross_end: float,
+        self_end: float,
+        weights: str,
+        blend_words: str,
+        source_blend_words: str,
+        blend_threshold: float,
+        cross_start: float,
+        self_start: float,
+        word_steps: str,
+        source_unguided: bool,
+        edited_2: Conditioning | None = None,
+        edited_3: Conditioning | None = None,
+        clip: comfy.sd.CLIP | None = None,
+        source_text: str = "",
+        edited_text: str = "",
+    ) -> io.NodeOutput:
+        settings = Settings(
+            cross_steps=StepRange(cross_start, cross_end),
+            self_steps=StepRange(self_start, self_end),
+            weights=parse_word_weights(weights),
+            word_steps=parse_word_ranges(word_steps),
+            blend_words=parse_words(blend_words),
+            source_blend_words=parse_words(source_blend_words),
+            threshold=blend_threshold,
+            source_unguided=source_unguided,
+        )
+        pictures = [source, *(each for each in (edited, edited_2, edited_3) if each is not None)]
+        joined, masks = join_pictures(source, pictures[1:]), EditMasks()
+        words = words_of_pictures(pictures, clip, source_text, edited_text)
+        edits = []
+        for index, (tensor, _) in enumerate(joined):
+            first, *others = (each[index] for each in words)
+            before = own_edits(pictures, index)
+            edits.append(follow_source(first, others, tensor.shape[1], settings, masks.keep, before))
+        if any(edits):
+            joined = with_edits(joined, edits)
+        return io.NodeOutput(joined, repeat_with_source(latent, len(pictures), masks))
+
+
+class EditMask(io.ComfyNode):
+    """Where local blend let a picture change."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BLIPDiffusionEditMask",
+            display_name="Edit Mask",
+            category=CATEGORY,
+            description="Shows where Prompt-to-Prompt Edit let the picture change, if it had blend words.",
+            inputs=[
+                io.Latent.Input(
+                    "latent",
+                    tooltip="What the sampler drew from Prompt-to-Prompt Edit's outputs, directly from the sampler.",
+                )
+            ],
+            outputs=[
+                io.Mask.Output(
+                    display_name="mask",
+                    tooltip="A mask for each edit, as large as the picture: white where it could change. For "
+                    "MaskPreview, or for compositing.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, latent: Latent) -> io.NodeOutput:
+        kept = latent.get(EDIT_MASKS)
+        masks = None if kept is None else kept.of(latent["samples"])
+        if masks is None:
+            raise ValueError(
+                "This latent was not drawn with local blend: write blend_words in Prompt-to-Prompt Edit, connect both "
+                "its outputs to the sampler, and the sampler's LATENT directly to Edit Mask."
+            )
+        return io.NodeOutput(in_pixels(masks))
+
+
+def check_not_joined(conditioning: Conditioning) -> None:
+    """Refuse the conditioning of several pictures, whose words differ.
+
+    Raises:
+        ValueError: it comes from Prompt-to-Prompt Edit.
+    """
+    if any(isinstance(edit, PromptToPrompt) for edits in edits_of(conditioning) for edit in edits):
+        raise ValueError(
+            "This conditioning comes from Prompt-to-Prompt Edit and holds several prompts: put Attention Re-weight "
+            "Edit before it, on the prompt it is for, or use that node's own weights."
+        )
+
+
+def words_of_pictures(
+    pictures: Sequence[Conditioning], clip: comfy.sd.CLIP | None, source_text: str, edited_text: str
+) -> list[list[list[TokenSpan]]]:
+    """For each picture the words of each entry of its conditioning; several edits have a line of the text each.
+
+    Raises:
+        ValueError: see :func:`~.words.words_of`.
+    """
+    edited_texts = [edited_text] if len(pictures) == 2 else edited_text.splitlines()
+    texts = [source_text, *edited_texts, *[""] * len(pictures)]
+    return [words_of(picture, clip, text) for picture, text in zip(pictures, texts, strict=False)]
+
+
+def own_edits(pictures: Sequence[Conditioning], entry: int) -> list[Reweight]:
+    """What Attention Re-weight Edit had asked of each picture's conditioning; from now on of that picture alone."""
+    return [
+        replace(edit, picture=number) for number, picture in enumerate(pictures) for edit in edits_of(picture)[entry]
+    ]
+
+
+def in_pixels(masks: Tensor) -> Tensor:
+    """Masks of latents [B, H, W] -> of pictures [B, 8 H, 8 W]."""
+    return F.interpolate(masks[:, None].float(), scale_factor=8)[:, 0]
+
+
+NODES = [AttentionReweight, PromptToPromptEdit, EditMask]

@@ -1,0 +1,1 @@
+"""The adapter between ComfyUI and the library: all that imports comfy."""

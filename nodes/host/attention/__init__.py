@@ -1,0 +1,1 @@
+"""Edited and recorded attention inside the sampler of ComfyUI."""

@@ -1,0 +1,280 @@
+"""Subject Interpolate · Subject Trajectory · Subject Grid."""
+
+from __future__ import annotations
+
+import torch
+from comfy_execution.graph_utils import ExecutionBlocker
+from torch import Tensor
+
+from ..blip_qformer.imaging.contact_sheet import contact_sheet
+from ..blip_qformer.subject.blending import BLEND_MODES, BlendMode, blend, describe_blend, trajectory
+from ..blip_qformer.subject.subject import Subject, split_rows
+from ..blip_qformer.subject.weights import parse_weights, slider_weights, trajectory_places
+from .host.latents import Latent, repeat_with_same_noise
+from .types import CATEGORY, BlipSubject, advanced, io
+
+
+def mode_input() -> io.Combo.Input:
+    """How to blend; both blending nodes ask it."""
+    return advanced(
+        io.Combo.Input(
+            "mode",
+            options=list(BLEND_MODES),
+            default=BLEND_MODES[0],
+            tooltip="linear: the plain mean, as the authors do. spherical: turns from one subject to the other at an "
+            "even pace. norm-preserving: the plain mean, made as strong as its subjects; try it when the middle looks "
+            "dull.",
+        )
+    )
+
+
+def slider_input(name: str, default: float, tooltip: str) -> io.Float.Input:
+    """A slider from one subject to another, and a little beyond either."""
+    display = io.NumberDisplay.slider
+    return io.Float.Input(name, default=default, min=-1.0, max=2.0, step=0.01, display_mode=display, tooltip=tooltip)
+
+
+def connected_subjects(*subjects: Subject | None) -> list[Subject]:
+    """Those that are connected.
+
+    Raises:
+        ValueError: one is connected behind a gap, and would be taken for its neighbour.
+    """
+    connected = [subject for subject in subjects if subject is not None]
+    if any(subject is None for subject in subjects[: len(connected)]):
+        raise ValueError("subject_4 is connected and subject_3 is not: connect the subjects in order.")
+    return connected
+
+
+class SubjectInterpolate(io.ComfyNode):
+    """Two to four subjects become one between them."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BLIPDiffusionSubjectInterpolate",
+            display_name="Subject Interpolate",
+            category=CATEGORY,
+            description="Mixes two, three or four subjects into one: a slider between two, a square between four, or "
+            "weights of your own.",
+            inputs=[
+                BlipSubject.Input("subject_1", tooltip="The subject at x 0; of four, the top left."),
+                BlipSubject.Input("subject_2", tooltip="The subject at x 1; of four, the top right."),
+                slider_input(
+                    "x",
+                    0.5,
+                    "0: subject_1, 1: subject_2, between: a mix. Below 0 and above 1 lies what is beyond them "
+                    "(extrapolation): exaggerated, and soon strange.",
+                ),
+                slider_input(
+                    "y",
+                    0.0,
+                    "0: between subject_1 and subject_2. 1: subject_3, or with four between subject_3 and subject_4. "
+                    "With two subjects it does nothing.",
+                ),
+                mode_input(),
+                advanced(
+                    io.String.Input(
+                        "weights",
+                        default="",
+                        placeholder="1, 2, 0.5",
+                        tooltip="A number for each subject instead of the sliders, such as 1, 2, 0.5. Only their "
+                        "proportion matters. A negative one takes a subject away (extrapolation). Empty: the sliders.",
+                    )
+                ),
+                advanced(
+                    io.String.Input(
+                        "word",
+                        default="",
+                        placeholder="the strongest subject's word",
+                        tooltip="The word for the mix. Empty: that of the subject with the largest weight.",
+                    )
+                ),
+                BlipSubject.Input("subject_3", optional=True, tooltip="A third subject; of four, the bottom left."),
+                BlipSubject.Input("subject_4", optional=True, tooltip="A fourth subject, the bottom right."),
+            ],
+            outputs=[
+                BlipSubject.Output(display_name="subject", tooltip="For Subject Prompt Compose or Save Subject."),
+                io.String.Output(display_name="report", tooltip="What was mixed, with which weights."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        subject_1: Subject,
+        subject_2: Subject,
+        x: float,
+        y: float,
+        mode: BlendMode,
+        weights: str,
+        word: str,
+        subject_3: Subject | None = None,
+        subject_4: Subject | None = None,
+    ) -> io.NodeOutput:
+        subjects = connected_subjects(subject_1, subject_2, subject_3, subject_4)
+        chosen = parse_weights(weights) or slider_weights(len(subjects), x, y)
+        blended = blend(subjects, chosen, mode, word)
+        return io.NodeOutput(blended, describe_blend(subjects, chosen, mode, blended))
+
+
+class SubjectTrajectory(io.ComfyNode):
+    """The way between subjects, as a batch of subjects."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BLIPDiffusionSubjectTrajectory",
+            display_name="Subject Trajectory",
+            category=CATEGORY,
+            description="Goes from one subject to another in equal steps, or fills the square between four. One "
+            "KSampler draws all steps, and Subject Grid lays them out.",
+            inputs=[
+                BlipSubject.Input("subject_1", tooltip="Where the line begins; of four, the top left."),
+                BlipSubject.Input("subject_2", tooltip="Where the line ends; of four, the top right."),
+                io.Int.Input(
+                    "steps",
+                    default=5,
+                    min=2,
+                    max=64,
+                    tooltip="How many subjects along the line, both ends included. With four subjects, along each "
+                    "side of the square: 5 makes 25 pictures.",
+                ),
+                mode_input(),
+                advanced(
+                    io.String.Input(
+                        "word",
+                        default="",
+                        placeholder="subject_1's word",
+                        tooltip="The word for all steps. Empty: that of subject_1.",
+                    )
+                ),
+                advanced(
+                    io.Int.Input(
+                        "steps_at_once",
+                        default=16,
+                        min=1,
+                        max=4096,
+                        tooltip="How many pictures are drawn at the same time; the rest follows. Lower it if memory "
+                        "runs out: the pictures stay the same.",
+                    )
+                ),
+                BlipSubject.Input("subject_3", optional=True, tooltip="The bottom left of a square of four."),
+                BlipSubject.Input("subject_4", optional=True, tooltip="The bottom right of a square of four."),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="One Empty Latent Image (or an encoded picture): it comes out once for each step, with "
+                    "the same noise for all, so that only the subject changes from picture to picture.",
+                ),
+            ],
+            outputs=[
+                BlipSubject.Output(
+                    display_name="subject", is_output_list=True, tooltip="All steps, for Subject Prompt Compose."
+                ),
+                io.Latent.Output(
+                    display_name="latent",
+                    is_output_list=True,
+                    tooltip="For KSampler's latent_image; needs the input latent.",
+                ),
+                io.String.Output(display_name="labels", tooltip="Where each step lies, for Subject Grid's labels."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        subject_1: Subject,
+        subject_2: Subject,
+        steps: int,
+        mode: BlendMode,
+        word: str,
+        steps_at_once: int,
+        subject_3: Subject | None = None,
+        subject_4: Subject | None = None,
+        latent: Latent | None = None,
+    ) -> io.NodeOutput:
+        subjects = connected_subjects(subject_1, subject_2, subject_3, subject_4)
+        # The host runs what follows once for each part of a list, so that the whole need not fit into memory.
+        parts = split_rows(trajectory(subjects, steps, mode, word), steps_at_once)
+        # Only whoever uses the output is stopped: the subjects are of use without it.
+        no_latent = ExecutionBlocker("Subject Trajectory has no latent to repeat: connect an Empty Latent Image to it.")
+        repeated = [no_latent if latent is None else repeat_with_same_noise(latent, len(part)) for part in parts]
+        return io.NodeOutput(parts, repeated, "\n".join(place_labels(len(subjects), steps)))
+
+
+def place_labels(count: int, steps: int) -> list[str]:
+    """``x 0.25`` or ``x 0.25, y 0.50`` for each step of a trajectory."""
+    return [
+        ", ".join(f"{axis} {value:.2f}" for axis, value in zip("xy", place, strict=False))
+        for place in trajectory_places(count, steps)
+    ]
+
+
+class SubjectGrid(io.ComfyNode):
+    """Pictures become one sheet; the parts of a trajectory arrive as a list and are laid out together."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BLIPDiffusionSubjectGrid",
+            display_name="Subject Grid",
+            category=CATEGORY,
+            description="Lays the pictures of a trajectory out on one sheet, the pictures the subjects were made from "
+            "at its ends or corners.",
+            inputs=[
+                io.Image.Input("images", tooltip="What was drawn, as a batch in the trajectory's order."),
+                io.Int.Input(
+                    "columns",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="Pictures in a row, without sources. 0: one row for a line with sources, else a square.",
+                ),
+                io.String.Input(
+                    "labels",
+                    default="",
+                    multiline=True,
+                    tooltip="One line for each picture, then one for each source. Connect Subject Trajectory's labels, "
+                    "or write your own. Empty: no labels.",
+                ),
+                advanced(
+                    io.Int.Input(
+                        "longest_side",
+                        default=8192,
+                        min=64,
+                        max=16384,
+                        tooltip="A sheet that would be longer than this, in pixels, is drawn smaller.",
+                    )
+                ),
+                io.Image.Input(
+                    "source_1", optional=True, tooltip="subject_1's picture: left of a line, top left of a square."
+                ),
+                io.Image.Input(
+                    "source_2", optional=True, tooltip="subject_2's picture: right of a line, top right of a square."
+                ),
+                io.Image.Input("source_3", optional=True, tooltip="subject_3's picture: bottom left of a square."),
+                io.Image.Input("source_4", optional=True, tooltip="subject_4's picture: bottom right of a square."),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The sheet, for Save Image.")],
+            is_input_list=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        images: list[Tensor],
+        columns: list[int],
+        labels: list[str],
+        longest_side: list[int],
+        source_1: list[Tensor] | None = None,
+        source_2: list[Tensor] | None = None,
+        source_3: list[Tensor] | None = None,
+        source_4: list[Tensor] | None = None,
+    ) -> io.NodeOutput:
+        sources = [source and source[0] for source in (source_1, source_2, source_3, source_4)]
+        lines = labels[0].splitlines()
+        return io.NodeOutput(contact_sheet(torch.cat(images), sources, columns[0], lines, longest_side[0]))
+
+
+NODES = [SubjectInterpolate, SubjectTrajectory, SubjectGrid]

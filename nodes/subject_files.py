@@ -1,0 +1,124 @@
+"""Save Subject · Load Subject."""
+
+from __future__ import annotations
+
+import logging
+
+from ..blip_qformer.subject import Subject
+from ..blip_qformer.subject.file import load_subject, save_subject
+from ..blip_qformer.subject.file_name import checked_name
+from ..blip_qformer.subject.provenance import encoder_mismatch
+from .host.managed import ManagedEncoder
+from .host.subject_paths import list_subjects, missing_subject, new_subject_path, subject_path
+from .types import CATEGORY, Blip2QFormer, BlipSubject, io
+
+logger = logging.getLogger("blip_diffusion")
+
+
+class SaveSubject(io.ComfyNode):
+    """A subject becomes a file that any CLIP text box can use."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BLIPDiffusionSubjectSave",
+            display_name="Save Subject",
+            category=CATEGORY,
+            description="Keeps a subject as one small file in models/embeddings. Load Subject reads it again, and "
+            "embedding:name in any text box draws it, without this pack as well.",
+            is_output_node=True,
+            inputs=[
+                BlipSubject.Input("subject", tooltip="One subject; a batch or a trajectory does not fit one file."),
+                io.String.Input(
+                    "name",
+                    default="my_subject",
+                    tooltip="The file's name, as it is written in a prompt after embedding: - letters, digits, -, _ "
+                    "and . only.",
+                ),
+                io.Boolean.Input(
+                    "overwrite",
+                    default=False,
+                    label_on="replace",
+                    label_off="keep",
+                    tooltip="What happens to another subject of that name. keep: nothing is written and the node says "
+                    "so. replace: it is lost.",
+                ),
+            ],
+            outputs=[
+                BlipSubject.Output(display_name="subject", tooltip="The same subject, for Subject Prompt Compose."),
+                io.String.Output(
+                    display_name="embedding", tooltip="embedding:name, to paste into a prompt behind the word a."
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, name: str | None) -> bool | str:
+        try:
+            return name is None or bool(checked_name(name))  # None: it comes over a link and is checked when it is here
+        except ValueError as error:
+            return str(error)
+
+    @classmethod
+    def execute(cls, subject: Subject, name: str, overwrite: bool) -> io.NodeOutput:
+        path = new_subject_path(name)
+        save_subject(path, subject, overwrite)
+        embedding = f"embedding:{path.stem}"
+        return io.NodeOutput(subject, embedding, ui={"text": [embedding]})
+
+
+class LoadSubject(io.ComfyNode):
+    """A file becomes a subject."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BLIPDiffusionSubjectLoad",
+            display_name="Load Subject",
+            category=CATEGORY,
+            description="Reads a subject that Save Subject kept, or one that somebody gave you.",
+            inputs=[
+                io.Combo.Input(
+                    "subject_file",
+                    options=list_subjects(),
+                    tooltip="A .safetensors in models/embeddings or a subfolder. Other embeddings lie there too; they "
+                    "are refused with what they are.",
+                ),
+                io.String.Input(
+                    "subject_word",
+                    default="",
+                    placeholder="the word it was saved with",
+                    tooltip="The word for the subject. Empty: the one in the file.",
+                ),
+                Blip2QFormer.Input(
+                    "qformer",
+                    optional=True,
+                    tooltip="The Q-Former of the model you draw with: then the node warns if the subject was made by "
+                    "another one.",
+                ),
+            ],
+            outputs=[
+                BlipSubject.Output(display_name="subject", tooltip="For Subject Prompt Compose."),
+                io.String.Output(display_name="report", tooltip="What was loaded, and a warning if it may not fit."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, subject_file: str | None) -> bool | str:
+        return True if subject_file is None or subject_file in list_subjects() else missing_subject(subject_file)
+
+    @classmethod
+    def fingerprint_inputs(cls, subject_file: str, **_: object) -> tuple[str, float]:
+        """Another file under the same name is read again."""
+        return subject_file, subject_path(subject_file).stat().st_mtime
+
+    @classmethod
+    def execute(cls, subject_file: str, subject_word: str, qformer: ManagedEncoder | None = None) -> io.NodeOutput:
+        subject = load_subject(subject_path(subject_file), subject_word)
+        warning = encoder_mismatch(subject, qformer.encoder_hash) if qformer else ""
+        if warning:
+            logger.warning(warning)
+        return io.NodeOutput(subject, f'"{subject.word}" from {subject_file}. {warning}'.strip())
+
+
+NODES = [SaveSubject, LoadSubject]

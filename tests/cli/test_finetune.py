@@ -1,0 +1,108 @@
+"""`blip-qformer finetune`: the node's numbers from the command line, and files that the stock nodes load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from blip_qformer.cli.command_line import main as blip_qformer
+from blip_qformer.pipeline.pipeline import save_pipeline
+from blip_qformer.subject import load_subject
+from tests import tiny
+
+EDGE, STEPS, RATE = 64, 3, 1e-4
+OPTIONS = [
+    "--word",
+    "dog",
+    "--steps",
+    str(STEPS),
+    "--resolution",
+    str(EDGE),
+    "--learning-rate",
+    str(RATE),
+    "--rank",
+    "2",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A random model in the Hub layout."""
+    return save_pipeline(tiny.random_parts(), tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[Path]:
+    """Three picture files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = [folder / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        pixels = np.random.default_rng(number).integers(0, 255, (EDGE, EDGE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return paths
+
+
+def finetune(model: Path, pictures: list[Path], output: Path, *options: str) -> int:
+    """Run the command."""
+    return blip_qformer(["finetune", str(model), *map(str, pictures), "--output", str(output), *OPTIONS, *options])
+
+
+@pytest.mark.parametrize("trains", ["low-rank", "full"])
+def test_it_does_what_the_node_does(host, model, pictures, tmp_path, trains):
+    assert finetune(model, pictures, tmp_path, "--look-every", "0", "--trains", trains) == 0
+    (host.base / "models" / "blip_diffusion" / "finetuned").unlink(missing_ok=True)
+    (host.base / "models" / "blip_diffusion" / "finetuned").symlink_to(model)
+    loaded = dict(
+        zip(("model", "clip", "vae", "qformer"), host.run("BLIPDiffusionLoader", checkpoint="finetuned"), strict=True)
+    )
+    image = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in pictures]) / 255
+    options = {"steps": STEPS, "resolution": EDGE, "learning_rate": RATE, "rank": 2, "look_every": 0}
+    _, subject, weights, *_ = host.run(
+        "BLIPDiffusionSubjectFinetune", **loaded, image=image, subject_word="dog", trains=trains, **options
+    )
+    tuned = load_subject(tmp_path / "dog.safetensors")
+    assert tuned.word == "dog"
+    torch.testing.assert_close(tuned.vectors, subject.vectors, atol=1e-5, rtol=0)
+    if trains == "low-rank":
+        file = load_file(tmp_path / "dog-lora.safetensors")
+        assert file.keys() == weights.keys()
+        for name, tensor in file.items():  # AdamW's first steps blow rounding up, so that single numbers differ more
+            assert (tensor - weights[name]).float().norm() <= 1e-2 * weights[name].float().norm(), name
+        assert max(tensor.abs().max() for name, tensor in file.items() if "lora_up" in name) > 1e-3
+        return
+    checkpoint = load_file(tmp_path / "dog-checkpoint.safetensors")
+    name = "input_blocks.0.0.weight"
+    before = loaded["model"].model.diffusion_model.get_parameter(name)
+    expected = before + weights["lora_unet_conv_in.diff"].float()
+    torch.testing.assert_close(checkpoint[f"model.diffusion_model.{name}"].float(), expected, atol=5e-4, rtol=1e-3)
+
+
+def test_it_writes_pictures_of_how_it_went(model, pictures, tmp_path, capsys):
+    assert finetune(model, pictures, tmp_path, "--look-every", "2", "--name", "rex") == 0
+    assert Image.open(tmp_path / "rex-previews.png").size == (3 * EDGE, 3 * EDGE)  # before, after two and after three
+    assert Image.open(tmp_path / "rex-curve.png").size == (768, 384)
+    printed = capsys.readouterr().out
+    assert f"Wrote {tmp_path / 'rex-lora.safetensors'}" in printed
+    assert [line.split(":")[0] for line in printed.splitlines() if "likeness" in line] == ["step 0", "step 2", "step 3"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"no picture", "is no picture that can be read: leave it out"), (b"", "is no picture that can be read")],
+)
+def test_a_file_that_is_no_picture_is_named(model, pictures, tmp_path, capsys, content, message):
+    (tmp_path / "bad.png").write_bytes(content)
+    assert finetune(model, [*pictures, tmp_path / "bad.png"], tmp_path) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_tiny_picture_is_refused(model, tmp_path, capsys):
+    Image.new("RGB", (40, 80)).save(tmp_path / "small.png")
+    assert finetune(model, [tmp_path / "small.png"], tmp_path) == 2
+    assert "The pictures are 40 x 80 pixels" in capsys.readouterr().err

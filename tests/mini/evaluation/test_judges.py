@@ -1,0 +1,74 @@
+"""The judges learn to know a subject again and to tell places apart, from pictures alone."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from blip_qformer.training.stages.base import to_pixels
+from mini.evaluation.judges import Judges, JudgesTraining, load_judges, save_judges, train_judges
+from mini.world.places import PLACES
+from mini.world.scenes import Look, paint_place, picture_of, random_placement
+from mini.world.source import artwork_of_split
+from tests.artwork import write_artwork
+
+
+@pytest.fixture(scope="module")
+def artwork(tmp_path_factory):
+    return write_artwork(tmp_path_factory.mktemp("artwork"))
+
+
+@pytest.fixture(scope="module")
+def judges(artwork):
+    torch.set_num_threads(1)
+    return train_judges(artwork, JudgesTraining(steps=60, batch_size=16), progress=lambda line: None)
+
+
+def test_places_are_told_apart(judges):
+    random = np.random.default_rng(3)
+    pictures = torch.stack([to_pixels(paint_place(place, 96, random)) for place in PLACES for _ in range(2)])
+    names = [place.name for place in PLACES for _ in range(2)]
+    right = sum(said == name for said, name in zip(judges.name_places(pictures), names, strict=True))
+    assert right >= 12  # of 16; chance is 2
+
+
+def test_a_subject_is_known_again_in_another_place(judges, artwork):
+    random = np.random.default_rng(4)
+    drawings = artwork_of_split(artwork, "train")[::2]
+    here, there = (
+        torch.stack([to_pixels(_scene(each, place, random)) for each in drawings]) for place in (PLACES[0], PLACES[6])
+    )
+    similarity = judges.embed(here) @ judges.embed(there).T
+    assert (similarity.argmax(dim=1) == torch.arange(len(drawings))).float().mean() >= 0.6  # chance is 1 in 6
+
+
+def test_embeddings_have_unit_length(judges):
+    embedded = judges.embed(torch.rand(3, 3, 50, 70))
+    assert torch.allclose(embedded.norm(dim=1), torch.ones(3), atol=1e-5)
+
+
+def test_training_repeats(artwork):
+    settings = JudgesTraining(steps=3, batch_size=4)
+    first, second = (train_judges(artwork, settings, progress=lambda line: None) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_saved_judges_judge_alike(judges, tmp_path):
+    save_judges(judges, tmp_path / "judges.safetensors")
+    pictures = torch.rand(4, 3, 64, 64)
+    loaded = load_judges(tmp_path / "judges.safetensors")
+    assert torch.allclose(loaded.embed(pictures), judges.embed(pictures), atol=5e-3)
+
+
+def test_other_files_are_refused(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="does not hold these judges"):
+        load_judges(tmp_path / "other.safetensors")
+
+
+def test_judges_look_at_any_size():
+    assert len(Judges().name_places(torch.rand(2, 3, 256, 192))) == 2
+
+
+def _scene(artwork, place, random):
+    return picture_of(artwork, Look(), place, random_placement(random), 96, int(random.integers(1000)))

@@ -1,0 +1,114 @@
+"""First weights with which each query looks at its own part of a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blip_qformer.encoder import QFormerConfig, SubjectEncoder, SubjectEncoderConfig, VisionConfig
+from blip_qformer.pipeline.pipeline import initialise, load_pipeline, new_pipeline, save_pipeline
+from mini.init import placed_queries
+from mini.init.patch_positions import place_patches
+from mini.init.placed_queries import fit_location, place_queries
+from tests import tiny
+
+WORDS = ["dog", "cat", "hat", "bowl"]
+
+
+def new_encoder(queries: int = 4, heads: int = 2) -> SubjectEncoder:
+    """4 x 4 patches, 2 x 2 queries, two layers with cross-attention."""
+    torch.manual_seed(0)
+    vision = VisionConfig(image_size=32, patch_size=8, width=32, layers=1, heads=2, feed_forward_width=64)
+    qformer = QFormerConfig(width=48, layers=2, heads=heads, feed_forward_width=64, query_tokens=queries)
+    encoder = SubjectEncoder(SubjectEncoderConfig(vision, qformer, 48)).requires_grad_(False)
+    initialise(encoder.vision, 32)
+    initialise(encoder.qformer, 48)
+    place_patches(encoder.vision.position_embedding)
+    return encoder
+
+
+@pytest.fixture
+def pictures() -> Tensor:
+    return F.interpolate(torch.randn(len(WORDS), 3, 4, 4, generator=torch.Generator().manual_seed(0)), (32, 32))
+
+
+def attention_of(encoder: SubjectEncoder, pictures: Tensor, layer: int, head: int) -> Tensor:
+    """How much each query looks at each patch [Q, 4, 4], for all pictures on average."""
+    attention = encoder.qformer.layers[layer].cross_attention
+    queries = placed_queries._queries_before(attention, encoder, pictures, WORDS)
+    width = attention.query.out_features // attention.heads
+    part = slice(head * width, (head + 1) * width)
+    query, key = attention.query(queries)[..., part], attention.key(encoder.vision(pictures))[..., part]
+    looks = (query @ key.mT / width**0.5).softmax(dim=-1).mean(dim=0)  # [Q, 1 + N]
+    return looks[:, 1:].unflatten(1, (4, 4))
+
+
+def test_each_query_looks_at_the_patches_of_its_cell(pictures):
+    encoder = new_encoder()
+    place_queries(encoder, pictures, WORDS)
+    for number, (layer, head) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        looks = attention_of(encoder, pictures, layer, head)
+        down, right = divmod(number, 2)
+        for query, (row, column) in enumerate([(0, 0), (0, 2), (2, 0), (2, 2)]):
+            assert divmod(looks[query].argmax().item(), 4) == (row + down, column + right)
+            assert looks[query].max() > 0.3  # of random weights 0.06
+
+
+def test_the_vectors_tell_where_something_is(pictures):
+    """What is seen of a corner reaches the query of that corner first, and most."""
+    encoder = new_encoder()
+    place_queries(encoder, pictures, WORDS)
+    changed = pictures.clone()
+    changed[..., 16:, 16:] = 2.0  # lower right
+    layer = encoder.qformer.layers[0].cross_attention
+    queries = placed_queries._queries_before(layer, encoder, pictures, WORDS)
+    moved = (layer(queries, encoder.vision(changed)) - layer(queries, encoder.vision(pictures))).norm(dim=-1).mean(0)
+    assert moved.argmax() == 3
+    assert moved[3] > 2 * moved[0]
+
+
+def test_rows_and_columns_are_read_off_tokens(pictures):
+    encoder = new_encoder()
+    weight, bias = fit_location(encoder.vision(pictures)[:, 1:], edge=4)
+    logits = (encoder.vision(pictures)[:, 1:] @ weight.T + bias).unflatten(-1, (2, 4))  # [B, N, 2, 4]
+    assert torch.equal(logits.argmax(dim=-1)[0], torch.cartesian_prod(torch.arange(4), torch.arange(4)))
+    assert logits.mean(dim=-1).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "sentence"),
+    [
+        (5, 2, "5 queries cannot share out 4 x 4 patches"),
+        (9, 2, "9 queries cannot share out 4 x 4 patches"),
+        (4, 1, "2 heads, each 48 wide, cannot look at 4 patches"),
+        (4, 8, "16 heads, each 6 wide, cannot look at 4 patches"),
+    ],
+)
+def test_sizes_that_do_not_fit_get_one_sentence(pictures, queries, heads, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        place_queries(new_encoder(queries, heads), pictures, WORDS)
+
+
+def test_the_command_writes_a_model(tmp_path: Path, capsys):
+    sizes = tiny.SIZES | {"vision": {**tiny.SIZES["vision"], "image_size": 56}}  # 4 x 4 patches for 16 queries
+    save_pipeline(new_pipeline(sizes, seed=0), tmp_path / "model")
+    pairs = tiny.write_pairs(tmp_path / "pairs")
+    assert placed_queries.main([str(tmp_path / "model"), str(pairs), str(tmp_path / "placed")]) == 0
+    assert "placed" in capsys.readouterr().out
+    before, after = (load_pipeline(tmp_path / name).encoder.state_dict() for name in ("model", "placed"))
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    linear = ("query", "key", "value", "output")
+    assert {key.split(".")[-2] for key in changed} == set(linear)
+    assert all(key.startswith("qformer.") and ".cross_attention." in key for key in changed)
+
+
+def test_the_command_says_what_does_not_fit(tmp_path: Path, capsys):
+    save_pipeline(new_pipeline(tiny.SIZES, seed=0), tmp_path / "model")
+    pairs = tiny.write_pairs(tmp_path / "pairs")
+    assert placed_queries.main([str(tmp_path / "model"), str(pairs), str(tmp_path / "placed")]) == 1
+    assert capsys.readouterr().err.startswith("16 queries cannot share out 2 x 2 patches")
+    assert not (tmp_path / "placed").exists()
