@@ -19,9 +19,8 @@ from ..blip_qformer.finetune.loss_curve import loss_curve
 from ..blip_qformer.finetune.validation import VALIDATION_PROMPTS, preview_strip
 from ..blip_qformer.subject import Subject
 from ..blip_qformer.subject.provenance import image_hash
-from .host.conditioning import require_clip_l
+from .host.checks import require_additive_noise, require_clip_l
 from .host.finetune import HostFinetuner, Watch, encode_pictures
-from .host.inversion import check_model
 from .host.managed import ManagedEncoder
 from .types import CATEGORY, Blip2QFormer, BlipSubject, advanced, io
 
@@ -179,7 +178,7 @@ class SubjectFinetune(io.ComfyNode):
         mirror: bool,
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
-        check_model(model)
+        require_additive_noise(model)
         check_count(len(image))
         check_size(*image.shape[1:3])
         word = subject_word.strip()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from comfy.model_patcher import ModelPatcher
 
+from .host.checks import require_additive_noise
 from .host.conditioning import Conditioning
-from .host.inversion import SAMPLER, SCHEDULER, check_model, check_picture, invert_in_host
+from .host.inversion import SAMPLER, SCHEDULER, check_picture, invert_in_host
 from .host.latents import Latent
 from .types import CATEGORY, advanced, io
 
@@ -69,7 +70,7 @@ class DDIMInversion(io.ComfyNode):
         steps: int,
         refinements: int,
     ) -> io.NodeOutput:
-        check_model(model)
+        require_additive_noise(model)
         check_picture(latent["samples"], model)
         inverted = {**latent, "samples": invert_in_host(model, conditioning, latent["samples"], steps, refinements)}
         inverted.pop("noise_mask", None)  # the sampler would put the inverted latent itself where the mask is black

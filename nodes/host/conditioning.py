@@ -10,15 +10,10 @@ from torch import Tensor
 
 from ...blip_qformer.prompt import EMBEDDING_WORD, Overflow, Token, TokenSpan, fill_blocks, find_words, insert_subject
 from ...blip_qformer.subject import Subject
+from .checks import CLIP_L, require_clip_l, require_clip_l_for_edits
 
 #: Key of the conditioning's dictionary under which later nodes find which positions are which word.
 TOKEN_SPANS = "blip_token_spans"
-
-
-CLIP_L = "l"  # the host's name for SD1.5's text encoder among a CLIP's encoders
-
-
-ENCODER_NAMES = {CLIP_L: "CLIP-L", "g": "CLIP-G", "h": "CLIP-H", "t5xxl": "T5-XXL"}
 
 
 log = logging.getLogger("blip_diffusion")
@@ -46,32 +41,6 @@ def encode_subject_prompt(
     return stack_rows(
         [encode_tokens(clip, insert_subject(tokens, vectors, strength), overflow) for vectors in subject.vectors]
     )
-
-
-def require_clip_l(clip: comfy.sd.CLIP, width: int) -> None:
-    """Refuse a text encoder that the vectors were not made for.
-
-    Raises:
-        ValueError: there is no CLIP, it is not SD1.5's, or its embeddings are of another width than the vectors.
-    """
-    if clip is None:
-        raise ValueError(
-            "The clip input is empty, because the checkpoint it comes from has no text encoder: connect the CLIP of "
-            "Load BLIP-Diffusion."
-        )
-    encoders = set(clip.tokenize(""))
-    if encoders != {CLIP_L}:
-        found = " + ".join(sorted(ENCODER_NAMES.get(name, name) for name in encoders))
-        raise ValueError(
-            f"This CLIP is {found}, but a subject's vectors are words for CLIP-L, the text encoder of SD1.5: connect "
-            "the CLIP of Load BLIP-Diffusion."
-        )
-    found_width = clip.cond_stage_model.clip_l.transformer.get_input_embeddings().weight.shape[-1]
-    if found_width != width:
-        raise ValueError(
-            f"This CLIP's words are {found_width} numbers wide and the subject's vectors {width}: connect the CLIP "
-            "that belongs to the Q-Former, from the same Load BLIP-Diffusion."
-        )
 
 
 def read_tokens(clip: comfy.sd.CLIP, text: str, width: int) -> list[Token]:
@@ -151,14 +120,8 @@ def words_of_text(clip: comfy.sd.CLIP, text: str, encoded: Tensor) -> list[Token
     Raises:
         ValueError: the CLIP is not SD1.5's, or the text has another number of blocks.
     """
-    empty = clip.tokenize("")
-    if set(empty) != {CLIP_L}:
-        found = " + ".join(sorted(ENCODER_NAMES.get(name, name) for name in empty))
-        raise ValueError(
-            f"This CLIP is {found}, but attention is edited in SD1.5, whose text encoder is CLIP-L: connect an SD1.5 "
-            "clip."
-        )
-    block = len(empty[CLIP_L][0])
+    require_clip_l_for_edits(clip)
+    block = len(clip.tokenize("")[CLIP_L][0])
     tokens = read_tokens(clip, text, encoded.shape[-1])
     blocks = fill_blocks(tokens, block - 2, "continue")
     if len(blocks) * block != encoded.shape[1]:

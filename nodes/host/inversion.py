@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 
 import comfy.model_management
-import comfy.model_sampling
 import comfy.samplers
 import comfy.utils
 import latent_preview
@@ -19,19 +18,6 @@ from ...blip_qformer.diffusion.ddim_inversion import Denoiser, invert
 from .conditioning import Conditioning
 
 SAMPLER, SCHEDULER = "ddim", "ddim_uniform"
-
-
-def check_model(model: ModelPatcher) -> None:
-    """Refuse a model whose sampling cannot start from a latent.
-
-    Raises:
-        ValueError: it mixes picture and noise instead of adding them.
-    """
-    if not isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.EPS):
-        raise ValueError(
-            f"This model is of the kind {type(model.model).__name__}, whose sampling throws the latent away when it "
-            "starts, so that nothing drawn from an inverted one comes back: use SD1.5, SD2 or SDXL."
-        )
 
 
 def check_picture(samples: Tensor, model: ModelPatcher) -> None:

@@ -11,13 +11,12 @@ from typing import Any
 from uuid import UUID
 
 import comfy.hooks
-import comfy.model_patcher
 import comfy.samplers
-import comfy.supported_models
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ....blip_qformer.attention.edits import Edit, Reweight
+from ..checks import require_sd15
 from ..conditioning import Conditioning
 from .sampling_run import AttentionRun, EditedConditioning
 
@@ -58,7 +57,7 @@ def sample_with_edits(
     edited = take_edits(guider)
     if not edited:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-    check_model(guider.model_patcher)
+    require_sd15(guider.model_patcher)
     if any(edit.source_unguided for each in edited.values() if (edit := each.prompt_to_prompt)):
         check_adds_no_noise(noise, sampler)
     run = AttentionRun(edited, noise, sigmas.tolist())
@@ -120,18 +119,4 @@ def check_adds_no_noise(noise: Tensor, sampler: Any) -> None:
         raise ValueError(
             "This sampler adds noise to the latent of DDIM Inversion, so that the photograph does not come back: use "
             "KSampler (Advanced) with add_noise disabled, or switch source_unguided off in Prompt-to-Prompt Edit."
-        )
-
-
-def check_model(model: comfy.model_patcher.ModelPatcher) -> None:
-    """Refuse what is not SD1.5.
-
-    Raises:
-        ValueError: it is another model.
-    """
-    config = model.model.model_config
-    if not isinstance(config, comfy.supported_models.SD15):
-        raise ValueError(
-            f"This model is {type(config).__name__}, but Attention Re-weight Edit and Prompt-to-Prompt Edit work on "
-            "SD1.5's U-Net: connect an SD1.5 model, or take the edit out."
         )

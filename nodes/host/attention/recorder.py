@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP, merge_nested_dicts
 from torch import Tensor
 
 from ....blip_qformer.attention.maps import Area, AttentionRecord, mean_attention
+from ..checks import require_cross_attention
 from ..conditioning import Conditioning
 from .hooks import hook_group, take_off_hook
 
@@ -53,15 +54,10 @@ def watch_run(executor: Callable, noise: Tensor, *args: Any, **kwargs: Any) -> T
         ValueError: the model has no cross-attention.
     """
     guider = executor.class_obj
-    model = guider.model_patcher.model
-    if not isinstance(model.diffusion_model, UNetModel):
-        raise ValueError(
-            f"This model is of the kind {type(model).__name__}, in which words are not looked at through "
-            "cross-attention: use an SD1.5 model, or take Record Attention out."
-        )
+    require_cross_attention(guider.model_patcher)
     watches = take_watches(guider)
     records = {watch.record for each in watches.values() for watch in each}
-    patch = partial(watch_layer, watches, guider, model.diffusion_model)
+    patch = partial(watch_layer, watches, guider, guider.model_patcher.model.diffusion_model)
     options = {"transformer_options": {"patches": {"attn2_patch": [patch]}}}
     merge_nested_dicts(guider.model_options, options, copy_dict1=False)
     for record in records:
