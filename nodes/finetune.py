@@ -13,10 +13,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ..blip_qformer.finetune.loop import FULL, LOW_RANK, FinetuneSettings, Outcome, Step, check_count, check_size
+from ..blip_qformer.finetune.loop import FULL, LOW_RANK, FinetuneResult, FinetuneSettings, Step, check_count, check_size
 from ..blip_qformer.finetune.lora import RANK
 from ..blip_qformer.finetune.loss_curve import loss_curve
-from ..blip_qformer.finetune.validation import VALIDATION_PROMPTS, preview_strip
+from ..blip_qformer.finetune.validation import VALIDATION_PROMPTS, preview_grid
 from ..blip_qformer.subject import Subject
 from ..blip_qformer.subject.provenance import image_hash
 from .host.checks import require_additive_noise, require_clip_l
@@ -196,9 +196,9 @@ class SubjectFinetune(io.ComfyNode):
         patched, _ = comfy.sd.load_lora_for_models(model, None, tuned.weights, 1.0, 0.0)
         subject = Subject(tuned.vectors[None], word, qformer.encoder_hash, image_hash(image))
         outcome = tuned.outcome
-        curve = to_image(loss_curve(outcome.losses, outcome.scores, outcome.kept))
+        curve = to_image(loss_curve(outcome.losses, outcome.scores, outcome.kept_step))
         # A black pixel stands for pictures where none were drawn.
-        previews = preview_strip(outcome.drawn)[None] if outcome.drawn else torch.zeros(1, 1, 1, 3)
+        previews = preview_grid(outcome.samples)[None] if outcome.samples else torch.zeros(1, 1, 1, 3)
         return io.NodeOutput(patched, subject, tuned.weights, curve, previews, describe(outcome, trains))
 
 
@@ -236,10 +236,10 @@ def to_image(picture: Image.Image) -> Tensor:
     return rearrange(pixels, "(h w c) -> 1 h w c", h=picture.height, c=3) / 255
 
 
-def describe(outcome: Outcome, trains: str) -> str:
+def describe(outcome: FinetuneResult, trains: str) -> str:
     """In words, what was trained and which step was kept."""
     done = len(outcome.losses)
-    text = f"{trains}: {done} steps, step {outcome.kept} kept."
+    text = f"{trains}: {done} steps, step {outcome.kept_step} kept."
     lines = [
         f"step {score.step}: likeness {score.likeness:.3f}, agreement {score.agreement:.3f}, together {score.total:.3f}"
         for score in outcome.scores

@@ -73,6 +73,6 @@ def _finetune(arguments: argparse.Namespace) -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     for path in run.write(arguments.output, name, outcome):
         print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
-    print(f"{len(outcome.losses)} steps, step {outcome.kept} kept.")
+    print(f"{len(outcome.losses)} steps, step {outcome.kept_step} kept.")
     for score in outcome.scores:
         print(f"step {score.step}: likeness {score.likeness:.3f}, agreement {score.agreement:.3f}")

@@ -1,4 +1,4 @@
-"""SD1.5's noise schedule and DDIM, in torch alone: fine-tuning runs where diffusers is not installed."""
+"""Deterministic DDIM sampling with classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -10,28 +10,41 @@ from .noise_schedule import ALPHAS_CUMPROD, NUM_TRAIN_TIMESTEPS, Denoiser
 
 @torch.no_grad()
 def ddim_sample(
-    denoiser: Denoiser, without: Tensor, with_prompt: Tensor, noise: Tensor, *, steps: int, guidance: float
+    denoiser: Denoiser,
+    uncond: Tensor,
+    cond: Tensor,
+    noise: Tensor,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
 ) -> Tensor:
-    """DDIM without added noise (arXiv 2010.02502, equation 12), with classifier-free guidance (arXiv 2207.12598).
+    """Sample latents by DDIM with eta 0 (arXiv 2010.02502, equation 12) and classifier-free guidance.
+
+    Guidance follows arXiv 2207.12598. Timesteps are spaced as by diffusers' ``DDIMScheduler`` with ``steps_offset=1``
+    and ``timestep_spacing="leading"``.
 
     Args:
-        without, with_prompt: contexts [B, T, width] of the negative prompt and the prompt.
-        noise: [B, 4, h, w], standard normal. It is scaled as ComfyUI scales it for an empty latent, so that the same
-            noise gives the same picture there.
+        denoiser: The U-Net, which predicts noise.
+        uncond: The negative prompt's context of shape [B, T, width].
+        cond: The prompt's context of shape [B, T, width].
+        noise: Standard normal noise of shape [B, 4, h, w]. It is scaled as ComfyUI scales it for an empty latent, so
+            that the same noise gives the same image there.
+        num_inference_steps: Number of sampling steps.
+        guidance_scale: Weight of the prompt; 1 means no guidance.
 
     Returns:
-        Latents [B, 4, h, w], scaled as the denoiser has them.
+        Latents of shape [B, 4, h, w], scaled as the denoiser expects them.
     """
-    context = torch.cat([without, with_prompt])  # [2B, T, width]
-    spacing = NUM_TRAIN_TIMESTEPS // steps
-    timesteps = [spacing * number + 1 for number in reversed(range(steps))]
+    context = torch.cat([uncond, cond])  # [2B, T, width]
+    spacing = NUM_TRAIN_TIMESTEPS // num_inference_steps
+    timesteps = [spacing * index + 1 for index in reversed(range(num_inference_steps))]
     latents = (1 - ALPHAS_CUMPROD[timesteps[0]]).sqrt().to(noise) * noise
     for timestep in timesteps:
-        both = torch.full((len(context),), timestep, device=latents.device)
-        plain, prompted = denoiser(latents.repeat(2, 1, 1, 1), both, context).chunk(2)
-        predicted = plain + guidance * (prompted - plain)
-        share = float(ALPHAS_CUMPROD[timestep])
-        after = float(ALPHAS_CUMPROD[timestep - spacing]) if timestep > spacing else 1.0
-        clean = (latents - (1 - share) ** 0.5 * predicted) / share**0.5
-        latents = after**0.5 * clean + (1 - after) ** 0.5 * predicted
+        batch_timesteps = torch.full((len(context),), timestep, device=latents.device)  # [2B]
+        noise_uncond, noise_cond = denoiser(latents.repeat(2, 1, 1, 1), batch_timesteps, context).chunk(2)
+        noise_pred = noise_uncond + guidance_scale * (noise_cond - noise_uncond)
+        alpha_cumprod = float(ALPHAS_CUMPROD[timestep])
+        next_alpha_cumprod = float(ALPHAS_CUMPROD[timestep - spacing]) if timestep > spacing else 1.0
+        pred_x0 = (latents - (1 - alpha_cumprod) ** 0.5 * noise_pred) / alpha_cumprod**0.5
+        latents = next_alpha_cumprod**0.5 * pred_x0 + (1 - next_alpha_cumprod) ** 0.5 * noise_pred
     return latents

@@ -1,4 +1,4 @@
-"""SD1.5's noise schedule and DDIM, in torch alone: fine-tuning runs where diffusers is not installed."""
+"""The noise schedule of SD1.5 ("scaled_linear" in diffusers) and the forward diffusion process."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from torch import Tensor
 #: ``(noisy latents [B, 4, h, w], timesteps [B], context [B, T, width]) -> predicted noise [B, 4, h, w]``
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-
 NUM_TRAIN_TIMESTEPS = 1000
+BETA_START, BETA_END = 0.00085, 0.012  # the square roots of the betas are evenly spaced between these two's
 
+BETAS = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TRAIN_TIMESTEPS) ** 2
 
-BETAS = (0.00085, 0.012)  # of the first and last timestep; their roots are evenly spaced between
-
-
-#: alpha-bar of each timestep [1000]: how much of the variance is still the picture's.
-ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(BETAS[0] ** 0.5, BETAS[1] ** 0.5, NUM_TRAIN_TIMESTEPS) ** 2, dim=0)
+#: The share of the signal in the variance at each timestep, [1000] (alpha-bar in arXiv 2006.11239).
+ALPHAS_CUMPROD = torch.cumprod(1 - BETAS, dim=0)
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """q(x_t | x_0) of arXiv 2006.11239, equation 4; [B, 4, h, w] and timesteps [B] -> [B, 4, h, w]."""
-    shares = rearrange(ALPHAS_CUMPROD.to(latents.device)[timesteps], "b -> b 1 1 1")
-    return shares.sqrt() * latents + (1 - shares).sqrt() * noise
+    """Sample from q(x_t | x_0) (arXiv 2006.11239, equation 4).
+
+    Args:
+        latents: Clean latents of shape [B, 4, h, w], scaled as the U-Net expects them.
+        noise: Standard normal noise of the same shape.
+        timesteps: Timesteps of shape [B], from 0 to 999.
+
+    Returns:
+        Noisy latents of shape [B, 4, h, w].
+    """
+    alphas_cumprod = rearrange(ALPHAS_CUMPROD.to(latents.device)[timesteps], "b -> b 1 1 1")
+    return alphas_cumprod.sqrt() * latents + (1 - alphas_cumprod).sqrt() * noise

@@ -1,1 +1,1 @@
-"""Fine-tuning on one subject: the loop, LoRA, validation, the loss curve."""
+"""Fine-tuning on one subject (arXiv 2305.14720, section 4), independent of ComfyUI and of diffusers."""

@@ -1,7 +1,7 @@
-"""Fine-tuning on one subject (arXiv 2305.14720, section 4): a few pictures of it, forty to a hundred and twenty steps.
+"""Fine-tuning on one subject (arXiv 2305.14720, section 4): 3 to 5 images of it, 40 to 120 steps.
 
-The mean of the pictures' vectors becomes trainable, and so does the U-Net or what :mod:`.low_rank` adds to it; the rest
-is frozen. The loop knows neither ComfyUI nor diffusers: who calls it hands it the denoiser as a function.
+The mean of the images' subject vectors trains, and so does the U-Net or the LoRA beside it; the rest is frozen. The
+loop knows neither ComfyUI nor diffusers: it is given the denoiser and the text encoder as functions.
 """
 
 from __future__ import annotations
@@ -17,34 +17,32 @@ from torch import Tensor, nn
 from ..diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS, Denoiser, add_noise
 from .validation import Score, Validation
 
-LOW_RANK, FULL = "low-rank", "full"  # what of the U-Net trains
+LOW_RANK, FULL = "low-rank", "full"  # which weights of the U-Net train, as users choose it
+LORA_LEARNING_RATE_FACTOR = 20  # the paper's rate suits a whole U-Net; a LoRA begins at zero and has further to go
+MIN_IMAGES, MAX_IMAGES = 1, 64
+MIN_EDGE = 64  # of an image, in pixels
 
-
-LOW_RANK_FACTOR = 20  # the paper's rate suits a whole U-Net; low-rank factors begin at zero and have further to go
-
-
-FEWEST, MOST = 1, 64  # pictures
-
-
-SMALLEST = 64  # edge of a picture, pixels
-
-
-#: ``vectors [16, width] -> context [1, T, width]``, the caption with the subject in it through the frozen text encoder.
+#: ``vectors [16, width] -> context [1, T, width]``: the caption with the subject in it through the frozen text encoder.
 CaptionEncoder = Callable[[Tensor], Tensor]
-
 
 log = logging.getLogger("blip_diffusion")
 
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """How to tune; the defaults are the paper's.
+    """Hyperparameters; the defaults are the paper's.
 
     Args:
-        steps: of the optimizer.
-        learning_rate: of everything that trains; ``LOW_RANK_FACTOR`` times that for low-rank factors.
-        batch_size: latents in a step.
-        seed: of the order of the pictures, the noise and the timesteps.
+        steps: Number of optimizer steps.
+        learning_rate: Learning rate of everything that trains; a LoRA gets ``LORA_LEARNING_RATE_FACTOR`` times as much.
+        batch_size: Number of latents in a step.
+        weight_decay: AdamW's weight decay.
+        betas: AdamW's decay rates of the two moments.
+        epsilon: AdamW's term for numerical stability.
+        seed: Seed of the order of the images, the noise and the timesteps.
+
+    Raises:
+        ValueError: If a value would train nothing.
     """
 
     steps: int = 80
@@ -63,31 +61,43 @@ class FinetuneSettings:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step came to: its number, from 1 on, and its loss."""
+    """One finished optimizer step.
+
+    Args:
+        number: Number of the step, from 1 on.
+        loss: Its loss.
+    """
 
     number: int
     loss: float
 
 
 @dataclass(frozen=True)
-class Draws:
-    """Everything random about one step."""
+class Batch:
+    """Everything random about one step.
 
-    pictures: Tensor  # [B], which latents
-    timesteps: Tensor  # [B]
-    noise: Tensor  # [B, 4, h, w]
+    Args:
+        indices: Indices of the latents, of shape [B].
+        timesteps: Timesteps of shape [B].
+        noise: Standard normal noise of shape [B, 4, h, w].
+    """
+
+    indices: Tensor
+    timesteps: Tensor
+    noise: Tensor
 
 
 class SubjectTuning:
-    """Fine-tuning under way; what it has made so far can be read off its parameters at any time.
+    """A fine-tuning in progress; its parameters hold what has been learned so far.
 
     Args:
-        denoiser: the U-Net with the weights that train; it may hold frozen ones too.
-        weights: the parameters that train inside the denoiser, of whatever precision it computes in.
-        low_rank: whether these are low-rank factors.
-        vectors: [16, width], the mean of the pictures' vectors.
-        latents: [N, 4, h, w], the pictures through the VAE, scaled as the denoiser expects them.
-        encode_caption: the caption with given vectors, differentiable in them.
+        denoiser: The U-Net with the weights that train; it may hold frozen ones too.
+        weights: The parameters of the denoiser that train, in whatever precision it computes in.
+        vectors: The mean of the images' subject vectors, of shape [16, width].
+        latents: The images through the VAE, of shape [N, 4, h, w], scaled as the denoiser expects them.
+        encode_caption: Encodes the caption with given subject vectors, differentiable in them.
+        settings: Hyperparameters.
+        lora: Whether ``weights`` are those of a LoRA.
     """
 
     def __init__(
@@ -99,15 +109,15 @@ class SubjectTuning:
         encode_caption: CaptionEncoder,
         settings: FinetuneSettings,
         *,
-        low_rank: bool,
-    ):
+        lora: bool,
+    ) -> None:
         self.denoiser, self.encode_caption = denoiser, encode_caption
         self.latents, self.settings = latents, settings
         self.vectors = nn.Parameter(vectors.detach().clone().float())
         self.weights = list(weights)
-        rate = settings.learning_rate * (LOW_RANK_FACTOR if low_rank else 1)
+        weights_lr = settings.learning_rate * (LORA_LEARNING_RATE_FACTOR if lora else 1)
         self.optimizer = torch.optim.AdamW(
-            [{"params": self.weights, "lr": rate}, {"params": [self.vectors], "lr": settings.learning_rate}],
+            [{"params": self.weights, "lr": weights_lr}, {"params": [self.vectors], "lr": settings.learning_rate}],
             betas=settings.betas,
             eps=settings.epsilon,
             weight_decay=settings.weight_decay,
@@ -116,20 +126,20 @@ class SubjectTuning:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All that trains: the denoiser's weights, and last the subject's vectors."""
+        """All parameters that train: the denoiser's weights, then the subject vectors."""
         return [*self.weights, self.vectors]
 
     def steps(self) -> Iterator[Step]:
-        """Train, and hand out each step when it is done; whoever stops asking has what was trained so far.
+        """Train, yielding each step when it is done; a caller may stop at any step.
 
-        A loss or gradient that is no number ends it before it reaches the weights.
+        Training ends before a loss or gradient that is not finite reaches the weights.
         """
         with torch.enable_grad():
             for number in range(1, self.settings.steps + 1):
-                loss = self.loss(draw(self.latents, self.settings, number))
+                loss = self.loss(sample_batch(self.latents, self.settings, number))
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                if not self._is_number(loss):
+                if not self._is_finite(loss):
                     log.warning(
                         "Step %d has a loss or gradient that is no number: step %d is kept.", number, number - 1
                     )
@@ -138,140 +148,168 @@ class SubjectTuning:
                 self.losses.append(loss.item())
                 yield Step(number, self.losses[-1])
 
-    def loss(self, draws: Draws) -> Tensor:
-        """Mean squared error of the predicted noise."""
-        chosen = self.latents[draws.pictures]
-        context = self.encode_caption(self.vectors).expand(len(chosen), -1, -1)  # [B, T, width]
-        noisy = add_noise(chosen, draws.noise, draws.timesteps)
-        predicted = self.denoiser(noisy, draws.timesteps, context)
-        return F.mse_loss(predicted.float(), draws.noise)
+    def loss(self, batch: Batch) -> Tensor:
+        """Compute the mean squared error of the predicted noise (arXiv 2006.11239, equation 14)."""
+        latents = self.latents[batch.indices]  # [B, 4, h, w]
+        context = self.encode_caption(self.vectors).expand(len(latents), -1, -1)  # [B, T, width]
+        noisy_latents = add_noise(latents, batch.noise, batch.timesteps)
+        noise_pred = self.denoiser(noisy_latents, batch.timesteps, context)
+        return F.mse_loss(noise_pred.float(), batch.noise)
 
     def snapshot(self) -> list[Tensor]:
-        """What is trained so far, on the CPU."""
+        """Copy the parameters to the CPU."""
         return [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
 
     @torch.no_grad()
     def restore(self, snapshot: Sequence[Tensor]) -> None:
-        """Go back to a snapshot's weights."""
-        for parameter, kept in zip(self.parameters, snapshot, strict=True):
-            parameter.copy_(kept)
+        """Put the parameters of a snapshot back."""
+        for parameter, saved in zip(self.parameters, snapshot, strict=True):
+            parameter.copy_(saved)
 
-    def _is_number(self, loss: Tensor) -> bool:
+    def _is_finite(self, loss: Tensor) -> bool:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norms = torch.stack([gradient.norm() for gradient in gradients])
         return bool(loss.isfinite() & norms.isfinite().all())
 
 
-class Cancelled(Exception):
-    """What ``draw`` may raise: whoever waits for it has had enough."""
+class FinetuneCancelledError(Exception):
+    """Raised by the ``sample`` function of :func:`finetune` when the user has cancelled."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a fine-tuning came to.
+class FinetuneResult:
+    """The course of a fine-tuning.
 
     Args:
-        kept: the step whose weights are in place now; 0: it was cancelled before any.
-        losses: of each step.
-        scores: of each validation, the first before any step; empty without any.
-        drawn: the pictures of each validation, [P, 3, H, W] in 0..1.
+        kept_step: The step whose weights are in place now; 0 if it was cancelled before any.
+        losses: The loss of each step.
+        scores: The score of each validation, the first before any step; empty without validation.
+        samples: The images of each validation, each of shape [P, 3, H, W] in 0..1.
     """
 
-    kept: int
+    kept_step: int
     losses: list[float]
     scores: list[Score]
-    drawn: list[Tensor]
+    samples: list[Tensor]
 
 
 def finetune(
     tuning: SubjectTuning,
     *,
-    every: int = 0,
-    draw: Callable[[bool], Tensor] | None = None,
-    judge: Callable[[Tensor], Validation] | None = None,
+    validate_every: int = 0,
+    sample: Callable[[bool], Tensor] | None = None,
+    make_validation: Callable[[Tensor], Validation] | None = None,
     steps: Iterator[Step] | None = None,
-    watch: Callable[[Step, list[Tensor]], bool] = lambda step, drawn: True,
-) -> Outcome:
-    """Tune to the end, look at pictures on the way, and go back to the step whose pictures scored best.
+    on_step: Callable[[Step, list[Tensor]], bool] = lambda step, samples: True,
+) -> FinetuneResult:
+    """Train to the end, sample validation images on the way, and restore the step whose images scored best.
 
-    Cancelled, by ``watch`` or by ``draw``, it ends there with the last step's weights.
+    If ``on_step`` or ``sample`` cancels, training ends there with the last step's weights.
 
     Args:
-        every: how many steps lie between two validations; 0: none, and the last step is kept.
-        draw: the validation prompts' pictures [P, 3, H, W] in 0..1 with the weights as they are, with or without the
-            subject in the prompt; may raise :class:`Cancelled`.
-        judge: the pictures without the subject -> what scores those with it.
-        steps: ``tuning.steps()``, for whoever has to prepare something for each.
-        watch: is shown each step and the pictures so far; what it returns says whether to go on.
-    """
-    drawn: list[Tensor] = []
-    validation, best, number = None, None, 0
+        tuning: The fine-tuning to run.
+        validate_every: Number of steps between two validations; 0 means none, and the last step is kept.
+        sample: Samples an image for each validation prompt with the weights as they are, with or without the subject in
+            the prompt; of shape [P, 3, H, W] in 0..1. May raise :class:`FinetuneCancelledError`.
+        make_validation: Makes the validation from the images without the subject.
+        steps: ``tuning.steps()``, for callers that have to prepare something for each step.
+        on_step: Called after each step with all validation images so far; returns whether to go on.
 
-    def look() -> None:
+    Returns:
+        The course of the fine-tuning; the weights of its ``kept_step`` are in place.
+
+    Raises:
+        ValueError: If there is to be validation, but nothing to sample or score with.
+    """
+    if validate_every and (sample is None or make_validation is None):
+        raise ValueError("Validation needs both sample and make_validation.")
+    samples: list[Tensor] = []
+    validation: Validation | None = None
+    best: list[Tensor] | None = None
+    number = 0
+
+    def validate(validation: Validation) -> None:
         nonlocal best
-        drawn.append(draw(True))
-        if validation.add(number, drawn[-1]) and number:  # before any step there is nothing to go back to
+        samples.append(sample(True))
+        if validation.add(number, samples[-1]) and number:  # before any step there is nothing to go back to
             best = tuning.snapshot()
 
     try:
-        if every:
-            validation = judge(draw(False))
-            look()
+        if validate_every:
+            validation = make_validation(sample(False))
+            validate(validation)
         for step in steps or tuning.steps():
             number = step.number
-            if validation and (number % every == 0 or number == tuning.settings.steps):
-                look()
-            if not watch(step, drawn):
-                raise Cancelled
-        if validation and validation.scores[-1].step < number:  # a loss that is no number ended it between two looks
-            look()
-    except Cancelled:
-        return Outcome(number, tuning.losses, validation.scores if validation else [], drawn)
+            if validation and (number % validate_every == 0 or number == tuning.settings.steps):
+                validate(validation)
+            if not on_step(step, samples):
+                raise FinetuneCancelledError
+        if validation and validation.scores[-1].step < number:  # a loss that is not finite ended it between two
+            validate(validation)
+    except FinetuneCancelledError:
+        return FinetuneResult(number, tuning.losses, validation.scores if validation else [], samples)
     if validation is None:
-        return Outcome(number, tuning.losses, [], [])
+        return FinetuneResult(number, tuning.losses, [], [])
     if best is not None:
         tuning.restore(best)
-    return Outcome(validation.best.step, tuning.losses, validation.scores, drawn)
+    return FinetuneResult(validation.best.step, tuning.losses, validation.scores, samples)
 
 
-def check_count(pictures: int) -> None:
-    """Refuse a number of pictures that fine-tuning is not made for.
+def sample_batch(latents: Tensor, settings: FinetuneSettings, number: int) -> Batch:
+    """Sample everything random about a step from the seed alone; no image comes more often than another.
+
+    Args:
+        latents: All latents, of shape [N, 4, h, w].
+        settings: Hyperparameters, of which the seed and the batch size matter here.
+        number: Number of the step, from 1 on.
+
+    Returns:
+        The batch, timesteps and noise on the device of the latents.
+    """
+    size = settings.batch_size
+    first = (number - 1) * size
+    indices = [_image_index(len(latents), settings.seed, position) for position in range(first, first + size)]
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+    timesteps = torch.randint(NUM_TRAIN_TIMESTEPS, (size,), generator=generator)
+    noise = torch.randn(size, *latents.shape[1:], generator=generator)
+    return Batch(torch.tensor(indices), timesteps.to(latents.device), noise.to(latents.device))
+
+
+def check_count(images: int) -> None:
+    """Refuse a number of images that fine-tuning is not made for.
+
+    Args:
+        images: Number of images.
 
     Raises:
-        ValueError: there are none, or too many.
+        ValueError: If there are none, or too many.
     """
-    if not FEWEST <= pictures <= MOST:
+    if not MIN_IMAGES <= images <= MAX_IMAGES:
         raise ValueError(
-            f"There are {pictures} pictures, but a subject is learned from {FEWEST} to {MOST}: choose the 3 to 5 that "
-            "show it best."
+            f"There are {images} pictures, but a subject is learned from {MIN_IMAGES} to {MAX_IMAGES}: choose the 3 "
+            "to 5 that show it best."
         )
 
 
 def check_size(height: int, width: int) -> None:
-    """Refuse pictures too small to learn a subject from.
+    """Refuse images too small to learn a subject from.
+
+    Args:
+        height: Height in pixels.
+        width: Width in pixels.
 
     Raises:
-        ValueError: an edge is under 64 pixels.
+        ValueError: If an edge is shorter than 64 pixels.
     """
-    if min(height, width) < SMALLEST:
+    if min(height, width) < MIN_EDGE:
         raise ValueError(
-            f"The pictures are {width} x {height} pixels, but a subject's details need {SMALLEST} or more on each "
+            f"The pictures are {width} x {height} pixels, but a subject's details need {MIN_EDGE} or more on each "
             "edge: take larger ones."
         )
 
 
-def draw(latents: Tensor, settings: FinetuneSettings, number: int) -> Draws:
-    """Everything random about step ``number``, from the seed alone; each picture comes as often as any other."""
-    size = settings.batch_size
-    pictures = [_picture_at(len(latents), settings.seed, (number - 1) * size + place) for place in range(size)]
-    source = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
-    timesteps = torch.randint(NUM_TRAIN_TIMESTEPS, (size,), generator=source)
-    noise = torch.randn(size, *latents.shape[1:], generator=source)
-    return Draws(torch.tensor(pictures), timesteps.to(latents.device), noise.to(latents.device))
-
-
-def _picture_at(count: int, seed: int, place: int) -> int:
-    """Which picture comes at a place in the endless sequence of shuffled rounds."""
-    which_round, inside = divmod(place, count)
-    source = torch.Generator().manual_seed(seed * 1_000_003 - 1 - which_round)
-    return int(torch.randperm(count, generator=source)[inside])
+def _image_index(count: int, seed: int, position: int) -> int:
+    """Index of the image at a position of the endless sequence of shuffled epochs."""
+    epoch, index = divmod(position, count)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 - 1 - epoch)
+    return int(torch.randperm(count, generator=generator)[index])

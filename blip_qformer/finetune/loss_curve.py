@@ -1,4 +1,4 @@
-"""The curve of a fine-tuning as a picture: the loss of each step, the scores on the way, and which step was kept."""
+"""The course of a fine-tuning as an image: the loss of each step, the validation scores, and the step that was kept."""
 
 from __future__ import annotations
 
@@ -9,49 +9,43 @@ from PIL import Image, ImageDraw, ImageFont
 from .validation import Score
 
 SIZE = (768, 384)
-
-
 MARGIN = 56
-
-
 BACKGROUND, AXIS = "white", "#444444"
-
-
 LOSS, SMOOTHED, LIKENESS, AGREEMENT, KEPT = "#c9d7ea", "#2b6cb0", "#c05621", "#2f855a", "#888888"
-
-
 SMOOTHING = 9  # steps
-
 
 Point = tuple[float, float]
 
 
-def loss_curve(losses: Sequence[float], scores: Sequence[Score] = (), kept: int | None = None) -> Image.Image:
-    """Draw a fine-tuning.
+def loss_curve(losses: Sequence[float], scores: Sequence[Score] = (), kept_step: int | None = None) -> Image.Image:
+    """Plot a fine-tuning.
 
     Args:
-        losses: of each step; NaN-free.
-        scores: of the steps that were looked at.
-        kept: the step whose weights were kept; None: no line.
+        losses: The loss of each step, without NaN.
+        scores: The scores of the steps that were validated.
+        kept_step: The step whose weights were kept; None draws no line.
+
+    Returns:
+        An RGB image.
     """
-    picture = Image.new("RGB", SIZE, BACKGROUND)
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    image = Image.new("RGB", SIZE, BACKGROUND)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
     width, height = SIZE[0] - 2 * MARGIN, SIZE[1] - 2 * MARGIN
     last = max(len(losses), 1)
     top = max([*losses, 1e-12])
 
-    def at(step: float, share: float) -> Point:
-        return MARGIN + step / last * width, MARGIN + (1 - share) * height
+    def at(step: float, fraction: float) -> Point:
+        return MARGIN + step / last * width, MARGIN + (1 - fraction) * height
 
     pen.line([at(0, 1), at(0, 0), at(last, 0)], fill=AXIS, width=1)
     pen.text(at(0, -0.04), "0", AXIS, font)
     pen.text(at(last, -0.04), str(last), AXIS, font, anchor="ra")
     pen.text((MARGIN - 6, MARGIN), f"{top:.3f}", AXIS, font, anchor="ra")
-    if kept is not None:
-        pen.line([at(kept, 0), at(kept, 1)], fill=KEPT, width=2)
-        pen.text(at(kept, -0.04), f"kept: {kept}", KEPT, font, anchor="ma")
+    if kept_step is not None:
+        pen.line([at(kept_step, 0), at(kept_step, 1)], fill=KEPT, width=2)
+        pen.text(at(kept_step, -0.04), f"kept: {kept_step}", KEPT, font, anchor="ma")
     _line(pen, [at(step, loss / top) for step, loss in enumerate(losses, 1)], LOSS)
-    _line(pen, [at(step, loss / top) for step, loss in enumerate(_smoothed(losses), 1)], SMOOTHED, 3)
+    _line(pen, [at(step, loss / top) for step, loss in enumerate(_smooth(losses), 1)], SMOOTHED, 3)
     for name, colour in (("likeness", LIKENESS), ("agreement", AGREEMENT)):
         points = [at(score.step, max(0.0, getattr(score, name))) for score in scores]
         _line(pen, points, colour, 2)
@@ -62,10 +56,10 @@ def loss_curve(losses: Sequence[float], scores: Sequence[Score] = (), kept: int 
     for label, colour in labels if scores else labels[:1]:
         pen.text((x, 16), label, colour, font)
         x += pen.textlength(label, font) + 24
-    return picture
+    return image
 
 
-def _smoothed(losses: Sequence[float]) -> list[float]:
+def _smooth(losses: Sequence[float]) -> list[float]:
     """The mean of each loss and those shortly before it."""
     windows = [losses[max(0, end - SMOOTHING) : end] for end in range(1, len(losses) + 1)]
     return [sum(window) / len(window) for window in windows]

@@ -1,9 +1,9 @@
-"""Which step of fine-tuning to keep: pictures are drawn on the way, and the Q-Former itself looks at them.
+"""Choosing the step of a fine-tuning to keep: the Q-Former itself scores images sampled on the way.
 
-A tuned subject should look more like its pictures and still go where the prompt says. So two questions are asked of
-each drawn picture: asked about the subject's word, are its vectors like the subject's; and asked about the prompt, are
-they like those of the picture that the prompt alone makes? At the end more of the first is bought with the second
-(overfitting draws the training pictures again), and the step where their sum is highest is kept.
+A fine-tuned subject should look more like its images and still follow the prompt. So each sampled image is scored
+twice: asked about the subject's word, are its vectors like the subject's? And asked about the prompt, are they like
+those of the image that the prompt alone gives? In the end likeness is gained at the cost of agreement (overfitting
+reproduces the training images), so the step with the highest sum is kept.
 """
 
 from __future__ import annotations
@@ -19,70 +19,102 @@ from torch import Tensor
 #: What stands behind "a <the subject> <its word>".
 VALIDATION_PROMPTS = ("in the snow", "on the grass", "on the beach")
 
+NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 20, 7.5  # of the validation images
 
-DRAWING_STEPS, GUIDANCE = 20, 7.5
-
-
-#: ``(pictures [B, 3, H, W] in 0..1, words) -> vectors [B, 16, width]``
-Look = Callable[[Tensor, Sequence[str]], Tensor]
+#: ``(images [B, 3, H, W] in 0..1, words) -> subject vectors [B, 16, width]``
+ImageEncoder = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
 class Score:
-    """What the Q-Former thinks of a step's pictures; cosines, -1 to 1."""
+    """The Q-Former's opinion of one step's images.
+
+    Args:
+        step: Number of the step; 0 is before any.
+        likeness: Mean cosine similarity to the subject, in -1..1.
+        agreement: Mean cosine similarity to the prompts' images, in -1..1.
+    """
 
     step: int
-    likeness: float  # to the subject
-    agreement: float  # with the prompts
+    likeness: float
+    agreement: float
 
     @property
     def total(self) -> float:
+        """The sum by which steps are compared."""
         return self.likeness + self.agreement
 
 
 class Validation:
-    """Scores drawn pictures of one subject.
+    """Scores the validation images of one subject.
 
     Args:
-        look: the Q-Former.
-        word: for the subject.
-        vectors: [16, width], the mean of its pictures' vectors before tuning.
-        prompts: what stands in them behind the word.
-        plain: [P, 3, H, W] in 0..1, the prompts' pictures without the subject before tuning, from the same noise.
+        encode_images: The Q-Former.
+        word: The subject's word.
+        vectors: The mean of the training images' vectors before fine-tuning, of shape [16, width].
+        prompts: The validation prompts, without the subject and its word.
+        baseline: The prompts' images without the subject before fine-tuning, sampled from the same noise; of shape
+            [P, 3, H, W] in 0..1.
     """
 
-    def __init__(self, look: Look, word: str, vectors: Tensor, prompts: Sequence[str], plain: Tensor):
-        self.look, self.word, self.vectors, self.prompts = look, word, vectors, tuple(prompts)
-        self._asked_about_prompts = look(plain, self.prompts)
+    def __init__(
+        self, encode_images: ImageEncoder, word: str, vectors: Tensor, prompts: Sequence[str], baseline: Tensor
+    ) -> None:
+        self.encode_images, self.word, self.vectors, self.prompts = encode_images, word, vectors, tuple(prompts)
+        self._prompt_vectors = encode_images(baseline, self.prompts)  # [P, 16, width]
         self.scores: list[Score] = []
 
     @property
     def best(self) -> Score:
-        """The step with the highest total, the earlier of two; no tuning at all does not count as one."""
+        """The score with the highest total, the earlier of two; step 0 does not count as soon as there is another."""
         return max(self.scores[1:] or self.scores, key=lambda score: score.total)
 
-    def add(self, step: int, drawn: Tensor) -> bool:
-        """Score a step's pictures [P, 3, H, W], those before any step first; whether it is the best so far."""
-        self.scores.append(self._score(step, drawn))
+    def add(self, step: int, samples: Tensor) -> bool:
+        """Score a step's images, those before any step first.
+
+        Args:
+            step: Number of the step; 0 is before any.
+            samples: An image for each prompt, of shape [P, 3, H, W] in 0..1.
+
+        Returns:
+            Whether this is the best step so far.
+        """
+        self.scores.append(self._score(step, samples))
         return self.best is self.scores[-1]
 
-    def _score(self, step: int, drawn: Tensor) -> Score:
-        seen = self.look(drawn, [self.word] * len(drawn))  # [P, 16, width]
-        asked = self.look(drawn, self.prompts)
-        return Score(step, cosine(seen, self.vectors.expand_as(seen)), cosine(asked, self._asked_about_prompts))
+    def _score(self, step: int, samples: Tensor) -> Score:
+        subject_vectors = self.encode_images(samples, [self.word] * len(samples))  # [P, 16, width]
+        prompt_vectors = self.encode_images(samples, self.prompts)  # [P, 16, width]
+        likeness = mean_cosine(subject_vectors, self.vectors.expand_as(subject_vectors))
+        return Score(step, likeness, mean_cosine(prompt_vectors, self._prompt_vectors))
 
 
 def validation_noise(prompts: int, shape: Sequence[int]) -> Tensor:
-    r"""What the pictures of each look begin with, the same on every device; [P, \*shape], standard normal."""
-    sources = [torch.Generator().manual_seed(number) for number in range(prompts)]
-    return torch.stack([torch.randn(*shape, generator=source) for source in sources])
+    r"""Sample the noise that all validations begin with, the same on every device.
+
+    Args:
+        prompts: Number P of prompts; each has a seed of its own.
+        shape: Shape of one latent.
+
+    Returns:
+        Standard normal noise of shape [P, \*shape].
+    """
+    generators = [torch.Generator().manual_seed(index) for index in range(prompts)]
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
 
-def preview_strip(drawn: Sequence[Tensor]) -> Tensor:
-    """The pictures [P, 3, H, W] of each look, a row for each prompt and a column for each look: [P H, looks W, 3]."""
-    return rearrange(torch.stack(list(drawn)).cpu(), "look prompt c h w -> (prompt h) (look w) c")
+def preview_grid(samples: Sequence[Tensor]) -> Tensor:
+    """Lay out validation images, a row for each prompt and a column for each validation.
+
+    Args:
+        samples: The V validations' images, each of shape [P, 3, H, W].
+
+    Returns:
+        One image of shape [P * H, V * W, 3].
+    """
+    return rearrange(torch.stack(list(samples)).cpu(), "v p c h w -> (p h) (v w) c")
 
 
-def cosine(first: Tensor, second: Tensor) -> float:
-    """Mean cosine of [B, 16, width] and [B, 16, width]."""
+def mean_cosine(first: Tensor, second: Tensor) -> float:
+    """Compute the mean cosine similarity of two tensors of shape [B, 16, width] along their last dimension."""
     return float(F.cosine_similarity(first.float(), second.float(), dim=-1).mean())

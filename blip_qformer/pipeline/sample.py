@@ -48,8 +48,8 @@ def draw(
         context[-1:].expand(len(prompts), -1, -1),
         context[:-1],
         noise.to(device),
-        steps=steps,
-        guidance=guidance,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
     )
     # One by one: nothing else here needs as much memory as decoding.
     decoded = torch.cat(

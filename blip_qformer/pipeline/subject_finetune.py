@@ -18,15 +18,15 @@ from tqdm.auto import tqdm
 from ..checkpoint.ldm_keys import stable_diffusion_checkpoint
 from ..checkpoint.write_safetensors import write_safetensors
 from ..encoder import preprocess
-from ..finetune.loop import FinetuneSettings, Outcome, Step, SubjectTuning, check_size, finetune
+from ..finetune.loop import FinetuneResult, FinetuneSettings, Step, SubjectTuning, check_size, finetune
 from ..finetune.lora import LoRA
 from ..finetune.loss_curve import loss_curve
 from ..finetune.validation import (
-    DRAWING_STEPS,
-    GUIDANCE,
+    GUIDANCE_SCALE,
+    NUM_INFERENCE_STEPS,
     VALIDATION_PROMPTS,
     Validation,
-    preview_strip,
+    preview_grid,
     validation_noise,
 )
 from ..prompt import compose_prompt
@@ -62,7 +62,7 @@ class FinetuneRun:
         resolution: int = 512,
         gradient_checkpointing: bool = False,
         mirror: bool = False,
-        guidance: float = GUIDANCE,
+        guidance: float = GUIDANCE_SCALE,
         repetitions: int = 20,
     ):
         self.pipeline, self.accelerator, self.word, self.resolution = pipeline, accelerator, word, resolution
@@ -73,20 +73,20 @@ class FinetuneRun:
             pipeline.unet.train()  # diffusers checkpoints in training alone; its U-Net has no dropout
             pipeline.unet.enable_gradient_checkpointing()
         self.image_hash = image_hash(pictures[0])
-        self.low_rank = None if rank is None else LoRA(pipeline.unet, rank, settings.seed, accelerator.device)
-        if self.low_rank is None:
+        self.lora = None if rank is None else LoRA(pipeline.unet, rank, settings.seed, accelerator.device)
+        if self.lora is None:
             pipeline.unet.requires_grad_(True)
         self.tuning = SubjectTuning(
             self._denoise,
-            self.low_rank.parameters if self.low_rank else list(pipeline.unet.parameters()),
+            self.lora.parameters if self.lora else list(pipeline.unet.parameters()),
             self._vectors(pictures),
             self._latents(pictures, mirror),
             self._encode_caption,
             settings,
-            low_rank=self.low_rank is not None,
+            lora=self.lora is not None,
         )
 
-    def tune(self, every: int = 0, show: bool = True) -> Outcome:
+    def tune(self, every: int = 0, show: bool = True) -> FinetuneResult:
         """Fine-tune, with a progress bar on the terminal.
 
         Args:
@@ -103,34 +103,36 @@ class FinetuneRun:
 
         with ExitStack() as stack:
             bar = stack.enter_context(tqdm(total=self.tuning.settings.steps, desc="finetune", disable=not show))
-            if self.low_rank:
-                stack.enter_context(self.low_rank)
+            if self.lora:
+                stack.enter_context(self.lora)
 
             def watch(step: Step, drawn: list[Tensor]) -> bool:
                 bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
                 bar.update()
                 return True
 
-            return finetune(self.tuning, every=every, draw=draw_validation, judge=judge, watch=watch)
+            return finetune(
+                self.tuning, validate_every=every, sample=draw_validation, make_validation=judge, on_step=watch
+            )
 
-    def write(self, folder: Path, name: str, outcome: Outcome) -> list[Path]:
+    def write(self, folder: Path, name: str, outcome: FinetuneResult) -> list[Path]:
         """The tuned subject, the weights, and the pictures; their paths."""
         encoder = encoder_hash(self.pipeline.encoder.state_dict())
         subject = Subject(self.tuning.vectors.detach().cpu()[None], self.word, encoder, self.image_hash)
-        kind = "lora" if self.low_rank else "checkpoint"
+        kind = "lora" if self.lora else "checkpoint"
         paths = [folder / f"{name}.safetensors", folder / f"{name}-{kind}.safetensors"]
         save_subject(paths[0], subject, overwrite=True)
-        if self.low_rank:
-            weights, dtype = self.low_rank.file(), torch.float16
+        if self.lora:
+            weights, dtype = self.lora.state_dict(), torch.float16
         else:
             networks = (self.pipeline.unet, self.pipeline.text_encoder, self.pipeline.vae)
             weights, dtype = stable_diffusion_checkpoint(*map(_weights, networks)), torch.float16
         write_safetensors(paths[1], weights, metadata={"format": "pt"}, dtype=dtype, overwrite=True)
         paths.append(folder / f"{name}-curve.png")
-        loss_curve(outcome.losses, outcome.scores, outcome.kept).save(paths[-1])
-        if outcome.drawn:
+        loss_curve(outcome.losses, outcome.scores, outcome.kept_step).save(paths[-1])
+        if outcome.samples:
             paths.append(folder / f"{name}-previews.png")
-            Image.fromarray((preview_strip(outcome.drawn) * 255).round().byte().numpy()).save(paths[-1])
+            Image.fromarray((preview_grid(outcome.samples) * 255).round().byte().numpy()).save(paths[-1])
         return paths
 
     def _denoise(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
@@ -170,7 +172,7 @@ class FinetuneRun:
                 [vectors] * len(texts),
                 noise=validation_noise(len(texts), (4, size, size)),
                 negative="",
-                steps=DRAWING_STEPS,
+                steps=NUM_INFERENCE_STEPS,
                 guidance=self.guidance,
             )
 

@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from blip_qformer.evaluation.intervals import Mean
-from blip_qformer.finetune.loop import FinetuneSettings, Outcome
+from blip_qformer.finetune.loop import FinetuneResult, FinetuneSettings
 from blip_qformer.finetune.validation import VALIDATION_PROMPTS
 from blip_qformer.pipeline.pipeline import Pipeline
 from blip_qformer.pipeline.subject_finetune import FinetuneRun
@@ -154,7 +154,7 @@ def evaluate_tuned(
     return _report(judges, references, outcomes, settings), tuned_sheet(things, outcomes)
 
 
-def _tune(pipeline: Pipeline, thing: Thing, settings: TunedSettings) -> Outcome:
+def _tune(pipeline: Pipeline, thing: Thing, settings: TunedSettings) -> FinetuneResult:
     """With a copy of the U-Net, so that each thing begins with the same."""
     own = Pipeline(
         pipeline.encoder, pipeline.text_encoder, copy.deepcopy(pipeline.unet), pipeline.vae, pipeline.tokenizer
@@ -173,12 +173,14 @@ def _tune(pipeline: Pipeline, thing: Thing, settings: TunedSettings) -> Outcome:
     return run.tune(settings.every, show=False)
 
 
-def _report(judges: Judges, references: Tensor, outcomes: Sequence[Outcome], settings: TunedSettings) -> TunedReport:
+def _report(
+    judges: Judges, references: Tensor, outcomes: Sequence[FinetuneResult], settings: TunedSettings
+) -> TunedReport:
     """Judge every look; ``references`` [T, 64] are the judge's views, those of the tuned things first."""
-    report = TunedReport(settings, kept=[outcome.kept for outcome in outcomes])
+    report = TunedReport(settings, kept=[outcome.kept_step for outcome in outcomes])
     report.ended_early = sum(outcome.scores[-1].step < settings.steps for outcome in outcomes)
     looks = [
-        [_judge(judges, references, number, drawn, settings.candidates) for drawn in outcome.drawn]
+        [_judge(judges, references, number, drawn, settings.candidates) for drawn in outcome.samples]
         for number, outcome in enumerate(outcomes)
     ]
 
@@ -191,7 +193,7 @@ def _report(judges: Judges, references: Tensor, outcomes: Sequence[Outcome], set
         report.context[step] = Mean.of([look.context for look in at(step)])
         report.likeness[step] = Mean.of([look.likeness for look in at(step)])
         report.gain[step] = Mean.of(np.subtract([look.likeness for look in at(step)], zero_shot))
-    kept = [made[_place(outcome, outcome.kept)] for made, outcome in zip(looks, outcomes, strict=True)]
+    kept = [made[_place(outcome, outcome.kept_step)] for made, outcome in zip(looks, outcomes, strict=True)]
     report.kept_gain = Mean.of(np.subtract([look.likeness for look in kept], zero_shot))
     own = [score.likeness for outcome in outcomes for score in outcome.scores]
     report.agreement = float(spearmanr(own, [look.likeness for made in looks for look in made]).statistic)
@@ -217,17 +219,17 @@ def _judge(judges: Judges, references: Tensor, number: int, drawn: Tensor, candi
     return _Look(float(right), float(np.mean(in_place)), float(alike[:, number].mean()))
 
 
-def _place(outcome: Outcome, step: int) -> int:
+def _place(outcome: FinetuneResult, step: int) -> int:
     """Which of its looks holds at a step: one that ended early stays as it was."""
     return max(place for place, score in enumerate(outcome.scores) if score.step <= step)
 
 
-def tuned_sheet(things: Sequence[Thing], outcomes: Sequence[Outcome], edge: int = 128) -> Image.Image:
+def tuned_sheet(things: Sequence[Thing], outcomes: Sequence[FinetuneResult], edge: int = 128) -> Image.Image:
     """A row for each thing: one of its views, then the first prompt's picture at each look, zero-shot first."""
-    looks = max(len(outcome.drawn) for outcome in outcomes)
+    looks = max(len(outcome.samples) for outcome in outcomes)
     sheet = Image.new("RGB", ((1 + looks) * edge, len(outcomes) * edge))
     for row, (thing, outcome) in enumerate(zip(things, outcomes, strict=False)):
-        pictures = [thing.views[0], *(to_picture(drawn[0].cpu()) for drawn in outcome.drawn)]
+        pictures = [thing.views[0], *(to_picture(drawn[0].cpu()) for drawn in outcome.samples)]
         for column, picture in enumerate(pictures):
             sheet.paste(picture.resize((edge, edge), Image.Resampling.LANCZOS), (column * edge, row * edge))
     return sheet

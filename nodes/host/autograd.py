@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...blip_qformer.diffusion.noise_schedule import ALPHAS_CUMPROD, Denoiser
 from ...blip_qformer.finetune.loop import CaptionEncoder
-from ...blip_qformer.finetune.lora import difference_file
+from ...blip_qformer.finetune.lora import difference_state_dict
 from ...blip_qformer.prompt import insert_subject
 from .conditioning import host_tokens, read_tokens
 
@@ -105,9 +105,9 @@ class WholeUNet:
     ) -> None:
         self._stack.close()
 
-    def file(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What changed, as the stock LoraLoader reads it; outside the ``with``."""
-        return difference_file(dict(self.network.named_parameters()), self.masters, self.names, dtype)
+        return difference_state_dict(dict(self.network.named_parameters()), self.masters, self.names, dtype)
 
 
 @contextmanager

@@ -19,15 +19,15 @@ from ...blip_qformer.encoder.preprocessing import composite_alpha
 from ...blip_qformer.finetune.loop import (
     FULL,
     LOW_RANK,
-    Cancelled,
+    FinetuneCancelledError,
+    FinetuneResult,
     FinetuneSettings,
-    Outcome,
     Step,
     SubjectTuning,
     finetune,
 )
-from ...blip_qformer.finetune.lora import LoRA, count_factors
-from ...blip_qformer.finetune.validation import DRAWING_STEPS, GUIDANCE, Validation, validation_noise
+from ...blip_qformer.finetune.lora import LoRA, count_lora_parameters
+from ...blip_qformer.finetune.validation import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, Validation, validation_noise
 from ...blip_qformer.prompt import compose_prompt
 from .autograd import (
     WholeUNet,
@@ -49,7 +49,7 @@ class Tuned:
 
     vectors: Tensor
     weights: dict[str, Tensor]
-    outcome: Outcome
+    outcome: FinetuneResult
 
 
 class HostFinetuner:
@@ -99,7 +99,7 @@ class HostFinetuner:
             latents: [N, 4, h, w], the pictures as the host keeps latents.
             every: how many steps lie between two looks; 0: none.
             prompts: what is drawn at each look.
-            watch: see :func:`~..blip_qformer.training.finetune.finetune`.
+            watch: see :func:`~..blip_qformer.finetune.loop.finetune`.
 
         Raises:
             ValueError: the device has too little memory.
@@ -115,7 +115,7 @@ class HostFinetuner:
             self.model.model.process_latent_in(latents.to(device, torch.float32)),
             host_caption_encoder(self.clip, f"a {self.word}", vectors.shape[-1]),
             settings,
-            low_rank=self.trains == LOW_RANK,
+            lora=self.trains == LOW_RANK,
         )
 
         def draw(with_subject: bool) -> Tensor:
@@ -128,8 +128,8 @@ class HostFinetuner:
             return Validation(self._look, self.word, vectors, prompts, plain)
 
         steps = self._steps(tuning, weights)
-        outcome = finetune(tuning, every=every, draw=draw, judge=judge, steps=steps, watch=watch)
-        file = {name: tensor.to("cpu") for name, tensor in weights.file(torch.float16).items()}
+        outcome = finetune(tuning, validate_every=every, sample=draw, make_validation=judge, steps=steps, on_step=watch)
+        file = {name: tensor.to("cpu") for name, tensor in weights.state_dict(torch.float16).items()}
         return Tuned(tuning.vectors.detach().to(comfy.model_management.intermediate_device()), file, outcome)
 
     def _load(self) -> None:
@@ -138,7 +138,7 @@ class HostFinetuner:
     def _check_memory(self, settings: FinetuneSettings, latents: Tensor) -> None:
         trained = {
             FULL: sum(weight.numel() for weight in self.network.parameters()),
-            LOW_RANK: count_factors(self.network, self.rank),
+            LOW_RANK: count_lora_parameters(self.network, self.rank),
         }
         check_memory(self.model, trained, self.trains, (settings.batch_size, *latents.shape[1:]), self.saving)
 
@@ -179,10 +179,12 @@ class HostFinetuner:
 
         def denoise(*inputs: Tensor) -> Tensor:
             if comfy.model_management.processing_interrupted():
-                raise Cancelled
+                raise FinetuneCancelledError
             return tuning.denoiser(*inputs)
 
-        return ddim_sample(denoise, without, contexts, noise, steps=DRAWING_STEPS, guidance=GUIDANCE)
+        return ddim_sample(
+            denoise, without, contexts, noise, num_inference_steps=NUM_INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE
+        )
 
     def _decode(self, latents: Tensor) -> Tensor:
         """[P, 4, h, w] -> [P, 3, H, W] in 0..1"""

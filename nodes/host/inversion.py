@@ -14,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...blip_qformer.diffusion.ddim_inversion import Denoiser, invert
+from ...blip_qformer.diffusion.ddim_inversion import X0Predictor, invert
 from .conditioning import Conditioning
 
 SAMPLER, SCHEDULER = "ddim", "ddim_uniform"
@@ -78,7 +78,7 @@ def sample_backwards(
     last = len(sigmas) - 2
     rewind = partial(rewind_hooks, model.inner_model, sigmas, extra_args["model_options"])
 
-    def denoiser_at(index: int) -> Denoiser:
+    def predictor_at(index: int) -> X0Predictor:
         terminal.update()
         rewind(index)
         return partial(denoise, index)
@@ -91,7 +91,7 @@ def sample_backwards(
 
     sigma_data = model.inner_model.inner_model.model_sampling.sigma_data
     with tqdm(total=last + 1, disable=disable) as terminal:
-        inverted = invert(denoiser_at, x, sigmas, refinements, sigma_data)
+        inverted = invert(predictor_at, x, sigmas, refinements, sigma_data)
     rewind(last + 1)  # leaves the hooks as a run from the first sigma to the last does
     return inverted
 

@@ -29,11 +29,11 @@ def test_without_refinements_it_is_diffusers_scheduler(steps):
     scheduler, sigmas = schedule(steps)
     picture = torch.randn(2, 4, 6, 10, generator=torch.manual_seed(0))
 
-    def denoiser_at(index):
+    def predictor_at(index):
         sigma, timestep = sigmas[index], scheduler.timesteps[steps - 1 - index]
         return lambda x: x - sigma * predicted_noise(x / (1 + sigma**2).sqrt(), timestep)
 
-    inverted = invert(denoiser_at, picture, sigmas) / (1 + sigmas[0] ** 2).sqrt()
+    inverted = invert(predictor_at, picture, sigmas) / (1 + sigmas[0] ** 2).sqrt()
     expected = picture
     for timestep in scheduler.timesteps:
         expected = scheduler.step(predicted_noise(expected, timestep), timestep, expected).prev_sample
@@ -69,10 +69,10 @@ def test_refinements_find_the_latent_that_ddim_draws_the_picture_from():
 def test_the_model_is_asked_where_the_sampler_will_ask_it():
     asked = []
 
-    def denoiser_at(index):
+    def predictor_at(index):
         return lambda x: asked.append(index) or x
 
-    invert(denoiser_at, torch.ones(1, 4, 2, 2), torch.tensor([9.0, 3.0, 1.0, 0.0]), refinements=1)
+    invert(predictor_at, torch.ones(1, 4, 2, 2), torch.tensor([9.0, 3.0, 1.0, 0.0]), refinements=1)
     assert asked == [2, 2, 1, 1, 0, 0]
 
 

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
 from blip_qformer.diffusion.ddim import ddim_sample
-from blip_qformer.finetune.loop import Cancelled, FinetuneSettings, SubjectTuning, draw, finetune
+from blip_qformer.finetune.loop import FinetuneCancelledError, FinetuneSettings, SubjectTuning, finetune, sample_batch
 from blip_qformer.finetune.lora import LoRA
 from blip_qformer.finetune.validation import Validation
 from blip_qformer.pipeline.pipeline import SCHEDULER
@@ -43,8 +43,8 @@ def caption(vectors: torch.Tensor) -> torch.Tensor:
     return torch.cat([words, vectors]).softmax(dim=0)[None] + torch.cat([words, vectors.sin()])[None]
 
 
-def tuning_of(unet, vectors, latents, low_rank=None, **settings) -> SubjectTuning:
-    weights = low_rank.parameters if low_rank else list(unet.parameters())
+def tuning_of(unet, vectors, latents, lora=None, **settings) -> SubjectTuning:
+    weights = lora.parameters if lora else list(unet.parameters())
     return SubjectTuning(
         lambda noisy, timesteps, context: unet(noisy, timesteps, context).sample,
         weights,
@@ -52,7 +52,7 @@ def tuning_of(unet, vectors, latents, low_rank=None, **settings) -> SubjectTunin
         latents,
         caption,
         FinetuneSettings(**{"learning_rate": 1e-3, **settings}),
-        low_rank=low_rank is not None,
+        lora=lora is not None,
     )
 
 
@@ -64,10 +64,10 @@ def test_full_steps_are_those_of_a_plain_torch_loop(unet, vectors, latents):
     )
     scheduler, losses = DDPMScheduler.from_config(SCHEDULER), []
     for number in (1, 2, 3):
-        draws = draw(latents, settings, number)
-        noisy = scheduler.add_noise(latents[draws.pictures], draws.noise, draws.timesteps)
+        batch = sample_batch(latents, settings, number)
+        noisy = scheduler.add_noise(latents[batch.indices], batch.noise, batch.timesteps)
         context = caption(vectors_there).expand(3, -1, -1)
-        loss = F.mse_loss(plain(noisy, draws.timesteps, context).sample, draws.noise)
+        loss = F.mse_loss(plain(noisy, batch.timesteps, context).sample, batch.noise)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -85,35 +85,35 @@ def test_low_rank_steps_are_those_of_peft(unet, vectors, latents):
     names = ["to_q", "to_k", "to_v", "to_out.0"]
     reference.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=names))
     unet.requires_grad_(False)
-    low_rank = LoRA(unet, rank=4, seed=5)
+    lora = LoRA(unet, rank=4, seed=5)
     theirs = dict(reference.named_parameters())
     with torch.no_grad():
-        for name in low_rank.layers:
-            theirs[f"{name}.lora_A.default.weight"].copy_(low_rank.down[name])
+        for name in lora.layers:
+            theirs[f"{name}.lora_A.default.weight"].copy_(lora.down[name])
     factors = [weight for weight in theirs.values() if weight.requires_grad]
     there = tuning_of(reference, vectors, latents, steps=3, learning_rate=1e-4)
     there.optimizer.param_groups[0]["params"] = there.weights = factors
     there.optimizer.param_groups[0]["lr"] = 20 * 1e-4
     expected = [step.loss for step in there.steps()]
-    with low_rank:
-        tuning = tuning_of(unet, vectors, latents, low_rank, steps=3, learning_rate=1e-4)
+    with lora:
+        tuning = tuning_of(unet, vectors, latents, lora, steps=3, learning_rate=1e-4)
         assert [step.loss for step in tuning.steps()] == pytest.approx(expected, abs=1e-6)
-    assert len(factors) == 2 * len(low_rank.layers) == len(low_rank.parameters)
-    for name in low_rank.layers:
-        assert low_rank.up[name].abs().max() > 1e-3
-        torch.testing.assert_close(low_rank.down[name], theirs[f"{name}.lora_A.default.weight"], atol=1e-6, rtol=0)
-        torch.testing.assert_close(low_rank.up[name], theirs[f"{name}.lora_B.default.weight"], atol=1e-6, rtol=0)
+    assert len(factors) == 2 * len(lora.layers) == len(lora.parameters)
+    for name in lora.layers:
+        assert lora.up[name].abs().max() > 1e-3
+        torch.testing.assert_close(lora.down[name], theirs[f"{name}.lora_A.default.weight"], atol=1e-6, rtol=0)
+        torch.testing.assert_close(lora.up[name], theirs[f"{name}.lora_B.default.weight"], atol=1e-6, rtol=0)
 
 
 def test_outside_their_with_low_rank_factors_change_nothing(unet, vectors, latents):
     unet.requires_grad_(False)
     inputs = latents, torch.tensor([500] * 4), caption(vectors).expand(4, -1, -1)
     before = unet(*inputs).sample
-    low_rank = LoRA(unet, rank=2)
+    lora = LoRA(unet, rank=2)
     with torch.no_grad():
-        for factor in low_rank.up.values():
+        for factor in lora.up.values():
             factor.fill_(0.5)
-    with low_rank:
+    with lora:
         assert not torch.allclose(unet(*inputs).sample, before, atol=1e-3)
     assert torch.equal(unet(*inputs).sample, before)
 
@@ -121,14 +121,14 @@ def test_outside_their_with_low_rank_factors_change_nothing(unet, vectors, laten
 def test_only_what_should_train_changes(unet, vectors, latents):
     unet.requires_grad_(False)
     before = copy.deepcopy(unet.state_dict())
-    low_rank = LoRA(unet, rank=2)
-    down = {name: factor.detach().clone() for name, factor in low_rank.down.items()}
-    with low_rank:
-        tuning = tuning_of(unet, vectors, latents, low_rank, steps=2)
+    lora = LoRA(unet, rank=2)
+    down = {name: factor.detach().clone() for name, factor in lora.down.items()}
+    with lora:
+        tuning = tuning_of(unet, vectors, latents, lora, steps=2)
         assert len(list(tuning.steps())) == 2
     assert all(torch.equal(weight, before[name]) for name, weight in unet.state_dict().items())
     assert not torch.equal(tuning.vectors, vectors)
-    assert not any(torch.equal(factor, down[name]) for name, factor in low_rank.down.items())
+    assert not any(torch.equal(factor, down[name]) for name, factor in lora.down.items())
 
 
 def test_the_loss_falls(vectors):
@@ -142,16 +142,16 @@ def test_the_loss_falls(vectors):
 
 def test_every_picture_comes_as_often_as_any_other(latents):
     settings = FinetuneSettings(steps=8, batch_size=3)
-    seen = torch.cat([draw(latents, settings, number).pictures for number in range(1, 9)])
+    seen = torch.cat([sample_batch(latents, settings, number).indices for number in range(1, 9)])
     assert seen.bincount().tolist() == [6, 6, 6, 6]
     for number in range(0, 24, 4):
         assert sorted(seen[number : number + 4].tolist()) == [0, 1, 2, 3]
 
 
-def test_each_step_draws_anew_and_a_seed_repeats_it(latents):
-    first, second = (draw(latents, FinetuneSettings(seed=1), number) for number in (1, 2))
-    again = draw(latents, FinetuneSettings(seed=1), 1)
-    other = draw(latents, FinetuneSettings(seed=2), 1)
+def test_each_step_batch_anew_and_a_seed_repeats_it(latents):
+    first, second = (sample_batch(latents, FinetuneSettings(seed=1), number) for number in (1, 2))
+    again = sample_batch(latents, FinetuneSettings(seed=1), 1)
+    other = sample_batch(latents, FinetuneSettings(seed=2), 1)
     assert torch.equal(first.noise, again.noise)
     assert torch.equal(first.timesteps, again.timesteps)
     assert not torch.equal(first.noise, second.noise)
@@ -164,27 +164,27 @@ def test_the_best_step_is_put_back(unet, vectors, latents):
     quality = {0: 0.9, 2: 0.3, 4: 0.5, 6: 0.4}
     tuned_at = {}
 
-    def draw_pictures(with_subject: bool) -> torch.Tensor:
+    def sample_images(with_subject: bool) -> torch.Tensor:
         done = len(tuning.losses)
         tuned_at[done] = tuning.vectors.detach().clone()
         return torch.full((2, 3, 8, 8), quality[done] if with_subject else 0.0)
 
-    def look(pictures, words):  # the angle to what is looked for is the picture's brightness
-        turned = pictures.mean(dim=(1, 2, 3))
+    def encode_images(images, words):  # the angle to what is looked for is the picture's brightness
+        turned = images.mean(dim=(1, 2, 3))
         own = torch.stack([turned, 1 - turned], dim=1)
         ask = torch.tensor([[1.0, 0.0]]).expand(2, -1)
         return (own if words[0] == "dog" else ask)[:, None].expand(-1, 16, -1)
 
     wanted = torch.tensor([1.0, 0.0]).expand(16, -1)
-    outcome = finetune(
+    result = finetune(
         tuning,
-        every=2,
-        draw=draw_pictures,
-        judge=lambda plain: Validation(look, "dog", wanted, ["here", "there"], plain),
+        validate_every=2,
+        sample=sample_images,
+        make_validation=lambda baseline: Validation(encode_images, "dog", wanted, ["here", "there"], baseline),
     )
-    assert outcome.kept == 4
-    assert [score.step for score in outcome.scores] == [0, 2, 4, 6]
-    assert [score.agreement for score in outcome.scores] == pytest.approx([1, 1, 1, 1])
+    assert result.kept_step == 4
+    assert [score.step for score in result.scores] == [0, 2, 4, 6]
+    assert [score.agreement for score in result.scores] == pytest.approx([1, 1, 1, 1])
     assert torch.equal(tuning.vectors, tuned_at[4])
     assert not torch.equal(tuning.vectors, tuned_at[6])
 
@@ -195,18 +195,18 @@ def test_cancelled_while_a_look_is_drawn_it_ends_there(unet, vectors, latents, a
     tuning = tuning_of(unet, vectors, latents, steps=6)
     looks = []
 
-    def draw_pictures(with_subject: bool) -> torch.Tensor:
+    def sample_images(with_subject: bool) -> torch.Tensor:
         if len(looks) == asked_at:
-            raise Cancelled
+            raise FinetuneCancelledError
         looks.append(len(tuning.losses))
         return torch.rand(1, 3, 8, 8)
 
-    def judge(plain: torch.Tensor) -> Validation:
-        return Validation(lambda pictures, words: torch.ones(1, 16, 2), "dog", torch.ones(16, 2), ["here"], plain)
+    def make_validation(baseline: torch.Tensor) -> Validation:
+        return Validation(lambda images, words: torch.ones(1, 16, 2), "dog", torch.ones(16, 2), ["here"], baseline)
 
-    outcome = finetune(tuning, every=2, draw=draw_pictures, judge=judge)
-    assert outcome.kept == len(outcome.losses) == {0: 0, 2: 2, 3: 4}[asked_at]
-    assert len(outcome.drawn) == len(outcome.scores) == max(0, asked_at - 1)  # the first picture is without the subject
+    result = finetune(tuning, validate_every=2, sample=sample_images, make_validation=make_validation)
+    assert result.kept_step == len(result.losses) == {0: 0, 2: 2, 3: 4}[asked_at]
+    assert len(result.samples) == len(result.scores) == max(0, asked_at - 1)  # the first picture is without the subject
     untrained = tuning_of(unet, vectors, latents, steps=6)
     assert torch.equal(tuning.vectors, untrained.vectors) == (asked_at == 0)
 
@@ -218,10 +218,12 @@ def test_what_is_kept_on_the_way_is_never_the_untrained_weights(unet, vectors, l
     snapshot = tuning.snapshot
     monkeypatch.setattr(tuning, "snapshot", lambda: taken_at.append(len(tuning.losses)) or snapshot())
 
-    def judge(plain: torch.Tensor) -> Validation:
-        return Validation(lambda pictures, words: torch.ones(1, 16, 2), "dog", torch.ones(16, 2), ["here"], plain)
+    def make_validation(baseline: torch.Tensor) -> Validation:
+        return Validation(lambda images, words: torch.ones(1, 16, 2), "dog", torch.ones(16, 2), ["here"], baseline)
 
-    finetune(tuning, every=2, draw=lambda with_subject: torch.rand(1, 3, 8, 8), judge=judge)
+    finetune(
+        tuning, validate_every=2, sample=lambda with_subject: torch.rand(1, 3, 8, 8), make_validation=make_validation
+    )
     assert taken_at == [2]
 
 
@@ -245,13 +247,13 @@ def test_ddim_is_diffusers_own(steps):
         return (noisy * 0.7 + own[:, None, None, None]).sin()
 
     noise = torch.randn(2, *LATENT, generator=torch.Generator().manual_seed(0))
-    without, with_prompt = torch.tensor([0.1, 0.3]), torch.tensor([0.2, -0.4])
-    without, with_prompt = without[:, None, None], with_prompt[:, None, None]  # [2, 1, 1]
+    uncond, cond = torch.tensor([0.1, 0.3]), torch.tensor([0.2, -0.4])
+    uncond, cond = uncond[:, None, None], cond[:, None, None]  # [2, 1, 1]
     scheduler = DDIMScheduler.from_config(SCHEDULER, clip_sample=False, set_alpha_to_one=True)
     scheduler.set_timesteps(steps)
     latents = (1 - scheduler.alphas_cumprod[scheduler.timesteps[0]]).sqrt() * noise
     for timestep in scheduler.timesteps:
-        plain, prompted = (denoise(latents, timestep.expand(2), context) for context in (without, with_prompt))
+        plain, prompted = (denoise(latents, timestep.expand(2), context) for context in (uncond, cond))
         latents = scheduler.step(plain + 3 * (prompted - plain), timestep, latents).prev_sample
-    drawn = ddim_sample(denoise, without, with_prompt, noise, steps=steps, guidance=3)
+    drawn = ddim_sample(denoise, uncond, cond, noise, num_inference_steps=steps, guidance_scale=3)
     torch.testing.assert_close(drawn, latents, atol=1e-4, rtol=1e-4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from blip_qformer.evaluation.intervals import Mean
-from blip_qformer.finetune.loop import Outcome
+from blip_qformer.finetune.loop import FinetuneResult
 from blip_qformer.finetune.validation import Score
 from mini.evaluation import tuned
 from mini.evaluation.tuned import SHOWN_PLACES, TunedSettings, _report, evaluate_tuned, make_things
@@ -38,9 +38,9 @@ def in_all_places(colour: torch.Tensor) -> list[torch.Tensor]:
     return [picture(colour, shade) for shade in PLACE_SHADES.values()]
 
 
-def outcome(looks: list[list[torch.Tensor]], likeness: list[float], kept: int) -> Outcome:
+def outcome(looks: list[list[torch.Tensor]], likeness: list[float], kept: int) -> FinetuneResult:
     scores = [Score(step, value, 1.0) for step, value in enumerate(likeness)]
-    return Outcome(kept, [0.1] * (len(looks) - 1), scores, [torch.stack(look) for look in looks])
+    return FinetuneResult(kept, [0.1] * (len(looks) - 1), scores, [torch.stack(look) for look in looks])
 
 
 RED, GREEN, BLUE = COLOURS
