@@ -11,13 +11,14 @@ import json
 import math
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..atomic import atomic_file
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -69,22 +70,14 @@ def write_safetensors(
     check_target(path, overwrite=overwrite)
     check_free_space(path.parent, len(header) + sum(entry.size for entry in entries))
 
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with temporary.open("xb") as file:
-            file.write(header)
-            for entry in entries:
-                data = _stored(entry, tensors[entry.name])
-                file.write(data)
-                if progress is not None:
-                    progress(len(data))
-                del data  # before the next tensor is read: two at once is what this module avoids
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        # After the rename there is nothing left under this name; after any failure, Ctrl-C included, there is.
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as temporary, temporary.open("xb") as file:
+        file.write(header)
+        for entry in entries:
+            data = _stored(entry, tensors[entry.name])
+            file.write(data)
+            if progress is not None:
+                progress(len(data))
+            del data  # before the next tensor is read: two at once is what this module avoids
 
 
 def data_size(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> int:

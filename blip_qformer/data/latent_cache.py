@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..atomic import whole_file
+from ..atomic import atomic_file
 
 MEAN, DEVIATION = "mean", "deviation"
 
@@ -37,7 +37,7 @@ class LatentCache:
             if not path.is_file():
                 # Each alone, so that its latents are the same to the last bit whichever batch it comes in first.
                 distribution = self.vae.encode(picture[None] * 2 - 1).latent_dist
-                with whole_file(path) as temporary:
+                with atomic_file(path) as temporary:
                     save_file({MEAN: _plain(distribution.mean[0]), DEVIATION: _plain(distribution.std[0])}, temporary)
         kept = [load_file(path, device=str(pictures.device)) for path in paths]
         return torch.stack([each[MEAN] for each in kept]), torch.stack([each[DEVIATION] for each in kept])

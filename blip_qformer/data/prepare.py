@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from ..atomic import whole_file
+from ..atomic import atomic_file, remove_partial
 from ..extras import import_extra
 from .pairs import Pair
 from .shards import INDEX, write_shard
@@ -107,7 +107,7 @@ def prepare(
             for task in _made(missing, source, workers):
                 bar.update(len(task.indices))
     finally:
-        _remove_partials(folder)
+        remove_partial(folder)
     return _finish(folder, made_with, tasks)
 
 
@@ -140,13 +140,7 @@ def _begin(folder: Path, made_with: Mapping[str, object]) -> None:
         raise ValueError(f"{folder} holds shards and no {INDEX}: choose another folder, or empty it.")
     else:
         _write_json(index, {"complete": False, "settings": made_with})
-    _remove_partials(folder)
-
-
-def _remove_partials(folder: Path) -> None:
-    """Remove what workers that were killed had begun to write."""
-    for partial in folder.glob(".*.partial"):
-        partial.unlink(missing_ok=True)
+    remove_partial(folder)
 
 
 def _finish(folder: Path, made_with: Mapping[str, object], tasks: list[_Task]) -> Prepared:
@@ -155,7 +149,7 @@ def _finish(folder: Path, made_with: Mapping[str, object], tasks: list[_Task]) -
     skipped = [each for report in reports.values() for each in report["skipped"]]
     reasons = dict(Counter(reason for _, reason, _ in skipped).most_common())
     shards = {name: report["pairs"] for name, report in reports.items()}
-    with whole_file(folder / SKIPPED) as temporary:
+    with atomic_file(folder / SKIPPED) as temporary:
         lines = ["\t".join(map(str, each)).rstrip() + "\n" for each in skipped]
         temporary.write_text("index\treason\tdetail\n" + "".join(lines), encoding="utf-8")
     pairs = sum(shards.values())
@@ -242,5 +236,5 @@ def _make_shard(task: _Task, source: PairSource) -> None:
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

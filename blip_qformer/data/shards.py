@@ -10,13 +10,12 @@ from __future__ import annotations
 import glob
 import itertools
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..atomic import whole_file
+from ..atomic import atomic_file
 from ..extras import import_extra
 from .pairs import Pair, Sample, encode_pair
 
@@ -35,15 +34,13 @@ def write_shard(path: Path, pairs: Iterable[Pair]) -> int:
     """
     webdataset = import_extra("webdataset", "Writing shards")
     keys: set[str] = set()
-    with whole_file(path) as temporary, temporary.open("xb") as file:
+    with atomic_file(path) as temporary, temporary.open("xb") as file:
         with webdataset.TarWriter(file, encoder=False, mtime=0) as archive:
             for pair in pairs:
                 if pair.key in keys:
                     raise ValueError(f'Two pairs of {path.name} have the key "{pair.key}": a key must be unique.')
                 keys.add(pair.key)
                 archive.write({"__key__": pair.key, **encode_pair(pair)})
-        file.flush()
-        os.fsync(file.fileno())
     return len(keys)
 
 

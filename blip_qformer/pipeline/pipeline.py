@@ -6,9 +6,7 @@ U-Net and VAE are diffusers' own classes, the subject encoder is ours, and the t
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from transformers import CLIPTokenizer
 from mini.init.colour_vae import carry_colours
 from mini.init.patch_positions import place_patches
 
+from ..atomic import atomic_folder
 from ..checkpoint import open_checkpoint
 from ..checkpoint.components import Component, find_components
 from ..checkpoint.detect import Kind
@@ -208,9 +207,7 @@ def save_pipeline(pipeline: Pipeline, folder: Path, dtype: torch.dtype = torch.f
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
-    temporary, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.{kind}") for kind in ("partial", "old"))
-    try:
-        temporary.mkdir(parents=True)
+    with atomic_folder(folder) as temporary:
         _save_encoder(pipeline.encoder, temporary / "qformer", dtype)
         _save(
             pipeline.text_encoder.published(), pipeline.text_encoder.config.to_hub(), temporary / "text_encoder", dtype
@@ -223,12 +220,6 @@ def save_pipeline(pipeline: Pipeline, folder: Path, dtype: torch.dtype = torch.f
         size = pipeline.encoder.config.vision.image_size
         _write_json(temporary / "image_processor" / "preprocessor_config.json", _image_processor(size))
         _write_json(temporary / "model_index.json", _model_index())
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -6,14 +6,13 @@ read it as sixteen words; what only we need stands as text in its header.
 
 from __future__ import annotations
 
-import os
-import uuid
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ..atomic import atomic_file
 from .subject import Subject
 
 ENDING = ".safetensors"
@@ -56,7 +55,8 @@ def save_subject(path: str | Path, subject: Subject, overwrite: bool = False) ->
         "encoder": subject.encoder,
         "source": subject.source,
     }
-    _write_whole(path, save({TENSOR: subject.vectors[0].contiguous()}, metadata=metadata))
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(save({TENSOR: subject.vectors[0].contiguous()}, metadata=metadata))
 
 
 def load_subject(path: str | Path, word: str = "") -> Subject:
@@ -155,16 +155,3 @@ def _version(header: dict[str, str]) -> int:
     """The version a header names; one that is no number was not written by us and counts as too new."""
     text = header.get("version", "")
     return int(text) if text.isdecimal() else VERSION + 1
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write under a temporary name beside the file and rename: an interruption leaves no half and no damaged file."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # after the rename there is none

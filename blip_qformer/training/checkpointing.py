@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+
+from ..atomic import flush, remove_folder, remove_partial, shared_partial
 
 KEPT = 2  # the newest, and one before it
 
@@ -31,7 +32,7 @@ def find_newest(folder: Path, accelerator: Accelerator) -> Path | None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        remove_unfinished(folder)
+        remove_partial(folder)
     accelerator.wait_for_everyone()
     newest = latest_checkpoint(folder)
     seen = accelerator.gather(torch.tensor([_step(newest) if newest else 0], device=accelerator.device)).tolist()
@@ -48,12 +49,6 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(_checkpoints(folder), key=_step, default=None)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed run was writing or removing."""
-    for path in folder.glob(".step-*"):
-        shutil.rmtree(path)
-
-
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, data_order: Mapping[str, Any]) -> Path:
     """Write everything a run needs to go on, in all processes together.
 
@@ -66,14 +61,14 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, data_orde
         OSError: the disk is full, or the folder cannot be written to; the checkpoint before it stays.
     """
     final = folder / f"step-{step:08d}"
-    partial = _hidden(final)
+    partial = shared_partial(final)
     problem: Exception | None = None
     try:
         accelerator.save_state(str(partial))
         if accelerator.is_main_process:
             state = {"step": step, "processes": accelerator.num_processes, **data_order}
             (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
-        _flush(partial)
+        flush(partial)
     except (OSError, RuntimeError, SafetensorError) as error:  # what Python, torch and safetensors make of a full disk
         problem = error
     if _in_any_process(accelerator, problem is not None):
@@ -86,7 +81,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, data_orde
     if accelerator.is_main_process:
         partial.rename(final)
         for old in sorted(_checkpoints(folder), key=_step)[:-KEPT]:
-            shutil.rmtree(old.rename(_hidden(old)))
+            remove_folder(old)
     accelerator.wait_for_everyone()
     return final
 
@@ -115,17 +110,6 @@ def load_checkpoint(accelerator: Accelerator, path: Path, data_order: Mapping[st
 def _in_any_process(accelerator: Accelerator, here: bool) -> bool:
     """Whether something is so in one of the processes at least; all wait for the answer."""
     return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device)))
-
-
-def _flush(folder: Path) -> None:
-    """Onto the disk with what is in it, before it gets the name of something whole."""
-    for path in folder.iterdir():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-
-
-def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
 
 
 def _checkpoints(folder: Path) -> list[Path]:

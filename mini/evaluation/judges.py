@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from blip_qformer.atomic import whole_file
+from blip_qformer.atomic import atomic_file
 from blip_qformer.training.losses import contrastive_loss
 from blip_qformer.training.stages.base import to_pixels
 
@@ -115,7 +115,7 @@ def train_judges(artwork: Path, settings: JudgesTraining, progress: Callable[[st
 
 def save_judges(judges: Judges, file: Path) -> None:
     """Write both networks as one .safetensors file, in half precision; all of it or nothing."""
-    with whole_file(file) as temporary:
+    with atomic_file(file) as temporary:
         save_file({name: weight.half() for name, weight in judges.state_dict().items()}, temporary)
 
 

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import resvg_py
 
+from blip_qformer.atomic import atomic_file
+
 REGISTRY = "https://registry.npmjs.org"
 
 
@@ -145,7 +147,8 @@ def fill(folder: Path, packages: Sequence[Package] = PACKAGES, registry: str = R
             else:
                 pictures += _unpack(archive, package, folder / package.style, set(things))
     lines = [json.dumps({"code": code, **thing}, ensure_ascii=False) for code, thing in sorted(things.items())]
-    (folder / "things.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with atomic_file(folder / "things.jsonl") as temporary:  # written last: it says that the folder is complete
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return pictures
 
 
