@@ -14,7 +14,7 @@ from benchmarks.measuring import compare
 from benchmarks.memory import cost_in_own_process
 from benchmarks.sampling import EDGE, STEPS
 from benchmarks.table import Row
-from blip_qformer.attention.injection import PictureRows, inject_self
+from blip_qformer.attention.injection import ConditioningRows, inject_self
 from blip_qformer.attention.plan import StepPlan
 from tests.host import Host
 
@@ -94,7 +94,7 @@ def attention_work(way: str, edge: int) -> Callable[[], Tensor]:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     query, key, values = torch.randn(3, 2, (edge // 8) ** 2, HEADS * HEAD_WIDTH, device=device)
-    edited = [(PictureRows(0, 2, 2), StepPlan(injects_self=True))]
+    edited = [(ConditioningRows(0, 2, 2), StepPlan(injects_self=True))]
 
     def split(tensor: Tensor) -> Tensor:
         return tensor.unflatten(-1, (HEADS, HEAD_WIDTH)).transpose(1, 2)

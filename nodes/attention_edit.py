@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blip_qformer.attention.edits import PromptToPrompt, Reweight
-from ..blip_qformer.attention.prompt_to_prompt import Settings, follow_source
+from ..blip_qformer.attention.prompt_to_prompt import PromptToPromptSettings, build_edits
 from ..blip_qformer.attention.schedule import StepRange
 from ..blip_qformer.attention.words import parse_word_ranges, parse_word_weights, parse_words, weight_tokens
 from ..blip_qformer.prompt import TokenSpan
@@ -234,7 +234,7 @@ class PromptToPromptEdit(io.ComfyNode):
         source_text: str = "",
         edited_text: str = "",
     ) -> io.NodeOutput:
-        settings = Settings(
+        settings = PromptToPromptSettings(
             cross_steps=StepRange(cross_start, cross_end),
             self_steps=StepRange(self_start, self_end),
             weights=parse_word_weights(weights),
@@ -251,7 +251,7 @@ class PromptToPromptEdit(io.ComfyNode):
         for index, (tensor, _) in enumerate(joined):
             first, *others = (each[index] for each in words)
             before = own_edits(pictures, index)
-            edits.append(follow_source(first, others, tensor.shape[1], settings, masks.keep, before))
+            edits.append(build_edits(first, others, tensor.shape[1], settings, masks.keep, before))
         if any(edits):
             joined = with_edits(joined, edits)
         return io.NodeOutput(joined, repeat_with_source(latent, len(pictures), masks))
@@ -322,9 +322,7 @@ def words_of_pictures(
 
 def own_edits(pictures: Sequence[Conditioning], entry: int) -> list[Reweight]:
     """What Attention Re-weight Edit had asked of each picture's conditioning; from now on of that picture alone."""
-    return [
-        replace(edit, picture=number) for number, picture in enumerate(pictures) for edit in edits_of(picture)[entry]
-    ]
+    return [replace(edit, image=number) for number, picture in enumerate(pictures) for edit in edits_of(picture)[entry]]
 
 
 def in_pixels(masks: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ..blip_qformer.attention.maps import AttentionRecord, heat, overlay
+from ..blip_qformer.attention.maps import AttentionRecord, overlay_heatmap, to_heatmap
 from ..blip_qformer.attention.words import parse_words
 from ..blip_qformer.imaging.contact_sheet import contact_sheet
 from .host.attention.recorder import check_recorded, watched
@@ -110,8 +110,8 @@ class SubjectAttentionMap(io.ComfyNode):
         image = image.cpu()  # where the record is, whatever device the host keeps pictures on
         maps = torch.stack([attention.word_map(phrase, *image.shape[1:3]) for phrase in phrases], dim=1)  # [B, W, h, w]
         labels = [f"{phrase} {word.mean():.1%}" for row in maps for phrase, word in zip(phrases, row, strict=True)]
-        heats = heat(maps.flatten(0, 1))
-        glowing = overlay(image.repeat_interleave(len(phrases), dim=0), heats, strength)
+        heats = to_heatmap(maps.flatten(0, 1))
+        glowing = overlay_heatmap(image.repeat_interleave(len(phrases), dim=0), heats, strength)
         sheets = [contact_sheet(picture[None], labels=[label]) for picture, label in zip(glowing, labels, strict=True)]
         return io.NodeOutput(torch.cat(sheets), heats)
 

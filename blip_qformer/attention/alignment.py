@@ -11,16 +11,16 @@ from torch import Tensor
 from ..prompt import SUBJECT_WORD, TokenSpan
 
 BLOCK = 77  # tokens that a CLIP text encoder reads at once: <bos>, 75 of content, <eos> and padding behind them
-MOST_WORDS = 1000  # of a prompt; the table of the alignment has as many entries as the square of this
+MAX_WORDS = 1000  # of a prompt; aligning two prompts needs a table of as many entries as the square of this
 
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """How the attention on a source's tokens is handed to the tokens of its edit.
+    """How the attention on a source's tokens is distributed over the tokens of its edited prompt.
 
     Args:
-        mapper: [tokens, tokens]; row i, column j is how much of the attention on source token i goes to edited token j.
-        has_source: [tokens], bool; which edited tokens have one. The others are new.
+        mapper: How much of the attention on source token i goes to edited token j, of shape [tokens, tokens].
+        has_source: Which edited tokens have a source token, boolean of shape [tokens]. The others are new.
     """
 
     mapper: Tensor
@@ -33,80 +33,85 @@ class Alignment:
 
 
 def align(source: Sequence[TokenSpan], edited: Sequence[TokenSpan], tokens: int) -> Alignment:
-    """The alignment of two prompts.
+    """Align two prompts.
 
-    Of as many words each, they are swapped place by place. Otherwise the words that both have, in order, are each
-    other's (the longest common subsequence), and the rest of the edited prompt is new: refined, in the paper's word. A
-    subject's vectors are never swapped with a plain word, so that the subject which Subject Prompt Compose inserts is
-    new, and the words behind it are shifted.
+    If both have as many words, the words are swapped one by one. Otherwise the words that both have in the same order
+    (their longest common subsequence) correspond to each other, and the rest of the edited prompt is new; the paper
+    calls this refinement. A subject's vectors are never swapped with a plain word, so that a subject inserted by
+    Subject Prompt Compose is new, and the words behind it are shifted.
 
     Args:
-        source, edited: their words in order, as :func:`~blip_qformer.prompt.find_words` gives them.
-        tokens: of each conditioning, a multiple of 77.
+        source: The source's words in order, as :func:`~blip_qformer.prompt.find_words` gives them.
+        edited: The edited prompt's words in order.
+        tokens: Number of tokens of each conditioning, a multiple of 77.
 
     Raises:
-        ValueError: a prompt has too many words.
+        ValueError: If a prompt has too many words.
     """
     for spans in (source, edited):
-        if len(spans) > MOST_WORDS:
+        if len(spans) > MAX_WORDS:
             raise ValueError(
-                f"A prompt of {len(spans)} words is longer than can be aligned: shorten it to {MOST_WORDS} words."
+                f"A prompt of {len(spans)} words is longer than can be aligned: shorten it to {MAX_WORDS} words."
             )
     mapper = torch.zeros(tokens, tokens)
-    pairs = _swapped(source, edited) if _can_be_swapped(source, edited) else _common(source, edited)
-    for one, other in pairs:
-        _hand_over(mapper, source[one].positions, edited[other].positions)
-    source_frame, edited_frame = _frame(source, tokens), _frame(edited, tokens)
-    for ours, theirs in zip(edited_frame, source_frame, strict=True):
-        lenders = [theirs[min(index, len(theirs) - 1)] for index in range(len(ours))]
-        for lender, position in zip(lenders, ours, strict=True):
-            mapper[lender, position] = 1 / lenders.count(lender)  # no token lends more attention than it has
+    pairs = _pair_by_index(source) if _can_swap(source, edited) else _longest_common_subsequence(source, edited)
+    for source_index, edited_index in pairs:
+        _map_word(mapper, source[source_index].positions, edited[edited_index].positions)
+    for source_positions, edited_positions in zip(_frame(source, tokens), _frame(edited, tokens), strict=True):
+        _map_frame(mapper, source_positions, edited_positions)
     return Alignment(mapper, mapper.any(dim=0))
 
 
-def _can_be_swapped(source: Sequence[TokenSpan], edited: Sequence[TokenSpan]) -> bool:
+def _can_swap(source: Sequence[TokenSpan], edited: Sequence[TokenSpan]) -> bool:
     return [span.word == SUBJECT_WORD for span in source] == [span.word == SUBJECT_WORD for span in edited]
 
 
-def _swapped(source: Sequence[TokenSpan], edited: Sequence[TokenSpan]) -> list[tuple[int, int]]:
+def _pair_by_index(source: Sequence[TokenSpan]) -> list[tuple[int, int]]:
     return [(index, index) for index in range(len(source))]
 
 
-def _common(source: Sequence[TokenSpan], edited: Sequence[TokenSpan]) -> list[tuple[int, int]]:
-    """Index pairs of the longest common subsequence; of several the one that begins earliest in the source.
+def _longest_common_subsequence(source: Sequence[TokenSpan], edited: Sequence[TokenSpan]) -> list[tuple[int, int]]:
+    """Index pairs of the longest common subsequence; of several, the one that begins earliest in the source.
 
-    A prompt that is said twenty times and cut at 77 tokens offers many.
+    A prompt that is repeated twenty times and cut at 77 tokens offers many.
     """
-    # longest[i][j]: of source[i:] and edited[j:]
-    longest = [[0] * (len(edited) + 1) for _ in range(len(source) + 1)]
+    # lengths[i][j]: of the longest common subsequence of source[i:] and edited[j:]
+    lengths = [[0] * (len(edited) + 1) for _ in range(len(source) + 1)]
     for i in reversed(range(len(source))):
         for j in reversed(range(len(edited))):
             if source[i].word == edited[j].word:
-                longest[i][j] = longest[i + 1][j + 1] + 1
+                lengths[i][j] = lengths[i + 1][j + 1] + 1
             else:
-                longest[i][j] = max(longest[i + 1][j], longest[i][j + 1])
+                lengths[i][j] = max(lengths[i + 1][j], lengths[i][j + 1])
     pairs, i, j = [], 0, 0
     while i < len(source) and j < len(edited):
         if source[i].word == edited[j].word:
             pairs.append((i, j))
             i, j = i + 1, j + 1
-        elif longest[i][j + 1] >= longest[i + 1][j]:
+        elif lengths[i][j + 1] >= lengths[i + 1][j]:
             j += 1
         else:
             i += 1
     return pairs
 
 
-def _hand_over(mapper: Tensor, source: Sequence[int], edited: Sequence[int]) -> None:
-    """One word's tokens to another's: each to each, or where their numbers differ, all to all in equal parts."""
+def _map_word(mapper: Tensor, source: Sequence[int], edited: Sequence[int]) -> None:
+    """Map one word's tokens to another's: one to one, or where their numbers differ, all to all in equal shares."""
     if len(source) == len(edited):
         mapper[list(source), list(edited)] = 1
     else:
         mapper[torch.tensor(source)[:, None], torch.tensor(edited)] = 1 / len(edited)
 
 
+def _map_frame(mapper: Tensor, source: Sequence[int], edited: Sequence[int]) -> None:
+    """Map tokens one to one; if the edited prompt has more, the source's last token is shared among the rest."""
+    sources = [source[min(index, len(source) - 1)] for index in range(len(edited))]
+    for source_position, edited_position in zip(sources, edited, strict=True):
+        mapper[source_position, edited_position] = 1 / sources.count(source_position)
+
+
 def _frame(spans: Sequence[TokenSpan], tokens: int) -> list[list[int]]:
-    """What stands around the words: of each block its <bos>, and what follows the words, <eos> and padding."""
+    """The positions around the words: for each block its <bos>, and what follows the words, <eos> and padding."""
     words = {position for span in spans for position in span.positions}
     frame = []
     for start in range(0, tokens, BLOCK):

@@ -1,6 +1,7 @@
-"""What a person asks for: edits of attention, as plain data that travels with a conditioning.
+"""The edits that a user asks for, as plain data that travels with a conditioning.
 
-A batch is drawn in groups of pictures: a source and its edits, one behind the other, [source, edit, source, edit].
+A batch is sampled in groups, a source image and its edited images one behind the other: [source, edited, source,
+edited].
 """
 
 from __future__ import annotations
@@ -17,32 +18,32 @@ from .schedule import StepRange
 
 @dataclass(frozen=True, eq=False)
 class Reweight:
-    """Some tokens are heard more or less.
+    """Attention re-weighting: factors on the attention to some tokens (arXiv 2208.01626, section 4).
 
     Args:
-        factors: [tokens], of the attention on each.
-        steps: when.
-        picture: which of a group, 0 being the source; None: all.
+        factors: The factor of each token, of shape [tokens].
+        steps: The steps in which it applies.
+        image: Index of the image in its group, 0 being the source; None means all.
     """
 
     factors: Tensor
     steps: StepRange
-    picture: int | None = None
+    image: int | None = None
 
-    def lengthened(self, tokens: int) -> Reweight:
-        """The same for a prompt to whose end tokens were added."""
+    def padded(self, tokens: int) -> Reweight:
+        """Return the same edit for a prompt of ``tokens`` tokens, the added ones unchanged."""
         return replace(self, factors=F.pad(self.factors, (0, tokens - len(self.factors)), value=1.0))
 
 
 @dataclass(frozen=True, eq=False)
-class EditedPicture:
-    """How one picture of a group follows its source.
+class EditedImage:
+    """How one image of a group follows its source.
 
     Args:
-        alignment: whose attention on the prompt goes where.
-        steps: for each of the tokens, when it takes over the source's attention.
-        source_words, edited_words: [tokens], 1 at the words of the source's prompt, or of its own, to which the edit
-            is kept; None: no such words. Neither: the edit is everywhere.
+        alignment: Which source token's attention goes to which edited token.
+        steps: For each token, the steps in which the source's attention is injected.
+        source_words: 1 at the tokens of the source's blend words, of shape [tokens]; None if there are none.
+        edited_words: The same for the edited prompt's blend words. If both are None, the edit is everywhere.
     """
 
     alignment: Alignment
@@ -51,43 +52,45 @@ class EditedPicture:
     edited_words: Tensor | None = None
 
     @property
-    def is_blended(self) -> bool:
+    def has_local_blend(self) -> bool:
+        """Whether the edit is restricted to where blend words attend."""
         return self.source_words is not None or self.edited_words is not None
 
 
 @dataclass(frozen=True, eq=False)
 class PromptToPrompt:
-    """Pictures that follow a source (arXiv 2208.01626).
+    """Images that follow a source image (arXiv 2208.01626).
 
     Args:
-        pictures: the edits of a group, from picture 1 on.
-        self_steps: when they take over the source's self-attention.
-        threshold: of local blend, a part of a map's maximum.
-        source_unguided: whether the source is drawn by its conditional prediction alone, as DDIM inversion retraces it.
-        keep_masks: called when a run is over with all latents [B, C, H, W] and the masks of local blend [B', H, W],
-            one for each edit of each group.
+        images: The edited images of a group, from index 1 on.
+        self_steps: The steps in which the source's self-attention is injected.
+        threshold: Threshold of local blend, relative to a map's maximum.
+        source_unguided: Whether the source is sampled from its conditional prediction alone, as DDIM inversion needs.
+        keep_masks: Called at the end of a run with all latents, of shape [B, C, H, W], and the masks of local blend, of
+            shape [B', H, W], one for each edited image of each group.
     """
 
-    pictures: tuple[EditedPicture, ...]
+    images: tuple[EditedImage, ...]
     self_steps: StepRange
     threshold: float = 0.3
     source_unguided: bool = False
     keep_masks: Callable[[Tensor, Tensor], None] | None = None
 
     @property
-    def group(self) -> int:
-        """Pictures of a group."""
-        return 1 + len(self.pictures)
+    def group_size(self) -> int:
+        """Number of images in a group, the source included."""
+        return 1 + len(self.images)
 
     @property
-    def is_blended(self) -> bool:
-        return any(picture.is_blended for picture in self.pictures)
+    def has_local_blend(self) -> bool:
+        """Whether any of the edited images has local blend."""
+        return any(image.has_local_blend for image in self.images)
 
     @property
     def is_neutral(self) -> bool:
-        """Whether the pictures are drawn as if they had nothing to do with each other."""
-        steps = [self.self_steps, *(each for picture in self.pictures for each in picture.steps)]
-        return all(each.is_empty for each in steps) and not self.is_blended and not self.source_unguided
+        """Whether the images of a group are sampled independently of each other."""
+        steps = [self.self_steps, *(each for image in self.images for each in image.steps)]
+        return all(each.is_empty for each in steps) and not self.has_local_blend and not self.source_unguided
 
 
 Edit = Reweight | PromptToPrompt

@@ -1,4 +1,7 @@
-"""Local blend: an edit is kept to where a word looks (arXiv 2208.01626, section 4, and its published code)."""
+"""Local blend: an edit is kept to where a word attends (arXiv 2208.01626, section 4).
+
+The steps are those of the paper's published code, ``LocalBlend`` in github.com/google/prompt-to-prompt.
+"""
 
 from __future__ import annotations
 
@@ -10,68 +13,81 @@ from torch import Tensor
 
 from .values import per_position
 
-Looking = tuple[Tensor, Tensor]  # query [B, N, heads * d] and key [B, T, heads * d] of a layer
+QueryAndKey = tuple[Tensor, Tensor]  # of a layer: query [B, N, heads * d] and key [B, T, heads * d]
 
 
 def word_maps(query: Tensor, key: Tensor, columns: Tensor, heads: int) -> Tensor:
-    """How much each place looks at words: the mean over heads of A @ columns, for a few columns.
+    """Compute how much each query attends to words: the mean over the heads of A @ columns, for a few columns.
 
     Args:
-        query: [B, N, heads * d], a layer's places; key: [B, T, heads * d].
-        columns: [T, W], for each word how much every token counts.
+        query: Queries of a layer, of shape [B, N, heads * d].
+        key: Keys of the layer, of shape [B, T, heads * d].
+        columns: For each word the factor of every token, of shape [T, W].
+        heads: Number of attention heads.
 
     Returns:
-        [B, W, N], float32.
+        Maps of shape [B, W, N], float32.
     """
-    query, key = (each.unflatten(-1, (heads, -1)).transpose(1, 2).float() for each in (query, key))
-    probabilities = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(dim=-1)
+    query, key = (each.unflatten(-1, (heads, -1)).transpose(1, 2).float() for each in (query, key))  # [B, heads, N, d]
+    probabilities = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(dim=-1)  # [B, heads, N, T]
     return (probabilities @ columns.to(probabilities)).mean(dim=1).transpose(1, 2)
 
 
-def edited_word_maps(source: Looking, edited: Looking, lent: Tensor, own: Tensor | None, heads: int) -> Tensor:
-    """The maps of an edit whose attention is partly its source's.
+def edited_word_maps(
+    source: QueryAndKey, edited: QueryAndKey, source_columns: Tensor, edited_columns: Tensor | None, heads: int
+) -> Tensor:
+    """Compute the maps of an edited image whose attention is partly its source's.
 
     Args:
-        lent: [tokens, W], columns for the source's attention.
-        own: [tokens, 1], for the edit's own and the last of the words; None: nothing.
+        source: The source's query and key.
+        edited: The edited image's own query and key.
+        source_columns: Columns for the source's attention, of shape [tokens, W].
+        edited_columns: Columns for the edited image's own attention and the last of the words, of shape [tokens, 1];
+            None if it adds nothing.
+        heads: Number of attention heads.
 
     Returns:
-        [B, W, N], float32.
+        Maps of shape [B, W, N], float32.
     """
-    maps = word_maps(*source, _columns(lent, source[1]), heads)
-    if own is not None:
-        maps[:, -1:] += word_maps(*edited, _columns(own, edited[1]), heads)
+    maps = word_maps(*source, _repeat_columns(source_columns, source[1]), heads)
+    if edited_columns is not None:
+        maps[:, -1:] += word_maps(*edited, _repeat_columns(edited_columns, edited[1]), heads)
     return maps
 
 
 def blend_mask(maps: Sequence[Tensor], size: tuple[int, int], threshold: float) -> Tensor:
-    """Where an edit is kept: where the map of any word passes a threshold.
+    """Mark where an edit is kept: where the map of any word passes a threshold.
 
     Args:
-        maps: each [B, h, w], added up over layers and steps.
-        size: of the latent, rows and columns.
-        threshold: a part of a map's own maximum.
+        maps: The maps of each word, each of shape [B, h, w], summed over layers and steps.
+        size: Height and width of the latents.
+        threshold: Threshold relative to a map's own maximum.
 
     Returns:
-        [B, H, W], bool.
+        A boolean mask of shape [B, H, W].
     """
     masks = []
     for each in maps:
-        spread = F.max_pool2d(each[:, None], kernel_size=3, stride=1, padding=1)
-        resized = F.interpolate(spread, size=size)[:, 0]  # nearest
+        dilated = F.max_pool2d(each[:, None], kernel_size=3, stride=1, padding=1)
+        resized = F.interpolate(dilated, size=size)[:, 0]  # nearest, [B, H, W]
         masks.append(resized > threshold * resized.amax(dim=(1, 2), keepdim=True))
     return torch.stack(masks).any(dim=0)
 
 
-def blend(source: Tensor, edited: Tensor, mask: Tensor) -> Tensor:
-    """The edit inside the mask and the source outside.
+def blend_latents(source: Tensor, edited: Tensor, mask: Tensor) -> Tensor:
+    """Combine the edited latents inside the mask with the source's outside.
 
     Args:
-        source, edited: [B, C, H, W]; mask: [B, H, W]
+        source: Latents of shape [B, C, H, W].
+        edited: Latents of shape [B, C, H, W].
+        mask: A boolean mask of shape [B, H, W].
+
+    Returns:
+        Latents of shape [B, C, H, W].
     """
     return torch.where(mask[:, None], edited, source)
 
 
-def _columns(per_token: Tensor, key: Tensor) -> Tensor:
-    """[tokens, W] -> [T, W]"""
-    return per_position(per_token.T, key.shape[1], outside=0.0).T
+def _repeat_columns(columns: Tensor, key: Tensor) -> Tensor:
+    """Repeat columns [tokens, W] for every copy of the prompt in a key -> [T, W]."""
+    return per_position(columns.T, key.shape[1], outside=0.0).T

@@ -1,4 +1,4 @@
-"""The row plan of one step: who lends query and key to whom, and which values each row attends to."""
+"""The plan of one step: which rows attend with their source's query and key, and to which values."""
 
 from __future__ import annotations
 
@@ -9,117 +9,149 @@ import torch
 from torch import Tensor
 
 from .alignment import Alignment
-from .edits import Edit, EditedPicture, PromptToPrompt, Reweight
+from .edits import Edit, EditedImage, PromptToPrompt, Reweight
 
 
 @dataclass(frozen=True, eq=False)
 class CrossPlan:
-    """A picture's attention on the prompt: attend(Q, K of the source, lent @ V) + attend(Q, K of its own, own * V).
+    """The cross-attention of an edited image.
+
+    With Q, K of the source and Q', K' of the edited image, it is attend(Q, K, source_mapper @ V) +
+    attend(Q', K', edited_factors * V), where V are the edited image's values.
 
     Args:
-        lent: [tokens, tokens]; None: the values as they are.
-        own: [tokens]; None: the second attention is not needed, because everything is lent.
+        source_mapper: Mapper of the source's attention, of shape [tokens, tokens]; None is the identity.
+        edited_factors: Factors on the edited image's own attention, of shape [tokens]; None means that all attention is
+            injected and the second call is not needed.
     """
 
-    lent: Tensor | None
-    own: Tensor | None
+    source_mapper: Tensor | None
+    edited_factors: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
 class BlendPlan:
-    """Where a picture's words look, as columns of the source's attention and of its own.
+    """Columns of attention whose sums are the maps of an edited image's blend words.
 
     Args:
-        lent: [tokens, words]; own: [tokens, 1], for the last of the words; None: nothing of its own.
+        source_columns: Columns for the source's attention, of shape [tokens, words].
+        edited_columns: Columns for the edited image's own attention and the last of the words, of shape [tokens, 1];
+            None if it adds nothing.
     """
 
-    lent: Tensor
-    own: Tensor | None
+    source_columns: Tensor
+    edited_columns: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
 class StepPlan:
-    """What one conditioning's edits do in one step.
+    """What the edits of one conditioning do in one step.
 
     Args:
-        scales: (picture or None for all, [tokens]): factors on the values.
-        crosses: by picture, where the source's attention on the prompt is taken over.
-        blends: by picture, where local blend wants maps.
-        injects_self: whether the source's self-attention is taken over.
+        value_factors: Pairs of an image's index in its group (None: all) and factors on its values, of shape [tokens].
+        cross_plans: Image index -> plan of its cross-attention, where the source's is injected.
+        blend_plans: Image index -> the maps that local blend needs.
+        injects_self: Whether the source's self-attention is injected.
     """
 
-    scales: tuple[tuple[int | None, Tensor], ...] = ()
-    crosses: dict[int, CrossPlan] = field(default_factory=dict)
-    blends: dict[int, BlendPlan] = field(default_factory=dict)
+    value_factors: tuple[tuple[int | None, Tensor], ...] = ()
+    cross_plans: dict[int, CrossPlan] = field(default_factory=dict)
+    blend_plans: dict[int, BlendPlan] = field(default_factory=dict)
     injects_self: bool = False
 
     @property
     def needs_two_attentions(self) -> bool:
-        return any(cross.own is not None for cross in self.crosses.values())
+        """Whether an image attends both as its source does and by itself."""
+        return any(cross.edited_factors is not None for cross in self.cross_plans.values())
 
 
-def plan_step(edits: Sequence[Edit], step: int, steps: int, device: torch.device) -> StepPlan:
-    """The plan of a conditioning's edits, of which at most one is a :class:`~.edits.PromptToPrompt`."""
-    scales, crosses, blends, injects_self = [], {}, {}, False
-    for edit in edits:
-        if isinstance(edit, Reweight):
-            if edit.steps.covers(step, steps):
-                scales.append((edit.picture, edit.factors.to(device)))
-            continue
-        injects_self = edit.self_steps.covers(step, steps)
-        for number, picture in enumerate(edit.pictures, start=1):
-            cross = plan_cross(picture.alignment, shares(picture, step, steps))
-            if cross is not None:
-                crosses[number] = CrossPlan(*_to(device, cross.lent, cross.own))
-            if picture.is_blended:
-                plan = plan_blend(picture, cross)
-                blends[number] = BlendPlan(*_to(device, plan.lent, plan.own))
-    return StepPlan(tuple(scales), crosses, blends, injects_self)
-
-
-def shares(picture: EditedPicture, step: int, steps: int) -> Tensor:
-    """How much of the source's attention each token takes over: 1 inside its part of the steps, 0 if it is new."""
-    inside = torch.tensor([steps_of_token.covers(step, steps) for steps_of_token in picture.steps])
-    return (inside & picture.alignment.has_source).float()
-
-
-def plan_cross(alignment: Alignment, share: Tensor) -> CrossPlan | None:
-    """A_edit[:, j] = share_j (A_source mapper)[:, j] + (1 - share_j) A_edit[:, j], in closed form.
+def plan_step(edits: Sequence[Edit], step: int, num_steps: int, device: torch.device) -> StepPlan:
+    """Plan one step of a conditioning's edits.
 
     Args:
-        share: [tokens]
+        edits: The edits, of which at most one is a :class:`~.edits.PromptToPrompt`.
+        step: Number of the step, from 0 on.
+        num_steps: Number of all steps.
+        device: Device of the plan's tensors.
+    """
+    value_factors: list[tuple[int | None, Tensor]] = []
+    cross_plans: dict[int, CrossPlan] = {}
+    blend_plans: dict[int, BlendPlan] = {}
+    injects_self = False
+    for edit in edits:
+        if isinstance(edit, Reweight):
+            if edit.steps.covers(step, num_steps):
+                value_factors.append((edit.image, edit.factors.to(device)))
+            continue
+        injects_self = edit.self_steps.covers(step, num_steps)
+        for index, image in enumerate(edit.images, start=1):
+            cross = plan_cross(image.alignment, cross_replace_alpha(image, step, num_steps))
+            if cross is not None:
+                cross_plans[index] = CrossPlan(_to(device, cross.source_mapper), _to(device, cross.edited_factors))
+            if image.has_local_blend:
+                blend = plan_blend(image, cross)
+                blend_plans[index] = BlendPlan(blend.source_columns.to(device), _to(device, blend.edited_columns))
+    return StepPlan(tuple(value_factors), cross_plans, blend_plans, injects_self)
+
+
+def cross_replace_alpha(image: EditedImage, step: int, num_steps: int) -> Tensor:
+    """Return how much of the source's attention is injected at each token (alpha of arXiv 2208.01626).
+
+    Args:
+        image: An edited image.
+        step: Number of the step, from 0 on.
+        num_steps: Number of all steps.
 
     Returns:
-        None: nothing is taken over.
+        A tensor of shape [tokens]: 1 inside a token's range of steps, 0 outside and for new tokens.
     """
-    if not share.any():
+    is_inside = torch.tensor([steps.covers(step, num_steps) for steps in image.steps])
+    return (is_inside & image.alignment.has_source).float()
+
+
+def plan_cross(alignment: Alignment, alpha: Tensor) -> CrossPlan | None:
+    """Plan A_edited[:, j] = alpha_j (A_source mapper)[:, j] + (1 - alpha_j) A_edited[:, j], in closed form.
+
+    Args:
+        alignment: Alignment of the source's and the edited prompt.
+        alpha: How much of the source's attention is injected at each token, of shape [tokens].
+
+    Returns:
+        The plan; None if nothing is injected.
+    """
+    if not alpha.any():
         return None
-    if share.all() and alignment.is_identity:
-        return CrossPlan(lent=None, own=None)
-    lent = alignment.mapper * share
-    return CrossPlan(lent, own=None if bool((share == 1).all()) else 1 - share)
+    if alpha.all() and alignment.is_identity:
+        return CrossPlan(source_mapper=None, edited_factors=None)
+    return CrossPlan(alignment.mapper * alpha, edited_factors=None if bool((alpha == 1).all()) else 1 - alpha)
 
 
-def plan_blend(picture: EditedPicture, cross: CrossPlan | None) -> BlendPlan:
-    """The columns whose sum is where a picture's words look, its attention being what ``cross`` makes it."""
-    lent, own = [], None
-    if picture.source_words is not None:
-        lent.append(picture.source_words)
-    if picture.edited_words is not None:
-        words = picture.edited_words
-        if cross is None:
-            lent.append(torch.zeros_like(words))
-            own = words[:, None]
+def plan_blend(image: EditedImage, cross: CrossPlan | None) -> BlendPlan:
+    """Plan the maps of an edited image's blend words.
+
+    Args:
+        image: An image with local blend.
+        cross: The plan of its cross-attention in this step.
+    """
+    source_columns: list[Tensor] = []
+    edited_columns: Tensor | None = None
+    if image.source_words is not None:
+        source_columns.append(image.source_words)
+    if image.edited_words is not None:
+        words = image.edited_words
+        if cross is None:  # the attention is all the image's own
+            source_columns.append(torch.zeros_like(words))
+            edited_columns = words[:, None]
         else:
-            lent.append(words if cross.lent is None else cross.lent @ words)
-            own = None if cross.own is None else (cross.own * words)[:, None]
-    return BlendPlan(torch.stack(lent, dim=-1), own)
+            source_columns.append(words if cross.source_mapper is None else cross.source_mapper @ words)
+            edited_columns = None if cross.edited_factors is None else (cross.edited_factors * words)[:, None]
+    return BlendPlan(torch.stack(source_columns, dim=-1), edited_columns)
 
 
 def can_need_two_attentions(edit: PromptToPrompt) -> bool:
-    """Whether in some step a part of the tokens takes over the source's attention and a part does not."""
-    return any(not picture.alignment.has_source.all() or len(set(picture.steps)) > 1 for picture in edit.pictures)
+    """Whether there may be a step in which the source's attention is injected at some tokens and not at others."""
+    return any(not image.alignment.has_source.all() or len(set(image.steps)) > 1 for image in edit.images)
 
 
-def _to(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [tensor if tensor is None else tensor.to(device) for tensor in tensors]
+def _to(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)

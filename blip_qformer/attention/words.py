@@ -1,4 +1,4 @@
-"""Words of a prompt as people write them, such as ``red hat``, ``dog#2`` and ``swimming:2.0``, and where they stand."""
+"""Words of a prompt as people write them, such as ``red hat``, ``dog#2`` and ``swimming:2.0``, and their tokens."""
 
 from __future__ import annotations
 
@@ -19,37 +19,49 @@ RANGE = re.compile(r"(?:([\d.]+)\s*-\s*)?([\d.]+)")
 
 
 class WordWeight(NamedTuple):
-    """A phrase, such as ``red hat`` or ``dog#2``, and its weight."""
+    """The weight of a phrase.
+
+    Args:
+        phrase: One or more words, such as ``red hat`` or ``dog#2``.
+        weight: Factor on the attention to them.
+    """
 
     phrase: str
     weight: float
 
 
 class WordRange(NamedTuple):
-    """A phrase and the part of the steps that concerns it."""
+    """The range of steps of a phrase.
+
+    Args:
+        phrase: One or more words, such as ``red hat`` or ``dog#2``.
+        range: The steps.
+    """
 
     phrase: str
     range: StepRange
 
 
 def parse_words(text: str) -> list[str]:
-    """``"dog, red hat"`` -> ["dog", "red hat"]"""
-    return [piece.strip() for piece in SEPARATORS.split(text) if piece.strip()]
+    """Split a list of words: ``"dog, red hat"`` -> ["dog", "red hat"]."""
+    return [item.strip() for item in SEPARATORS.split(text) if item.strip()]
 
 
 def parse_word_weights(text: str) -> list[WordWeight]:
-    """``"swimming:2.0, red hat:-0.5"`` -> [("swimming", 2.0), ("red hat", -0.5)]; an empty text is none at all.
+    """Parse words with weights: ``"swimming:2.0, red hat:-0.5"`` -> [("swimming", 2.0), ("red hat", -0.5)].
+
+    An empty text gives an empty list.
 
     Raises:
-        ValueError: a piece is not a word, a colon and a finite number.
+        ValueError: If an item is not a word, a colon and a finite number.
     """
     weights = []
-    for piece in parse_words(text):
-        phrase, _, number = (part.strip() for part in piece.rpartition(":"))
+    for item in parse_words(text):
+        phrase, _, number = (field.strip() for field in item.rpartition(":"))
         weight = _number(number)
         if not phrase or weight is None:
             raise ValueError(
-                f'"{piece}" is no word with a weight: write the word, a colon and a number, such as swimming:2.0, with '
+                f'"{item}" is no word with a weight: write the word, a colon and a number, such as swimming:2.0, with '
                 "commas between several."
             )
         weights.append(WordWeight(phrase, weight))
@@ -57,19 +69,21 @@ def parse_word_weights(text: str) -> list[WordWeight]:
 
 
 def parse_word_ranges(text: str) -> list[WordRange]:
-    """``"dog:0.5, hat:0.2-0.9"`` -> [("dog", 0 to 0.5), ("hat", 0.2 to 0.9)]; an empty text is none at all.
+    """Parse words with ranges of steps: ``"dog:0.5, hat:0.2-0.9"`` -> [("dog", 0 to 0.5), ("hat", 0.2 to 0.9)].
+
+    An empty text gives an empty list.
 
     Raises:
-        ValueError: a piece is not a word, a colon and one or two numbers from 0 to 1, the second not the smaller.
+        ValueError: If an item is not a word, a colon and one or two numbers from 0 to 1, the second not the smaller.
     """
     ranges = []
-    for piece in parse_words(text):
-        phrase, _, numbers = (part.strip() for part in piece.rpartition(":"))
+    for item in parse_words(text):
+        phrase, _, numbers = (field.strip() for field in item.rpartition(":"))
         match = RANGE.fullmatch(numbers)
         start, end = (_number(match[1] or "0"), _number(match[2])) if match else (None, None)
         if not phrase or start is None or end is None or not 0 <= start <= end <= 1:
             raise ValueError(
-                f'"{piece}" is no word with a part of the steps: write the word, a colon and where it ends, such as '
+                f'"{item}" is no word with a part of the steps: write the word, a colon and where it ends, such as '
                 "dog:0.5, or where it starts and ends, such as dog:0.2-0.9, between 0 and 1."
             )
         ranges.append(WordRange(phrase, StepRange(start, end)))
@@ -77,14 +91,17 @@ def parse_word_ranges(text: str) -> list[WordRange]:
 
 
 def find_phrase(spans: Sequence[TokenSpan], phrase: str) -> tuple[int, ...]:
-    """The positions of a phrase's tokens: all its occurrences, or with ``#2`` the second alone.
+    """Find the tokens of a phrase: of all its occurrences, or with ``#2`` of the second alone.
 
     Args:
-        spans: the words of a prompt in order, as :func:`~blip_qformer.prompt.find_words` gives them.
-        phrase: one or more words, in any case. A word that CLIP reads as several, such as ``8k``, is found too.
+        spans: The words of a prompt in order, as :func:`~blip_qformer.prompt.find_words` gives them.
+        phrase: One or more words, in any case. A word that CLIP reads as several, such as ``8k``, is found too.
+
+    Returns:
+        The positions of the tokens.
 
     Raises:
-        ValueError: it does not stand there, or not that often.
+        ValueError: If the prompt does not have it, or not that often.
     """
     match = OCCURRENCE.fullmatch(phrase.strip())
     written, number = (match[1], int(match[2])) if match else (phrase, None)
@@ -103,12 +120,20 @@ def find_phrase(spans: Sequence[TokenSpan], phrase: str) -> tuple[int, ...]:
 
 
 def find_in_prompts(prompts: Sequence[Sequence[TokenSpan]], phrase: str) -> list[tuple[int, ...]]:
-    """The positions of a phrase in each of several prompts; none where it does not stand.
+    """Find the tokens of a phrase in each of several prompts.
+
+    Args:
+        prompts: The words of each prompt in order.
+        phrase: A phrase, see :func:`find_phrase`.
+
+    Returns:
+        The positions of the tokens in each prompt, empty where it does not have the phrase.
 
     Raises:
-        ValueError: it stands in none of them.
+        ValueError: If no prompt has it.
     """
-    found, missing = [], None
+    found: list[tuple[int, ...]] = []
+    missing: ValueError | None = None
     for spans in prompts:
         try:
             found.append(find_phrase(spans, phrase))
@@ -123,10 +148,18 @@ def find_in_prompts(prompts: Sequence[Sequence[TokenSpan]], phrase: str) -> list
 def weight_tokens(
     prompts: Sequence[Sequence[TokenSpan]], weights: Sequence[WordWeight], tokens: Sequence[int]
 ) -> list[Tensor]:
-    """For each prompt a factor for each token [tokens], 1 where no word has a weight; of two, the later is taken.
+    """Spread the weights of words over the tokens of prompts.
+
+    Args:
+        prompts: The words of each prompt in order.
+        weights: The weights; of two for the same token, the later one counts.
+        tokens: Number of tokens of each prompt.
+
+    Returns:
+        For each prompt the factors of its tokens, of shape [tokens], 1 where no word has a weight.
 
     Raises:
-        ValueError: a word stands in none of the prompts.
+        ValueError: If a word stands in none of the prompts.
     """
     factors = [torch.ones(count) for count in tokens]
     for phrase, weight in weights:
@@ -136,7 +169,7 @@ def weight_tokens(
 
 
 def readable(word: str) -> str:
-    """A word as CLIP's vocabulary spells it, a character a byte -> as people spell it: ``cafÃ©`` -> ``café``."""
+    """Spell a word of CLIP's vocabulary, where a character is a byte, as people do: ``cafÃ©`` -> ``café``."""
     try:
         return bytes(_BYTES[character] for character in word).decode("utf-8")
     except (KeyError, UnicodeDecodeError):  # not from the vocabulary, or cut in the middle of a character
@@ -144,15 +177,15 @@ def readable(word: str) -> str:
 
 
 def _match_at(spans: Sequence[TokenSpan], start: int, wanted: Sequence[str]) -> tuple[int, ...]:
-    """The positions of a phrase that begins at one span, or none; each wanted word is one or more spans in a row."""
+    """The positions of a phrase that begins at one span, or none; each wanted word is one or more consecutive spans."""
     positions: list[int] = []
-    place = start
+    index = start
     for word in wanted:
         spelled = ""
-        while len(spelled) < len(word) and place < len(spans):
-            spelled += readable(spans[place].word)
-            positions.extend(spans[place].positions)
-            place += 1
+        while len(spelled) < len(word) and index < len(spans):
+            spelled += readable(spans[index].word)
+            positions.extend(spans[index].positions)
+            index += 1
         if spelled != word:
             return ()
     return tuple(positions)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blip_qformer.attention.alignment import MOST_WORDS, align
+from blip_qformer.attention.alignment import MAX_WORDS, align
 from blip_qformer.prompt import SUBJECT_WORD, Token, TokenSpan, fill_blocks, find_words
 
 TOKENS = 77
@@ -126,6 +126,6 @@ def test_as_many_words_as_possible_have_a_source(one, other):
 
 
 def test_prompts_longer_than_can_be_aligned_are_refused():
-    long = [TokenSpan("word", (position,)) for position in range(MOST_WORDS + 1)]
+    long = [TokenSpan("word", (position,)) for position in range(MAX_WORDS + 1)]
     with pytest.raises(ValueError, match="A prompt of 1001 words is longer than can be aligned: shorten it to 1000"):
         align(long, prompt("a dog"), 14 * TOKENS)

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip_qformer.attention.alignment import Alignment
-from blip_qformer.attention.edits import EditedPicture
-from blip_qformer.attention.local_blend import blend, blend_mask, edited_word_maps, word_maps
-from blip_qformer.attention.plan import plan_blend, plan_cross, shares
+from blip_qformer.attention.edits import EditedImage
+from blip_qformer.attention.local_blend import blend_latents, blend_mask, edited_word_maps, word_maps
+from blip_qformer.attention.plan import cross_replace_alpha, plan_blend, plan_cross
 from blip_qformer.attention.schedule import StepRange
 from tests.attention.explicit import probabilities
 
@@ -22,9 +22,9 @@ def close(actual, expected):
 
 @few
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 30), st.sampled_from([77, 154]), st.integers(0, 9999))
-def test_maps_are_sums_of_the_words_columns(batch, heads, places, tokens, seed):
+def test_maps_are_sums_of_the_words_columns(batch, heads, queries, tokens, seed):
     torch.manual_seed(seed)
-    query, key = torch.randn(batch, places, heads * 4), torch.randn(batch, tokens, heads * 4)
+    query, key = torch.randn(batch, queries, heads * 4), torch.randn(batch, tokens, heads * 4)
     a = probabilities(query, key, heads).mean(dim=1)
     columns = torch.zeros(tokens, 2)
     columns[[3, 5, 7], 0] = columns[[1], 1] = 1
@@ -43,17 +43,17 @@ def test_maps_are_those_of_the_edited_attention(has_source_words, has_edited_wor
     mapper, has_source = torch.rand(tokens, tokens), torch.rand(tokens) < 0.7
     words = [(torch.rand(tokens) < 0.1).float() if given else None for given in (has_source_words, has_edited_words)]
     steps = tuple(StepRange(0, 0.8 if position % 2 else 0.3) for position in range(tokens))
-    picture = EditedPicture(Alignment(mapper * has_source, has_source), steps, *words)
-    if not picture.is_blended:
+    image = EditedImage(Alignment(mapper * has_source, has_source), steps, *words)
+    if not image.has_local_blend:
         return
     a_source = probabilities(source_query, source_key, heads)
     a = probabilities(query, key, heads)
-    share = shares(picture, step, 5)
-    a = (a_source @ picture.alignment.mapper) * share + a * (1 - share)
+    alpha = cross_replace_alpha(image, step, 5)
+    a = (a_source @ image.alignment.mapper) * alpha + a * (1 - alpha)
     expected = [(each @ word).mean(dim=1) for each, word in zip((a_source, a), words, strict=True) if word is not None]
 
-    plan = plan_blend(picture, plan_cross(picture.alignment, share))
-    maps = edited_word_maps((source_query, source_key), (query, key), plan.lent, plan.own, heads)
+    plan = plan_blend(image, plan_cross(image.alignment, alpha))
+    maps = edited_word_maps((source_query, source_key), (query, key), plan.source_columns, plan.edited_columns, heads)
     close(maps, torch.stack(expected, dim=1))
 
 
@@ -89,7 +89,7 @@ def test_a_word_that_is_looked_at_nowhere_leaves_the_source():
 def test_blending():
     source, edited = torch.randn(2, 2, 4, 6, 5)
     mask = torch.rand(2, 6, 5) < 0.5
-    blended = blend(source, edited, mask)
+    blended = blend_latents(source, edited, mask)
     close(blended, source + mask[:, None].float() * (edited - source))
     outside = ~mask[:, None].expand_as(source)
     assert torch.equal(blended[outside], source[outside])

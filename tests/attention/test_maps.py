@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blip_qformer.attention.maps import Area, AttentionRecord, heat, mean_attention, overlay
+from blip_qformer.attention.maps import Area, AttentionRecord, mean_attention, overlay_heatmap, to_heatmap
 from blip_qformer.prompt import TokenSpan
 
 PROMPT = [TokenSpan("a", (1,)), TokenSpan("<subject>", (2, 3)), TokenSpan("dog", (4,)), TokenSpan(",", (5,))]
@@ -14,22 +14,22 @@ TOKENS = 8
 
 
 def explicit(query: torch.Tensor, key: torch.Tensor, heads: int) -> torch.Tensor:
-    """Attention as it is written down, [B, heads, places, keys]."""
-    (rows, places, width), keys = query.shape, key.shape[1]
-    q = query.reshape(rows, places, heads, width // heads)
+    """Attention as it is written down, [B, heads, queries, keys]."""
+    (rows, queries, width), keys = query.shape, key.shape[1]
+    q = query.reshape(rows, queries, heads, width // heads)
     k = key.reshape(rows, keys, heads, width // heads)
     scores = torch.einsum("bphd,bkhd->bhpk", q, k) / (width // heads) ** 0.5
     return scores.exp() / scores.exp().sum(-1, keepdim=True)
 
 
 @pytest.mark.parametrize(
-    ("rows", "places", "tokens", "heads", "width"), [(1, 1, 1, 1, 4), (3, 20, 77, 8, 64), (2, 7, 154, 2, 10)]
+    ("rows", "queries", "tokens", "heads", "width"), [(1, 1, 1, 1, 4), (3, 20, 77, 8, 64), (2, 7, 154, 2, 10)]
 )
-def test_it_is_the_mean_over_the_heads(rows, places, tokens, heads, width):
-    query, key = torch.randn(rows, places, width), torch.randn(rows, tokens, width)
+def test_it_is_the_mean_over_the_heads(rows, queries, tokens, heads, width):
+    query, key = torch.randn(rows, queries, width), torch.randn(rows, tokens, width)
     maps = mean_attention(query, key, heads, tokens)
     torch.testing.assert_close(maps, explicit(query, key, heads).mean(1).mT, atol=1e-6, rtol=0)
-    torch.testing.assert_close(maps.sum(1), torch.ones(rows, places))
+    torch.testing.assert_close(maps.sum(1), torch.ones(rows, queries))
 
 
 @pytest.mark.parametrize("times", [2, 3])
@@ -105,9 +105,9 @@ def test_a_word_that_is_not_there_is_named():
 
 def test_a_run_starts_afresh():
     record = recorded(torch.rand(3, TOKENS, 4, 4))
-    assert record.rows == 3
+    assert record.batch_size == 3
     record.start(2, 2)
-    assert record.rows == 0
+    assert record.batch_size == 0
     maps = torch.rand(1, TOKENS, 2, 2)
     record.add(0, maps)
     torch.testing.assert_close(record.word_map("a", 2, 2), maps[:, 1])
@@ -122,18 +122,18 @@ def test_what_is_added_is_left_alone():
 
 def test_heat_goes_from_0_to_1_in_every_picture():
     maps = torch.rand(3, 5, 6) * torch.tensor([1, 0.01, 0]).view(3, 1, 1)
-    heats = heat(maps)
-    assert heats.amin((1, 2)).tolist() == [0, 0, 0] and heats.amax((1, 2)).tolist() == [1, 1, 0]
-    assert torch.equal(heats[1].flatten().argsort(), maps[1].flatten().argsort())
+    heatmaps = to_heatmap(maps)
+    assert heatmaps.amin((1, 2)).tolist() == [0, 0, 0] and heatmaps.amax((1, 2)).tolist() == [1, 1, 0]
+    assert torch.equal(heatmaps[1].flatten().argsort(), maps[1].flatten().argsort())
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_an_overlay_of_strength_0_is_the_picture(channels):
-    pictures = torch.rand(2, 3, 4, channels)
-    pictures[..., 3:] = 1
-    assert torch.equal(overlay(pictures, torch.rand(2, 3, 4), 0.0), pictures[..., :3].expand(-1, -1, -1, 3))
+    images = torch.rand(2, 3, 4, channels)
+    images[..., 3:] = 1
+    assert torch.equal(overlay_heatmap(images, torch.rand(2, 3, 4), 0.0), images[..., :3].expand(-1, -1, -1, 3))
 
 
 def test_an_overlay_glows_where_the_heat_is():
-    glow = overlay(torch.full((1, 1, 4, 3), 0.5), torch.tensor([[[0, 1 / 3, 2 / 3, 1]]]), 1.0)
+    glow = overlay_heatmap(torch.full((1, 1, 4, 3), 0.5), torch.tensor([[[0, 1 / 3, 2 / 3, 1]]]), 1.0)
     torch.testing.assert_close(glow[0, 0], torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]]))

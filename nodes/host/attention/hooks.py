@@ -72,7 +72,7 @@ def take_edits(guider: comfy.samplers.CFGGuider) -> dict[UUID, EditedConditionin
         for entry in entries:
             if edits := entry.pop(EDITS, ()):
                 rows, tokens, _ = entry["cross_attn"].shape
-                fitting = [each.lengthened(tokens) if isinstance(each, Reweight) else each for each in edits]
+                fitting = [each.padded(tokens) if isinstance(each, Reweight) else each for each in edits]
                 edited[entry["uuid"]] = EditedConditioning(side, tuple(fitting), rows, tokens)
     take_off_hook(guider, EDITS)
     return edited

@@ -122,13 +122,13 @@ def check_recorded(record: AttentionRecord, image: Tensor) -> None:
     Raises:
         ValueError: nothing is recorded, or another number of pictures.
     """
-    if not record.rows:
+    if not record.batch_size:
         raise ValueError(
             "Nothing was recorded: connect Record Attention's conditioning to the positive input of the KSampler that "
             "draws this image, and let it draw once more with another seed."
         )
-    if record.rows != len(image):
+    if record.batch_size != len(image):
         raise ValueError(
-            f"The image holds {len(image)} picture(s), but {record.rows} were recorded: connect the image that the "
-            "KSampler behind Record Attention drew."
+            f"The image holds {len(image)} picture(s), but {record.batch_size} were recorded: connect the image that "
+            "the KSampler behind Record Attention drew."
         )

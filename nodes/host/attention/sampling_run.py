@@ -18,8 +18,8 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ....blip_qformer.attention.edits import Edit, PromptToPrompt
-from ....blip_qformer.attention.injection import PictureRows, attend_twice, edit_cross, inject_self
-from ....blip_qformer.attention.local_blend import blend, blend_mask, edited_word_maps
+from ....blip_qformer.attention.injection import ConditioningRows, attend_twice, edit_cross, inject_self
+from ....blip_qformer.attention.local_blend import blend_latents, blend_mask, edited_word_maps
 from ....blip_qformer.attention.plan import StepPlan, can_need_two_attentions, plan_step
 from ....blip_qformer.attention.schedule import step_of
 
@@ -83,7 +83,7 @@ class AttentionRun:
         patches["attn2_patch"] = [self.patch_cross, *patches.get("attn2_patch", [])]
         if self.prompt_to_prompts:
             patches["attn1_patch"] = [self.patch_self, *patches.get("attn1_patch", [])]
-        if any(edit.is_blended or can_need_two_attentions(edit) for edit in self.prompt_to_prompts):
+        if any(edit.has_local_blend or can_need_two_attentions(edit) for edit in self.prompt_to_prompts):
             replaced = options.setdefault("patches_replace", {}).setdefault("attn2", {})
             for block in {*attention_blocks(guider.model_patcher.model.diffusion_model), *replaced}:
                 replaced[block] = partial(self.replace_cross, replaced.get(block))
@@ -191,7 +191,7 @@ class AttentionRun:
 
     # What it is made of.
 
-    def placed(self, batch: int, extra_options: dict) -> list[tuple[UUID, PictureRows]]:
+    def placed(self, batch: int, extra_options: dict) -> list[tuple[UUID, ConditioningRows]]:
         """Which rows of a call belong to which conditioning with edits.
 
         Raises:
@@ -210,12 +210,12 @@ class AttentionRun:
                 f"{self.group} side by side: take out what draws the batch in windows."
             )
         return [
-            (uuid, PictureRows(index * count, (index + 1) * count, self.group))
+            (uuid, ConditioningRows(index * count, (index + 1) * count, self.group))
             for index, uuid in enumerate(uuids)
             if uuid in self.edited
         ]
 
-    def rows(self, tensor: Tensor, extra_options: dict) -> list[tuple[PictureRows, StepPlan]]:
+    def rows(self, tensor: Tensor, extra_options: dict) -> list[tuple[ConditioningRows, StepPlan]]:
         """The same with what each does in this step."""
         return [(rows, self.plans[uuid]) for uuid, rows in self.placed(len(tensor), extra_options)]
 
@@ -230,7 +230,7 @@ class AttentionRun:
         wanted = [
             (uuid, rows, picture, plan)
             for uuid, rows in self.placed(len(query), extra_options)
-            for picture, plan in self.plans[uuid].blends.items()
+            for picture, plan in self.plans[uuid].blend_plans.items()
         ]
         if not wanted or extra_options["block"][0] == "middle":
             return
@@ -246,7 +246,7 @@ class AttentionRun:
             self.maps, self.map_edges = {}, edges
         for uuid, rows, picture, plan in wanted:
             source, edited = ((query[rows.of(each)], key[rows.of(each)]) for each in (0, picture))
-            maps = edited_word_maps(source, edited, plan.lent, plan.own, extra_options["n_heads"])
+            maps = edited_word_maps(source, edited, plan.source_columns, plan.edited_columns, extra_options["n_heads"])
             self.maps[uuid, picture] = maps.unflatten(-1, edges) + self.maps.get((uuid, picture), 0)
 
     def masks(self) -> dict[int, Tensor]:
@@ -264,7 +264,7 @@ class AttentionRun:
         latents = latents.clone() if masks else latents
         for picture, mask in masks.items():
             source, edited = latents[:: self.group], latents[picture :: self.group]
-            latents[picture :: self.group] = blend(source, edited, mask.to(latents.device))
+            latents[picture :: self.group] = blend_latents(source, edited, mask.to(latents.device))
         return latents
 
 
@@ -278,7 +278,7 @@ def common_group(edited: Sequence[EditedConditioning], batch: int) -> int:
         ValueError: they do not come out even, or a conditioning was changed behind Prompt-to-Prompt Edit.
     """
     pairings = [(each, each.prompt_to_prompt) for each in edited if each.prompt_to_prompt]
-    groups = {edit.group for _, edit in pairings}
+    groups = {edit.group_size for _, edit in pairings}
     if len(groups) > 1:
         raise ValueError(
             f"Prompt-to-Prompt Edits of {' and '.join(map(str, sorted(groups)))} pictures are combined in one sampler: "
@@ -291,7 +291,7 @@ def common_group(edited: Sequence[EditedConditioning], batch: int) -> int:
             "and its edits: connect its latent output to the sampler."
         )
     for each, edit in pairings:
-        tokens = len(edit.pictures[0].steps)
+        tokens = len(edit.images[0].steps)
         if (each.rows, each.tokens) != (group, tokens):
             raise ValueError(
                 f"The conditioning of Prompt-to-Prompt Edit had {group} rows of {tokens} tokens and now has "
