@@ -1,4 +1,4 @@
-"""The command line: one module a command."""
+"""The command line: one module per command, parsed and run by ``command_line``."""
 
 from .command_line import main
 

@@ -1,4 +1,4 @@
-"""The command `blip-qformer finetune MODEL PICTURE... --word WORD --output FOLDER`."""
+"""The command ``blip-qformer finetune MODEL PICTURE... --word WORD --output FOLDER``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..subject.file_name import checked_name
 EXTRAS = ("accelerate", "diffusers", "transformers")
 
 
-def add_finetune_command(commands: argparse._SubParsersAction) -> None:
-    """Add `finetune` to a parser's commands."""
+def add_finetune_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``finetune`` to a parser's commands."""
     defaults = FinetuneSettings()
     parser = commands.add_parser(
         "finetune",
@@ -26,7 +26,7 @@ def add_finetune_command(commands: argparse._SubParsersAction) -> None:
         "and pictures of the curve and of what was drawn on the way.",
     )
     parser.add_argument("model", metavar="MODEL", type=Path, help="a whole BLIP-Diffusion model in the Hub layout")
-    parser.add_argument("pictures", metavar="PICTURE", nargs="+", type=Path, help="3 to 5 pictures of the thing")
+    parser.add_argument("images", metavar="PICTURE", nargs="+", type=Path, help="3 to 5 pictures of the thing")
     parser.add_argument("--word", required=True, help="what it is: dog, teddy bear, teapot")
     parser.add_argument("--output", metavar="FOLDER", type=Path, required=True, help="what is made goes there")
     parser.add_argument("--name", help="of the files, letters, digits, - and _ (the word)")
@@ -37,15 +37,25 @@ def add_finetune_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--resolution", type=int, default=512, help="edge of the square it learns at, pixels (512)")
     parser.add_argument("--rank", type=int, default=RANK, help=f"of low-rank ({RANK})")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
-    parser.add_argument("--look-every", metavar="N", type=int, default=20, help="steps between two looks; 0: none (20)")
+    parser.add_argument(
+        "--validate-every", metavar="N", type=int, default=20, help="steps between two validations; 0: none (20)"
+    )
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], help="(bf16 on a GPU that knows it)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--mirror", action="store_true", help="learn from mirrored pictures too")
-    parser.set_defaults(command=_finetune)
+    parser.set_defaults(command=finetune)
 
 
-def _finetune(arguments: argparse.Namespace) -> None:
-    """`finetune`: train, write the files, and say which step was kept."""
+def finetune(arguments: argparse.Namespace) -> None:
+    """Train, write the files, and print which step was kept.
+
+    Args:
+        arguments: The parsed arguments of ``finetune``.
+
+    Raises:
+        ValueError: A package is missing, or the model, the images or an option cannot be used.
+        OSError: A file cannot be written.
+    """
     for extra in EXTRAS:
         import_extra(extra, "Fine-tuning")
     from accelerate import Accelerator
@@ -55,13 +65,13 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
     word = arguments.word.strip()
     name = checked_name(arguments.name or word.replace(" ", "-"))
-    check_count(len(arguments.pictures))
-    pictures = [read_picture(path) for path in arguments.pictures]
-    half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    check_count(len(arguments.images))
+    images = [read_picture(path) for path in arguments.images]
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     run = FinetuneRun(
         load_pipeline(arguments.model),
-        Accelerator(mixed_precision=arguments.mixed_precision or ("bf16" if half else "no")),
-        pictures,
+        Accelerator(mixed_precision=arguments.mixed_precision or ("bf16" if has_bf16 else "no")),
+        images,
         word,
         FinetuneSettings(arguments.steps, arguments.learning_rate, arguments.batch_size, seed=arguments.seed),
         rank=None if arguments.trains == FULL else arguments.rank,
@@ -69,10 +79,10 @@ def _finetune(arguments: argparse.Namespace) -> None:
         gradient_checkpointing=arguments.gradient_checkpointing,
         mirror=arguments.mirror,
     )
-    outcome = run.tune(arguments.look_every)
+    result = run.tune(arguments.validate_every)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for path in run.write(arguments.output, name, outcome):
+    for path in run.write(arguments.output, name, result):
         print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
-    print(f"{len(outcome.losses)} steps, step {outcome.kept_step} kept.")
-    for score in outcome.scores:
+    print(f"{len(result.losses)} steps, step {result.kept_step} kept.")
+    for score in result.scores:
         print(f"step {score.step}: likeness {score.likeness:.3f}, agreement {score.agreement:.3f}")

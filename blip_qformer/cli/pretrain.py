@@ -1,4 +1,4 @@
-"""The command `blip-qformer pretrain CONFIG`."""
+"""The command ``blip-qformer pretrain CONFIG``."""
 
 from __future__ import annotations
 
@@ -11,23 +11,31 @@ from ..training.config import read_config
 EXTRAS = ("accelerate", "diffusers", "transformers", "yaml", "webdataset")
 
 
-def add_pretrain_command(commands: argparse._SubParsersAction) -> None:
-    """Add `pretrain` to a parser's commands."""
+def add_pretrain_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``pretrain`` to a parser's commands."""
     parser = commands.add_parser(
         "pretrain",
         help="train a stage from a run's file",
         description="Train one stage as a run's YAML file says. Killed and started again, it goes on from its last "
         "checkpoint. For several GPUs or machines: accelerate launch -m blip_qformer pretrain CONFIG.",
     )
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="a file such as mini/runs/2-vision.yaml")
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="a run's YAML file")
     parser.add_argument("--steps", metavar="N", type=int, help="stop there for today; without it, the run goes on")
-    parser.set_defaults(command=_pretrain)
+    parser.set_defaults(command=pretrain)
 
 
-def _pretrain(arguments: argparse.Namespace) -> None:
-    """`pretrain`: train, and say where the model is."""
+def pretrain(arguments: argparse.Namespace) -> None:
+    """Train a stage and print where the model is.
+
+    Args:
+        arguments: The parsed arguments of ``pretrain``.
+
+    Raises:
+        ValueError: A package is missing, or the run's file cannot be used.
+        OSError: A file cannot be read or written.
+    """
     for name in EXTRAS:
         import_extra(name, "Training")
-    from ..training.trainer import train  # what it imports may be missing on a machine that only draws
+    from ..training.trainer import train  # its imports are optional packages
 
     print(f"The trained model is in {train(read_config(arguments.config), arguments.steps)}.")

@@ -54,7 +54,7 @@ def finetune(model: Path, pictures: list[Path], output: Path, *options: str) -> 
 
 @pytest.mark.parametrize("trains", ["low-rank", "full"])
 def test_it_does_what_the_node_does(host, model, pictures, tmp_path, trains):
-    assert finetune(model, pictures, tmp_path, "--look-every", "0", "--trains", trains) == 0
+    assert finetune(model, pictures, tmp_path, "--validate-every", "0", "--trains", trains) == 0
     (host.base / "models" / "blip_diffusion" / "finetuned").unlink(missing_ok=True)
     (host.base / "models" / "blip_diffusion" / "finetuned").symlink_to(model)
     loaded = dict(
@@ -83,7 +83,7 @@ def test_it_does_what_the_node_does(host, model, pictures, tmp_path, trains):
 
 
 def test_it_writes_pictures_of_how_it_went(model, pictures, tmp_path, capsys):
-    assert finetune(model, pictures, tmp_path, "--look-every", "2", "--name", "rex") == 0
+    assert finetune(model, pictures, tmp_path, "--validate-every", "2", "--name", "rex") == 0
     assert Image.open(tmp_path / "rex-previews.png").size == (3 * EDGE, 3 * EDGE)  # before, after two and after three
     assert Image.open(tmp_path / "rex-curve.png").size == (768, 384)
     printed = capsys.readouterr().out

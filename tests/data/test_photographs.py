@@ -250,5 +250,5 @@ def test_the_command(folder, capsys):
         prepare_command(*words)
     with pytest.raises(ValueError, match="--backgrounds"):
         prepare_command(*words[:2])
-    with pytest.raises(ValueError, match="has neither metadata.jsonl"):
+    with pytest.raises(ValueError, match="has no metadata.jsonl"):
         prepare_command(folder / "backgrounds", folder / "pairs")

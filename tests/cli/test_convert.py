@@ -1,75 +1,24 @@
-"""The command line: what it writes, what it says, and what it leaves alone."""
+"""``blip-qformer convert``: what it writes, what it says, and what it leaves alone."""
 
 import builtins
 import logging
 import os
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import ControlNetModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from blip_qformer.checkpoint import open_checkpoint
 from blip_qformer.checkpoint.ldm_keys import controlnet_to_ldm, stable_diffusion_checkpoint
-from blip_qformer.cli.command_line import CHECKPOINT_NAME, CONTROLNET_NAME, QFORMER_NAME, main
+from blip_qformer.cli.command_line import main
+from blip_qformer.cli.convert import CHECKPOINT_NAME, CONTROLNET_NAME, QFORMER_NAME
 from tests import oracle
-from tests.random_weights import write_finetuned, write_hub_folder, write_lavis_folder
-from tools.host import comfyui_path
+from tests.cli.refusal import assert_one_line_refusal
 
-ROOT = Path(__file__).resolve().parent.parent
 BOTH = sorted([CHECKPOINT_NAME, QFORMER_NAME])
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    """A small reference pipeline with random weights."""
-    return oracle.pipeline(oracle.SMALL, tmp_path_factory.mktemp("tokenizer"), comfyui_path())
-
-
-@pytest.fixture(scope="module")
-def sources(pipeline, tmp_path_factory):
-    """The same weights in the three published layouts, and a Q-Former alone."""
-    folder = tmp_path_factory.mktemp("sources")
-    subject = torch.randn(1, 16, oracle.SMALL.width)
-    hub = write_hub_folder(pipeline, folder / "hub")
-    assert main(["convert", str(hub), str(folder / "converted")]) == 0
-    (folder / "converted" / QFORMER_NAME).rename(folder / "q-former.safetensors")
-    return {
-        "Hub folder": hub,
-        "original (LAVIS) folder": write_lavis_folder(pipeline, folder / "lavis", subject),
-        "fine-tuned file": write_finetuned(pipeline, folder / "checkpoint_40.pth", subject),
-        "BLIP-2 Q-Former file": folder / "q-former.safetensors",
-    }
-
-
-@pytest.fixture(scope="module")
-def with_controlnet(pipeline, tmp_path_factory):
-    """The Hub folder that brings a ControlNet."""
-    return write_hub_folder(
-        pipeline, tmp_path_factory.mktemp("canny") / "hub", controlnet=oracle.controlnet(oracle.SMALL)
-    )
-
-
-@pytest.fixture
-def hub(sources, tmp_path):
-    """A Hub folder that a test may damage."""
-    return Path(shutil.copytree(sources["Hub folder"], tmp_path / "hub"))
-
-
-def assert_one_line_refusal(code: int, capsys: pytest.CaptureFixture, *words: str) -> None:
-    """The command failed with one line on stderr that holds these words, and printed nothing else."""
-    printed = capsys.readouterr()
-    assert code == 2
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1
-    assert printed.err.startswith("blip-qformer: ")
-    for word in words:
-        assert word in printed.err
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -291,93 +240,3 @@ def test_progress_is_lines_where_there_is_no_tqdm(sources, tmp_path, capsys, mon
     size = sum(tensor.nbytes for tensor in load_file(tmp_path / QFORMER_NAME).values()) / 1e6
     assert lines[-1] == f"{QFORMER_NAME}: {size:.3g} MB of {size:.3g} MB"
     assert 2 < len(lines) <= 20
-
-
-def table(printed: str) -> dict[str, list[str]]:
-    """The rows of inspect's table, split at runs of two spaces, by their first cell."""
-    cells = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in printed.splitlines()]
-    return {row[0]: row[1:] for row in cells if len(row) > 3}
-
-
-@pytest.mark.parametrize("layout", ["Hub folder", "original (LAVIS) folder", "fine-tuned file", "BLIP-2 Q-Former file"])
-def test_inspect_says_what_it_is_and_what_is_in_it(pipeline, sources, capsys, layout):
-    assert main(["inspect", str(sources[layout])]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"{sources[layout]}: {layout}\n")
-    assert "  vision: image_size 56, patch_size 14, width 128, layers 3, heads 2," in printed
-    assert "  qformer: width 64, layers 2, heads 1," in printed
-    rows = table(printed)
-    assert rows.pop("part") == ["file", "tensors", "parameters", "dtype", "size"]
-
-    weights = dict(pipeline.qformer.named_parameters())
-    parameters = sum(tensor.numel() for tensor in weights.values())
-    alone = layout == "BLIP-2 Q-Former file"
-    dtype, size = ("float16", 2 * parameters) if alone else ("float32", 4 * parameters)
-    assert rows.pop("subject encoder")[-4:] == [str(len(weights)), f"{parameters:,}", dtype, f"{size / 1e6:.3g} MB"]
-    if alone:
-        assert rows == {}
-        return
-
-    unet = rows["U-Net"]
-    assert unet[0] == (
-        "checkpoint_40.pth" if layout == "fine-tuned file" else str(Path("unet") / "diffusion_pytorch_model.bin")
-    )
-    assert unet[2] == f"{sum(parameter.numel() for parameter in pipeline.unet.parameters()):,}"
-    assert unet[3] == "float32"
-    assert rows.keys() - {"tuned subject"} == {"U-Net", "text encoder", "VAE"}
-    assert ("tuned subject" in rows) == (layout != "Hub folder")
-
-
-def test_inspect_shows_a_controlnet_and_what_could_not_be_read(hub, capsys):
-    (hub / "controlnet").mkdir()
-    save_file(
-        {"controlnet_cond_embedding.conv_in.weight": torch.zeros(16, 3, 3, 3)}, hub / "controlnet" / "model.safetensors"
-    )
-    (hub / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"")
-    assert main(["inspect", str(hub)]) == 0
-    printed = capsys.readouterr().out
-    assert table(printed)["ControlNet"] == ["controlnet/model.safetensors", "1", "432", "float32", "1.73 kB"]
-    assert "VAE" not in table(printed)
-    assert f"Note: {hub / 'vae' / 'diffusion_pytorch_model.bin'} is empty" in printed
-
-
-def test_inspect_says_what_another_file_of_tensors_is(sources, tmp_path, capsys):
-    assert main(["convert", str(sources["Hub folder"]), str(tmp_path)]) == 0
-    capsys.readouterr()
-    assert main(["inspect", str(tmp_path / CHECKPOINT_NAME)]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"{tmp_path / CHECKPOINT_NAME}: a Stable Diffusion checkpoint\n")
-    count = len(load_file(tmp_path / CHECKPOINT_NAME))
-    assert table(printed)["all of it"][:2] == [CHECKPOINT_NAME, str(count)]
-
-
-@pytest.mark.parametrize("command", [["inspect"], ["convert", "out"]])
-def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, capsys, command):
-    (tmp_path / "text.bin").write_text("not a checkpoint")
-    (tmp_path / "empty.safetensors").write_bytes(b"")
-    (tmp_path / "cut.safetensors").write_bytes((1000).to_bytes(8, "little") + b"{")
-    (tmp_path / "folder").mkdir()
-    before = sorted(os.listdir(tmp_path))
-    for name in ("nothing there", "text.bin", "empty.safetensors", "cut.safetensors", "folder"):
-        path = tmp_path / name
-        arguments = [command[0], str(path), *(str(tmp_path / word) for word in command[1:])]
-        assert_one_line_refusal(main(arguments), capsys, str(path))
-    assert sorted(os.listdir(tmp_path)) == before
-
-
-@pytest.mark.parametrize("words", [[], ["translate"], ["convert", "a"], ["convert", "a", "b", "--dtype", "int8"]])
-def test_words_it_does_not_know_end_with_the_usage(capsys, words):
-    with pytest.raises(SystemExit) as ended:
-        main(words)
-    assert ended.value.code == 2
-    assert "usage: blip-qformer" in capsys.readouterr().err
-
-
-def test_it_runs_as_a_module_from_the_packs_folder(sources, tmp_path):
-    words = [sys.executable, "-m", "blip_qformer", "inspect"]
-    fine = subprocess.run([*words, sources["Hub folder"]], cwd=ROOT, capture_output=True, text=True)
-    assert fine.returncode == 0
-    assert "Hub folder" in fine.stdout
-    wrong = subprocess.run([*words, tmp_path / "nothing"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert wrong.stderr.startswith("blip-qformer: ") and wrong.stderr.count("\n") == 1
