@@ -11,8 +11,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ..blip_qformer.encoder.preprocessing import composite_alpha, fitting_mask
-from ..blip_qformer.imaging.compositing import Placement, cover, place
-from ..blip_qformer.imaging.matting import THRESHOLDS, check_mask, matte, soften, trimap_of
+from ..blip_qformer.imaging.compositing import Placement, composite
+from ..blip_qformer.imaging.masks import blur_mask, check_mask
+from ..blip_qformer.imaging.matting import THRESHOLDS, make_trimap, matte
+from ..blip_qformer.imaging.resizing import center_crop
 from .host.managed import ManagedSegmenter
 from .host.model_paths import list_segmentation_models, segmentation_model_path
 from .types import CATEGORY, advanced, io
@@ -168,14 +170,14 @@ class SubjectOnBackground(io.ComfyNode):
             thresholds = background_below, subject_above
             subjects = subjects_by_word(pictures, subject_word, model, thresholds, matting_size)
         if output_size == "picture":
-            backgrounds = torch.stack([cover(each, *pictures.shape[1:3]) for each in backgrounds])
+            backgrounds = torch.stack([center_crop(each, *pictures.shape[1:3]) for each in backgrounds])
 
         progress = comfy.utils.ProgressBar(count)
         placed = []
         for number in range(count):
             if number < len(pictures):
                 foreground, alpha = next(subjects)
-            placed.append(place(foreground, alpha, backgrounds[number % len(backgrounds)], Placement(scale, x, y)))
+            placed.append(composite(foreground, alpha, backgrounds[number % len(backgrounds)], Placement(scale, x, y)))
             progress.update(1)
         images, masks = (torch.stack(each) for each in zip(*placed, strict=True))
         return io.NodeOutput(images, masks)
@@ -209,7 +211,7 @@ def subjects_by_mask(pictures: Tensor, mask: Tensor, softening: float) -> Iterat
     for each in mask.reshape(-1, *mask.shape[-2:]):
         check_mask(each)
     for picture, alpha in zip(pictures, fitting_mask(mask, pictures), strict=True):
-        yield picture, soften(alpha, softening)
+        yield picture, blur_mask(alpha, softening)
 
 
 def subjects_by_word(
@@ -224,7 +226,7 @@ def subjects_by_word(
         raise ValueError("The subject word is empty: write what is to be cut out, such as dog, or connect a mask.")
     for picture in pictures:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        trimap = trimap_of(segment(picture, word.strip()), thresholds)
+        trimap = make_trimap(segment(picture, word.strip()), thresholds)
         on_step = comfy.model_management.throw_exception_if_processing_interrupted
         alpha, foreground = matte(picture, trimap, longest_side, on_step)
         yield foreground, alpha

@@ -5,8 +5,7 @@ Boxes are ``(left, top, right, bottom)`` as parts of the picture's width and hei
 
 from __future__ import annotations
 
-Box = tuple[float, float, float, float]
-
+from ..imaging.masks import Box
 
 LARGEST_ASPECT_RATIO = 2.0
 

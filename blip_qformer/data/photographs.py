@@ -31,10 +31,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..encoder.preprocessing import fitting_mask
-from ..imaging.compositing import extent_of
-from ..imaging.matting import THRESHOLDS, MattingError, NoSubjectError, soften
+from ..imaging.masks import Box, NoSubjectError, blur_mask, bounding_box
+from ..imaging.matting import THRESHOLDS, MattingError
 from ..imaging.segmentation import Segmenter, check_segmentation_folder
-from .filters import Box, area_of, aspect_ratio_of, refusal
+from .filters import area_of, aspect_ratio_of, refusal
 from .pairs import Pair
 from .prepare import SkippedPair
 from .prompted_context import subject_in_context
@@ -133,7 +133,9 @@ class Photographs:
             raise SkippedPair("not to be cut out", f"{line.file}: {error}") from error
         if line.box is None:
             area = alpha.mean().item() if line.area is None else line.area
-            _refuse(line, refusal(line.word, aspect_ratio=aspect_ratio_of(extent_of(alpha), width, height), area=area))
+            _refuse(
+                line, refusal(line.word, aspect_ratio=aspect_ratio_of(bounding_box(alpha), width, height), area=area)
+            )
         extra = {"file": line.file}
         return Pair(f"{index:08d}", _picture(subject), _picture(photograph), line.word, line.caption, extra)
 
@@ -145,7 +147,7 @@ class Photographs:
                 mask = fitting_mask(mask, photograph[None])[0]
             except ValueError as error:
                 raise SkippedPair("mask of another shape", f"{line.mask}: {error}") from error
-            return soften(mask, SOFTENING * max(mask.shape))
+            return blur_mask(mask, SOFTENING * max(mask.shape))
         if self.segmentation is None:
             raise SkippedPair("no mask", f"{line.file}: give a folder with CLIPSeg, or a mask")
         return self.segmenter(photograph[None], line.word)[0]

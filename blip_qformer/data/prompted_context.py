@@ -10,9 +10,10 @@ import random
 
 from torch import Tensor
 
-from ..imaging.compositing import Placement, crop_window, extent_of, place
-from ..imaging.matting import THRESHOLDS, matte, trimap_of
-from .filters import Box
+from ..imaging.compositing import Placement, composite
+from ..imaging.masks import Box, bounding_box
+from ..imaging.matting import THRESHOLDS, make_trimap, matte
+from ..imaging.resizing import crop_resize
 
 SMALLEST_EXTENT, LARGEST_EXTENT = 0.5, 0.95  # of a subject at random, as a part of the new picture
 
@@ -41,7 +42,7 @@ def subject_in_context(
         probability: [H, W], where the subject is.
         background: [h, w, 3].
         order: all that is random comes from it.
-        thresholds: of the probability, see :func:`~.matting.trimap_of`.
+        thresholds: of the probability, see :func:`~.matting.make_trimap`.
 
     Returns:
         picture [H, W, 3], its alpha [H, W], and the alpha in the photograph [H, W].
@@ -51,10 +52,10 @@ def subject_in_context(
         ValueError: pymatting is missing, or the thresholds are not in order.
     """
     height, width = photograph.shape[:2]
-    alpha, foreground = matte(photograph, trimap_of(probability, thresholds))
-    placement = random_placement(extent_of(alpha), order)
+    alpha, foreground = matte(photograph, make_trimap(probability, thresholds))
+    placement = random_placement(bounding_box(alpha), order)
     window = random_window(background, height, width, order)
-    picture, placed = place(foreground, alpha, window, placement)
+    picture, placed = composite(foreground, alpha, window, placement)
     return picture, placed, alpha
 
 
@@ -79,4 +80,4 @@ def random_placement(extent: Box, order: random.Random) -> Placement:
 def random_window(background: Tensor, height: int, width: int, order: random.Random) -> Tensor:
     """A part of a background [h, w, 3], scaled to [height, width, 3]."""
     part = order.uniform(SMALLEST_WINDOW, 1.0)
-    return crop_window(background, height, width, part, order.random(), order.random())
+    return crop_resize(background, height, width, part, order.random(), order.random())

@@ -1,1 +1,1 @@
-"""Images: matting, segmentation, compositing, contact sheets."""
+"""Images as tensors: masks, matting, segmentation, compositing, contact sheets."""

@@ -1,8 +1,4 @@
-"""Prompted context generation: a subject on another background (arXiv 2305.14720, section 4.1).
-
-The photograph's subject is cut out, and what is asked of the model later is to draw the photograph when it sees the
-subject elsewhere: so it cannot learn to copy the background.
-"""
+"""Compositing: a subject with an alpha channel over a background (Porter and Duff, SIGGRAPH 1984, "over")."""
 
 from __future__ import annotations
 
@@ -11,17 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data.filters import Box
-from .matting import OPAQUE, NoSubjectError, resized
+from .resizing import resize
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a picture's frame comes to lie in a new one.
+    """Where an image lies in the frame of a new one.
 
     Args:
-        scale: 1: as large as it fits inside.
-        x, y: how far it is moved from the middle, to the right and down, as parts of the new width and height.
+        scale: Size of the image; at 1 it is as large as it fits inside the frame.
+        x: Shift of its centre from the frame's, to the right, in fractions of the frame's width.
+        y: Shift of its centre from the frame's, downwards, in fractions of the frame's height.
     """
 
     scale: float = 1.0
@@ -29,62 +25,37 @@ class Placement:
     y: float = 0.0
 
 
-def place(foreground: Tensor, alpha: Tensor, background: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
-    """Alpha-blend a subject onto a background; of the same size and in its own place, without resampling.
+def composite(foreground: Tensor, alpha: Tensor, background: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
+    """Alpha-blend a subject over a background; nothing is resampled if the size stays the same.
 
     Args:
-        foreground: [H, W, 3], its colours; ``alpha``: [H, W], its opacity.
-        background: [h, w, 3]
+        foreground: The subject's colours, of shape [H, W, 3] in 0..1.
+        alpha: Its opacity, of shape [H, W] in 0..1.
+        background: An image of shape [h, w, 3] in 0..1.
+        placement: Where the subject's image lies in the background's frame.
 
     Returns:
-        picture [h, w, 3] and the alpha there [h, w], which is 0 everywhere if the subject lies outside.
+        The image of shape [h, w, 3], and the subject's opacity in it of shape [h, w], which is 0 everywhere if the
+        subject lies outside.
     """
-    new_height, new_width = background.shape[:2]
-    scale = min(new_height / alpha.shape[0], new_width / alpha.shape[1]) * placement.scale
+    frame_height, frame_width = background.shape[:2]
+    scale = min(frame_height / alpha.shape[0], frame_width / alpha.shape[1]) * placement.scale
     height, width = (max(1, round(edge * scale)) for edge in alpha.shape)
-    # Colours weighted by opacity: what is transparent must not bleed into the edge when scaled.
-    layer = resized(torch.cat([foreground * alpha[..., None], alpha[..., None]], dim=-1), height, width)
-    top = round((new_height - height) / 2 + placement.y * new_height)
-    left = round((new_width - width) / 2 + placement.x * new_width)
-    canvas = layer.new_zeros(new_height, new_width, 4)
-    rows, columns = _overlap(top, height, new_height), _overlap(left, width, new_width)
-    canvas[rows, columns] = layer[_shifted(rows, -top), _shifted(columns, -left)]
-    colour, opacity = canvas[..., :3], canvas[..., 3:]
-    return colour + background * (1 - opacity), opacity[..., 0]
+    # Colours are weighted by opacity: what is transparent must not bleed into the edge when resized.
+    layer = resize(torch.cat([foreground * alpha[..., None], alpha[..., None]], dim=-1), height, width)
+    top = round((frame_height - height) / 2 + placement.y * frame_height)
+    left = round((frame_width - width) / 2 + placement.x * frame_width)
+    canvas = layer.new_zeros(frame_height, frame_width, 4)
+    rows, columns = _visible(top, height, frame_height), _visible(left, width, frame_width)
+    canvas[rows, columns] = layer[_shift(rows, -top), _shift(columns, -left)]
+    colours, opacity = canvas[..., :3], canvas[..., 3:]
+    return colours + background * (1 - opacity), opacity[..., 0]
 
 
-def extent_of(alpha: Tensor) -> Box:
-    """The box around what is not nearly transparent, as parts of width and height; [H, W].
-
-    Raises:
-        NoSubjectError: everything is.
-    """
-    if not (alpha > OPAQUE).any():
-        raise NoSubjectError("Nothing in the picture is opaque, so there is no subject.")
-    rows, columns = ((alpha > OPAQUE).any(dim=axis).nonzero() for axis in (1, 0))
-    height, width = alpha.shape
-    top, bottom, left, right = rows.min().item(), rows.max().item() + 1, columns.min().item(), columns.max().item() + 1
-    return left / width, top / height, right / width, bottom / height
+def _visible(start: int, length: int, frame: int) -> slice:
+    """The part of a frame that is covered by a run, which may begin before it and end behind it."""
+    return slice(min(max(start, 0), frame), max(min(start + length, frame), 0))
 
 
-def cover(background: Tensor, height: int, width: int) -> Tensor:
-    """The middle of a background [h, w, 3], as much as has the shape, scaled to [height, width, 3]."""
-    return crop_window(background, height, width, 1.0, 0.5, 0.5)
-
-
-def crop_window(background: Tensor, height: int, width: int, part: float, x: float, y: float) -> Tensor:
-    """A window of the shape ``height`` x ``width``; x and y, in 0..1, say where in the room that is left it lies."""
-    full_height, full_width = background.shape[:2]
-    scale = min(full_height / height, full_width / width) * part
-    window_height, window_width = max(1, round(height * scale)), max(1, round(width * scale))
-    top, left = round((full_height - window_height) * y), round((full_width - window_width) * x)
-    return resized(background[top : top + window_height, left : left + window_width], height, width)
-
-
-def _overlap(start: int, length: int, room: int) -> slice:
-    """Where in ``room`` a run lies that may begin before it and end behind it."""
-    return slice(min(max(start, 0), room), max(min(start + length, room), 0))
-
-
-def _shifted(run: slice, by: int) -> slice:
-    return slice(run.start + by, run.stop + by)
+def _shift(run: slice, offset: int) -> slice:
+    return slice(run.start + offset, run.stop + offset)

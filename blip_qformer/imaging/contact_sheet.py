@@ -1,4 +1,4 @@
-"""Pictures side by side on one sheet, the pictures they were made from at its ends or corners."""
+"""Images side by side on one sheet, the images they were made from at its ends or corners."""
 
 from __future__ import annotations
 
@@ -14,60 +14,54 @@ from torch import Tensor
 from ..encoder.preprocessing import composite_alpha
 
 WHITE, INK = 1.0, 0
-
-
-GAP_PART, LABEL_PART = 64, 12  # of a cell's edge: the gap between cells, and the strip a label stands in
-
-
-LABEL_HEIGHTS = (12, 48)
-
-
-LETTER_PART = 0.7  # of the strip's height
+GAP_DIVISOR, LABEL_DIVISOR = 64, 12  # a cell's edge divided by these is the gap between cells, and a label's height
+LABEL_HEIGHTS = (12, 48)  # the least and the most, in pixels
+FONT_SCALE = 0.7  # font size relative to a label's height
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which cell of a sheet holds what.
+    """The cells of a sheet.
 
     Args:
-        rows, columns: of the whole sheet.
-        pictures: (row, column) of each picture.
-        sources: (row, column) where each of the four sources would stand.
+        rows: Number of rows of the whole sheet.
+        columns: Number of columns of the whole sheet.
+        images: Row and column of each image.
+        sources: Row and column of each of the four sources, whether it is there or not.
     """
 
     rows: int
     columns: int
-    pictures: tuple[tuple[int, int], ...]
+    images: tuple[tuple[int, int], ...]
     sources: tuple[tuple[int, int], ...]
 
 
 def contact_sheet(
-    pictures: Tensor,
+    images: Tensor,
     sources: Sequence[Tensor | None] = (),
     columns: int = 0,
     labels: Sequence[str] = (),
     longest_side: int = 8192,
 ) -> Tensor:
-    """Lay pictures out in rows, each in a cell of its own with a label below it.
+    """Lay images out in rows, each in a cell of its own with a label below it.
 
     Args:
-        pictures: [N, H, W, C] in 0..1, in reading order.
-        sources: up to four pictures [1, H, W, C] of any size, or None; see :func:`lay_out` for where they stand.
-        columns: pictures in a row; 0 chooses, see :func:`lay_out`.
-        labels: for the pictures and then for the sources that are there; those left out stay blank, more are dropped.
-        longest_side: a sheet that would be longer, in pixels, is drawn smaller, so that it fits into memory.
+        images: Images of shape [N, H, W, C] in 0..1, in reading order.
+        sources: Up to four images of shape [1, H, W, C] and any size, or None; see :func:`make_layout` for their cells.
+        columns: Number of images in a row; 0 chooses, see :func:`make_layout`.
+        labels: Labels of the images and then of the sources that are there; missing ones stay blank, more are dropped.
+        longest_side: A sheet with a longer side, in pixels, is scaled down, so that it fits into memory.
 
     Returns:
-        [1, height, width, 3]
+        The sheet, of shape [1, height, width, 3].
     """
-    present = [source is not None for source in sources]
-    layout = lay_out(len(pictures), present, columns)
-    cells = [(pictures[index : index + 1], place) for index, place in enumerate(layout.pictures)]
-    cells += [(source[:1], place) for source, place in zip(sources, layout.sources, strict=False) if source is not None]
+    layout = make_layout(len(images), [source is not None for source in sources], columns)
+    cells = [(images[index : index + 1], cell) for index, cell in enumerate(layout.images)]
+    cells += [(source[:1], cell) for source, cell in zip(sources, layout.sources, strict=False) if source is not None]
 
-    height, width = pictures.shape[1:3]
-    strip = min(max(height // LABEL_PART, LABEL_HEIGHTS[0]), LABEL_HEIGHTS[1]) if any(labels) else 0
-    gap = max(1, min(height, width) // GAP_PART)
+    height, width = images.shape[1:3]
+    strip = min(max(height // LABEL_DIVISOR, LABEL_HEIGHTS[0]), LABEL_HEIGHTS[1]) if any(labels) else 0
+    gap = max(1, min(height, width) // GAP_DIVISOR)
     scale = min(
         1.0, longest_side / max(layout.rows * (height + strip + gap) + gap, layout.columns * (width + gap) + gap)
     )
@@ -75,24 +69,25 @@ def contact_sheet(
     strip = int(strip * scale)
 
     sheet = torch.full((3, layout.rows * (height + strip + gap) + gap, layout.columns * (width + gap) + gap), WHITE)
-    for number, (picture, (row, column)) in enumerate(cells):
+    for index, (image, (row, column)) in enumerate(cells):
         top, left = gap + row * (height + strip + gap), gap + column * (width + gap)
-        sheet[:, top : top + height, left : left + width] = fit(picture, height, width)
-        if strip and number < len(labels) and labels[number]:
-            sheet[:, top + height : top + height + strip, left : left + width] = draw_label(
-                labels[number], strip, width
-            )
+        sheet[:, top : top + height, left : left + width] = letterbox(image, height, width)
+        if strip and index < len(labels) and labels[index]:
+            label = render_label(labels[index], strip, width)
+            sheet[:, top + height : top + height + strip, left : left + width] = label
     return sheet.permute(1, 2, 0)[None].contiguous()
 
 
-def lay_out(count: int, has_source: Sequence[bool] = (), columns: int = 0) -> Layout:
-    """Where ``count`` pictures and their sources stand.
+def make_layout(count: int, has_source: Sequence[bool] = (), columns: int = 0) -> Layout:
+    """Assign cells to images and their sources.
 
-    One or two sources are the ends of a line: left of the first picture and right of the last. A third or fourth makes
-    them the corners of a square, top left, top right, bottom left and bottom right. Both take a column on each side.
+    One or two sources are the ends of a line: left of the first image and right of the last. A third or fourth makes
+    them the corners of a square: top left, top right, bottom left and bottom right. Both add a column on each side.
 
     Args:
-        columns: pictures in a row; 0: all in one row for a line with sources, else as square as it gets.
+        count: Number of images.
+        has_source: Which of up to four sources are there.
+        columns: Number of images in a row; 0 means one row for a line with sources, else as square as possible.
     """
     is_square, has_sides = any(has_source[2:]), any(has_source)
     if columns == 0:
@@ -109,28 +104,46 @@ def lay_out(count: int, has_source: Sequence[bool] = (), columns: int = 0) -> La
     )
 
 
-def fit(picture: Tensor, height: int, width: int) -> Tensor:
-    """[1, H, W, C] -> [3, height, width]: as large as fits, in the middle of white; the right size stays bit by bit."""
-    picture = composite_alpha(picture.cpu().nan_to_num())  # [1, 3, H, W]
-    scale = min(height / picture.shape[2], width / picture.shape[3])
-    size = tuple(
-        min(edge, max(1, round(old * scale))) for old, edge in zip(picture.shape[2:], (height, width), strict=True)
-    )
-    if picture.shape[2:] != size:
-        picture = F.interpolate(picture, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = (height - size[0]) // 2, (width - size[1]) // 2
-    return F.pad(picture, (left, width - size[1] - left, top, height - size[0] - top), value=WHITE)[0]
+def letterbox(image: Tensor, height: int, width: int) -> Tensor:
+    """Fit an image into the middle of a white cell; an image of the cell's size is not resampled.
+
+    Args:
+        image: An image of shape [1, H, W, C] in 0..1; transparency becomes white, NaN black.
+        height: Height of the cell in pixels.
+        width: Width of the cell in pixels.
+
+    Returns:
+        The cell, of shape [3, height, width].
+    """
+    image = composite_alpha(image.cpu().nan_to_num())  # [1, 3, H, W]
+    image_height, image_width = image.shape[2:]
+    scale = min(height / image_height, width / image_width)
+    new_height = min(height, max(1, round(image_height * scale)))
+    new_width = min(width, max(1, round(image_width * scale)))
+    if (image_height, image_width) != (new_height, new_width):
+        image = F.interpolate(image, size=(new_height, new_width), mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (height - new_height) // 2, (width - new_width) // 2
+    return F.pad(image, (left, width - new_width - left, top, height - new_height - top), value=WHITE)[0]
 
 
-def draw_label(text: str, height: int, width: int) -> Tensor:
-    """A line of text in Pillow's own font, centred and made smaller if it is too long -> [height, width]."""
+def render_label(text: str, height: int, width: int) -> Tensor:
+    """Render a line of text in Pillow's own font, centred, and smaller if it is too long.
+
+    Args:
+        text: The label.
+        height: Height of the strip in pixels.
+        width: Width of the strip in pixels.
+
+    Returns:
+        A grey image of shape [height, width] in 0..1.
+    """
     image = Image.new("L", (width, height), 255)
-    draw = ImageDraw.Draw(image)
-    size = height * LETTER_PART
-    length = draw.textlength(text, _font(size))
+    pen = ImageDraw.Draw(image)
+    size = height * FONT_SCALE
+    length = pen.textlength(text, _font(size))
     if length > width:
         size *= width / length
-    draw.text((width / 2, height / 2), text, INK, _font(size), anchor="mm")
+    pen.text((width / 2, height / 2), text, INK, _font(size), anchor="mm")
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width) / 255
 
 

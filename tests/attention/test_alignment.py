@@ -57,7 +57,8 @@ def test_a_swapped_word_of_other_length():
     for position in range(6, TOKENS):  # <eos> and padding
         expected[position - 2, position] = 1
     assert torch.equal(alignment.mapper, expected)
-    assert alignment.has_source.all() and not alignment.is_identity
+    assert alignment.has_source.all()
+    assert not alignment.is_identity
     back = align(prompt("a lab/ra/dor runs"), prompt("a cat runs"), TOKENS)
     assert back.mapper[2:5, 2].tolist() == [1, 1, 1]
 

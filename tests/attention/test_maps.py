@@ -123,7 +123,8 @@ def test_what_is_added_is_left_alone():
 def test_heat_goes_from_0_to_1_in_every_picture():
     maps = torch.rand(3, 5, 6) * torch.tensor([1, 0.01, 0]).view(3, 1, 1)
     heatmaps = to_heatmap(maps)
-    assert heatmaps.amin((1, 2)).tolist() == [0, 0, 0] and heatmaps.amax((1, 2)).tolist() == [1, 1, 0]
+    assert heatmaps.amin((1, 2)).tolist() == [0, 0, 0]
+    assert heatmaps.amax((1, 2)).tolist() == [1, 1, 0]
     assert torch.equal(heatmaps[1].flatten().argsort(), maps[1].flatten().argsort())
 
 

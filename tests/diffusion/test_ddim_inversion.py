@@ -63,7 +63,8 @@ def test_refinements_find_the_latent_that_ddim_draws_the_picture_from():
 
     errors = [error(refinements) for refinements in (0, 1, 2, 4, 8, 60)]
     assert errors == sorted(errors, reverse=True)
-    assert errors[0] > 0.1 and errors[-1] < 1e-9
+    assert errors[0] > 0.1
+    assert errors[-1] < 1e-9
 
 
 def test_the_model_is_asked_where_the_sampler_will_ask_it():

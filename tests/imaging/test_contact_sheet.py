@@ -5,32 +5,32 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blip_qformer.imaging.contact_sheet import contact_sheet, draw_label, fit, lay_out
+from blip_qformer.imaging.contact_sheet import contact_sheet, letterbox, make_layout, render_label
 
 
 def test_pictures_stay_bit_by_bit_in_reading_order():
-    pictures = torch.rand(4, 64, 128, 3)
-    sheet = contact_sheet(pictures)
+    images = torch.rand(4, 64, 128, 3)
+    sheet = contact_sheet(images)
     assert sheet.shape == (1, 2 * 64 + 3, 2 * 128 + 3, 3)
-    for index, picture in enumerate(pictures):
+    for index, image in enumerate(images):
         top, left = 1 + (index // 2) * 65, 1 + (index % 2) * 129
-        assert torch.equal(sheet[0, top : top + 64, left : left + 128], picture)
+        assert torch.equal(sheet[0, top : top + 64, left : left + 128], image)
     assert (sheet[0, 0] == 1).all()
 
 
 def test_a_line_has_its_sources_at_the_ends():
-    layout = lay_out(5, [True, True])
+    layout = make_layout(5, [True, True])
     assert (layout.rows, layout.columns) == (1, 7)
-    assert (layout.pictures[0], layout.pictures[-1], layout.sources[:2]) == ((0, 1), (0, 5), ((0, 0), (0, 6)))
-    broken = lay_out(5, [True, True], columns=3)
+    assert (layout.images[0], layout.images[-1], layout.sources[:2]) == ((0, 1), (0, 5), ((0, 0), (0, 6)))
+    broken = make_layout(5, [True, True], columns=3)
     assert (broken.rows, broken.columns) == (2, 5)
     assert broken.sources[:2] == ((0, 0), (1, 4))
 
 
 def test_a_square_has_its_sources_at_the_corners():
-    layout = lay_out(9, [True] * 4)
+    layout = make_layout(9, [True] * 4)
     assert (layout.rows, layout.columns) == (3, 5)
-    assert layout.pictures[4] == (1, 2)
+    assert layout.images[4] == (1, 2)
     assert layout.sources == ((0, 0), (0, 4), (2, 0), (2, 4))
 
 
@@ -39,8 +39,8 @@ def test_a_square_has_its_sources_at_the_corners():
 @pytest.mark.parametrize("columns", [0, 1, 3, 64])
 def test_no_two_pictures_share_a_cell(count, sources, columns):
     present = [bool(sources >> bit & 1) for bit in range(4)]
-    layout = lay_out(count, present, columns)
-    cells = [*layout.pictures, *(place for place, there in zip(layout.sources, present, strict=True) if there)]
+    layout = make_layout(count, present, columns)
+    cells = [*layout.images, *(cell for cell, there in zip(layout.sources, present, strict=True) if there)]
     assert len(set(cells)) == len(cells)
     assert all(0 <= row < layout.rows and 0 <= column < layout.columns for row, column in cells)
 
@@ -50,32 +50,38 @@ def test_no_two_pictures_share_a_cell(count, sources, columns):
 def test_sources_of_any_size_fit(size, channels):
     source = torch.rand(2, *size, channels)
     sheet = contact_sheet(torch.rand(1, 48, 64, 3), (source, None, None, source), labels=["one", "", "a long one" * 9])
-    assert torch.isfinite(sheet).all() and sheet.min() >= 0 and sheet.max() <= 1
+    assert torch.isfinite(sheet).all()
+    assert sheet.min() >= 0
+    assert sheet.max() <= 1
 
 
 def test_a_source_is_shown_whole_in_the_middle():
-    shown = fit(torch.zeros(1, 10, 20, 3), 40, 40)
-    assert (shown[:, 10:30] == 0).all() and (shown[:, :10] == 1).all() and (shown[:, 30:] == 1).all()
+    shown = letterbox(torch.zeros(1, 10, 20, 3), 40, 40)
+    assert (shown[:, 10:30] == 0).all()
+    assert (shown[:, :10] == 1).all()
+    assert (shown[:, 30:] == 1).all()
 
 
 def test_labels_stand_below_their_pictures():
-    pictures = torch.zeros(2, 64, 64, 3)
-    sheet = contact_sheet(pictures, columns=2, labels=["x 0.00"])
+    images = torch.zeros(2, 64, 64, 3)
+    sheet = contact_sheet(images, columns=2, labels=["x 0.00"])
     strips = sheet[0, 65 : 65 + 12, 1:65], sheet[0, 65 : 65 + 12, 66:130]
-    assert strips[0].min() < 0.5 and (strips[1] == 1).all()
-    assert contact_sheet(pictures, labels=["a", "b", "too", "many"]).shape == contact_sheet(pictures, labels="ab").shape
+    assert strips[0].min() < 0.5
+    assert (strips[1] == 1).all()
+    assert contact_sheet(images, labels=["a", "b", "too", "many"]).shape == contact_sheet(images, labels="ab").shape
 
 
 @pytest.mark.parametrize("text", ["x 0.25, y 0.50", "小狗", "🐕", "long " * 100, " ", "i"])
 def test_any_label_is_drawn_inside_its_strip(text):
-    label = draw_label(text, 20, 100)
+    label = render_label(text, 20, 100)
     assert label.shape == (20, 100)
     assert text == " " or label.min() < 1
 
 
 def test_a_large_sheet_is_drawn_smaller():
     sheet = contact_sheet(torch.rand(1, 50, 50, 3).expand(100, -1, -1, -1), labels=["a"] * 100, longest_side=200)
-    assert max(sheet.shape) <= 200 and min(sheet.shape[1:3]) > 100
+    assert max(sheet.shape) <= 200
+    assert min(sheet.shape[1:3]) > 100
 
 
 def test_nan_is_drawn_black():

@@ -39,10 +39,10 @@ def test_probabilities_are_those_of_transformers(folder, segment):
 
 
 def test_the_word_decides_and_a_batch_does_not(segment):
-    pictures = torch.rand(3, 40, 40, 3, generator=torch.Generator().manual_seed(0))
-    dog = segment(pictures, "dog")
-    assert (segment(pictures, "a long name for a cat") - dog).abs().max() > 0.05
-    torch.testing.assert_close(segment(pictures[1:2], "dog"), dog[1:2], atol=1e-5, rtol=0)
+    images = torch.rand(3, 40, 40, 3, generator=torch.Generator().manual_seed(0))
+    dog = segment(images, "dog")
+    assert (segment(images, "a long name for a cat") - dog).abs().max() > 0.05
+    torch.testing.assert_close(segment(images[1:2], "dog"), dog[1:2], atol=1e-5, rtol=0)
 
 
 def test_a_missing_or_other_checkpoint_gets_one_sentence(folder, tmp_path):
