@@ -204,7 +204,7 @@ def test_two_graphs_do_not_disturb_each_other(host, loaded, positive, negative):
     before = one_attention.word_map("hat", 24, 40)
     sample(host, loaded.model, two, negative, rows=2, size=(8, 8))
     assert torch.equal(one_attention.word_map("hat", 24, 40), before)
-    assert two_attention.rows == 2
+    assert two_attention.batch_size == 2
 
 
 def test_a_conditioning_watched_twice(host, loaded, positive, negative):
