@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
-import comfy.sd
-import torch.nn.functional as F
-from torch import Tensor
-
-from ..blip_qformer.attention.edits import PromptToPrompt, Reweight
-from ..blip_qformer.attention.prompt_to_prompt import PromptToPromptSettings, build_edits
+from ..blip_qformer.attention.prompt_to_prompt import PromptToPromptSettings
 from ..blip_qformer.attention.schedule import StepRange
-from ..blip_qformer.attention.words import parse_word_ranges, parse_word_weights, parse_words, weight_tokens
-from ..blip_qformer.prompt import TokenSpan
-from .host.attention.batching import EDIT_MASKS, EditMasks, join_pictures, repeat_with_source
-from .host.attention.hooks import edits_of, with_edits
+from ..blip_qformer.attention.words import parse_word_ranges, parse_word_weights, parse_words
+from .host.attention.batching import batch_edits
+from .host.attention.local_blend import edit_masks_of
+from .host.attention.reweight import require_single_prompt, reweight
 from .host.conditioning import Conditioning, words_of
 from .host.latents import Latent
-from .types import CATEGORY, advanced, io
+from .types import CATEGORY, advanced, fraction_input, io, text_input
 
 WORDS_HELP = "A word that stands several times is meant everywhere; dog#2 is its second occurrence alone."
 
 
-def part_input(name: str, default: float, tooltip: str) -> io.Float.Input:
-    """A place in the schedule: 0 before the first step, 1 behind the last."""
-    display = io.NumberDisplay.slider
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, display_mode=display, tooltip=tooltip)
-
-
-def text_input(name: str, tooltip: str) -> io.String.Input:
-    """The text of a stock conditioning, which does not know its words."""
-    return advanced(io.String.Input(name, optional=True, default="", multiline=True, tooltip=tooltip))
-
-
 class AttentionReweight(io.ComfyNode):
-    """Words of a prompt become louder or quieter."""
+    """Scales the attention to words of a prompt."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -59,10 +40,10 @@ class AttentionReweight(io.ComfyNode):
                     f"Below 0: the opposite. <subject> is the subject's picture. {WORDS_HELP}",
                 ),
                 advanced(
-                    part_input("start", 0.0, "From which part of the steps on: 0 is the beginning, 0.5 the middle.")
+                    fraction_input("start", 0.0, "From which part of the steps on: 0 is the beginning, 0.5 the middle.")
                 ),
                 advanced(
-                    part_input(
+                    fraction_input(
                         "end",
                         1.0,
                         "Up to which part of the steps: 1 is the end. The first steps decide what stands where, the "
@@ -91,22 +72,16 @@ class AttentionReweight(io.ComfyNode):
         weights: str,
         start: float,
         end: float,
-        clip: comfy.sd.CLIP | None = None,
+        clip: io.Clip.Type | None = None,
         text: str = "",
     ) -> io.NodeOutput:
-        check_not_joined(conditioning)
-        words, steps = words_of(conditioning, clip, text), StepRange(start, end)
-        tokens = [tensor.shape[1] for tensor, _ in conditioning]
-        factors = weight_tokens(words, parse_word_weights(weights), tokens)
-        if steps.is_empty or all((each == 1).all() for each in factors):
-            return io.NodeOutput(conditioning)
-        added = [Reweight(each, steps) for each in factors]
-        before = edits_of(conditioning)
-        return io.NodeOutput(with_edits(conditioning, [(*old, new) for old, new in zip(before, added, strict=True)]))
+        require_single_prompt(conditioning)
+        words = words_of(conditioning, clip, text)
+        return io.NodeOutput(reweight(conditioning, words, parse_word_weights(weights), StepRange(start, end)))
 
 
 class PromptToPromptEdit(io.ComfyNode):
-    """A picture and its edits, drawn side by side from one noise."""
+    """Samples a source image and its edits side by side from the same noise."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -128,13 +103,13 @@ class PromptToPromptEdit(io.ComfyNode):
                     tooltip="An Empty Latent Image, or a picture from DDIM Inversion. Every picture of it is drawn "
                     "once for the source and once for each edit.",
                 ),
-                part_input(
+                fraction_input(
                     "cross_end",
                     0.8,
                     "How long the edit keeps what stands where, as a part of the steps. Lower: the new thing finds its "
                     "own shape.",
                 ),
-                part_input(
+                fraction_input(
                     "self_end",
                     0.4,
                     "How long the edit keeps outlines and layout, as a part of the steps. Lower it if the new thing "
@@ -163,15 +138,15 @@ class PromptToPromptEdit(io.ComfyNode):
                     )
                 ),
                 advanced(
-                    part_input(
+                    fraction_input(
                         "blend_threshold",
                         0.3,
                         "How strongly blend words must look at a place for it to change. Higher: a smaller area. "
                         "0: no blend.",
                     )
                 ),
-                advanced(part_input("cross_start", 0.0, "From which part of the steps on cross_end counts.")),
-                advanced(part_input("self_start", 0.0, "From which part of the steps on self_end counts.")),
+                advanced(fraction_input("cross_start", 0.0, "From which part of the steps on cross_end counts.")),
+                advanced(fraction_input("self_start", 0.0, "From which part of the steps on self_end counts.")),
                 advanced(
                     io.String.Input(
                         "word_steps",
@@ -230,7 +205,7 @@ class PromptToPromptEdit(io.ComfyNode):
         source_unguided: bool,
         edited_2: Conditioning | None = None,
         edited_3: Conditioning | None = None,
-        clip: comfy.sd.CLIP | None = None,
+        clip: io.Clip.Type | None = None,
         source_text: str = "",
         edited_text: str = "",
     ) -> io.NodeOutput:
@@ -244,21 +219,12 @@ class PromptToPromptEdit(io.ComfyNode):
             threshold=blend_threshold,
             source_unguided=source_unguided,
         )
-        pictures = [source, *(each for each in (edited, edited_2, edited_3) if each is not None)]
-        joined, masks = join_pictures(source, pictures[1:]), EditMasks()
-        words = words_of_pictures(pictures, clip, source_text, edited_text)
-        edits = []
-        for index, (tensor, _) in enumerate(joined):
-            first, *others = (each[index] for each in words)
-            before = own_edits(pictures, index)
-            edits.append(build_edits(first, others, tensor.shape[1], settings, masks.keep, before))
-        if any(edits):
-            joined = with_edits(joined, edits)
-        return io.NodeOutput(joined, repeat_with_source(latent, len(pictures), masks))
+        others = [each for each in (edited, edited_2, edited_3) if each is not None]
+        return io.NodeOutput(*batch_edits(source, others, latent, settings, clip, source_text, edited_text))
 
 
 class EditMask(io.ComfyNode):
-    """Where local blend let a picture change."""
+    """Shows the masks of local blend."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -284,50 +250,7 @@ class EditMask(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent: Latent) -> io.NodeOutput:
-        kept = latent.get(EDIT_MASKS)
-        masks = None if kept is None else kept.of(latent["samples"])
-        if masks is None:
-            raise ValueError(
-                "This latent was not drawn with local blend: write blend_words in Prompt-to-Prompt Edit, connect both "
-                "its outputs to the sampler, and the sampler's LATENT directly to Edit Mask."
-            )
-        return io.NodeOutput(in_pixels(masks))
-
-
-def check_not_joined(conditioning: Conditioning) -> None:
-    """Refuse the conditioning of several pictures, whose words differ.
-
-    Raises:
-        ValueError: it comes from Prompt-to-Prompt Edit.
-    """
-    if any(isinstance(edit, PromptToPrompt) for edits in edits_of(conditioning) for edit in edits):
-        raise ValueError(
-            "This conditioning comes from Prompt-to-Prompt Edit and holds several prompts: put Attention Re-weight "
-            "Edit before it, on the prompt it is for, or use that node's own weights."
-        )
-
-
-def words_of_pictures(
-    pictures: Sequence[Conditioning], clip: comfy.sd.CLIP | None, source_text: str, edited_text: str
-) -> list[list[list[TokenSpan]]]:
-    """For each picture the words of each entry of its conditioning; several edits have a line of the text each.
-
-    Raises:
-        ValueError: see :func:`~.words.words_of`.
-    """
-    edited_texts = [edited_text] if len(pictures) == 2 else edited_text.splitlines()
-    texts = [source_text, *edited_texts, *[""] * len(pictures)]
-    return [words_of(picture, clip, text) for picture, text in zip(pictures, texts, strict=False)]
-
-
-def own_edits(pictures: Sequence[Conditioning], entry: int) -> list[Reweight]:
-    """What Attention Re-weight Edit had asked of each picture's conditioning; from now on of that picture alone."""
-    return [replace(edit, image=number) for number, picture in enumerate(pictures) for edit in edits_of(picture)[entry]]
-
-
-def in_pixels(masks: Tensor) -> Tensor:
-    """Masks of latents [B, H, W] -> of pictures [B, 8 H, 8 W]."""
-    return F.interpolate(masks[:, None].float(), scale_factor=8)[:, 0]
+        return io.NodeOutput(edit_masks_of(latent))
 
 
 NODES = [AttentionReweight, PromptToPromptEdit, EditMask]

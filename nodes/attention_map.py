@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import comfy.hooks
-import comfy.samplers
-import comfy.sd
-import torch
 from torch import Tensor
 
-from ..blip_qformer.attention.maps import AttentionRecord, overlay_heatmap, to_heatmap
+from ..blip_qformer.attention.maps import AttentionRecord
+from ..blip_qformer.attention.word_sheets import word_sheets
 from ..blip_qformer.attention.words import parse_words
-from ..blip_qformer.imaging.contact_sheet import contact_sheet
-from .host.attention.recorder import check_recorded, watched
+from .host.attention.recorder import record_attention, require_recorded
 from .host.conditioning import Conditioning, words_of
-from .types import CATEGORY, advanced, io
-
-#: An :class:`~blip_qformer.attention.maps.AttentionRecord`, filled while the sampler runs.
-RecordedAttention = io.Custom("BLIP_ATTENTION_RECORD")
+from .types import CATEGORY, RecordedAttention, advanced, io
 
 
 class RecordAttention(io.ComfyNode):
-    """Watches what a conditioning does in the sampler."""
+    """Records the attention to a conditioning while a sampler runs."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -54,13 +47,13 @@ class RecordAttention(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, conditioning: Conditioning, clip: comfy.sd.CLIP | None = None, text: str = "") -> io.NodeOutput:
+    def execute(cls, conditioning: Conditioning, clip: io.Clip.Type | None = None, text: str = "") -> io.NodeOutput:
         record = AttentionRecord(words_of(conditioning, clip, text))
-        return io.NodeOutput(watched(conditioning, record), record)
+        return io.NodeOutput(record_attention(conditioning, record), record)
 
 
 class SubjectAttentionMap(io.ComfyNode):
-    """What was recorded, drawn over the picture."""
+    """Shows a record as heatmaps over the image."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -103,17 +96,8 @@ class SubjectAttentionMap(io.ComfyNode):
 
     @classmethod
     def execute(cls, attention: AttentionRecord, image: Tensor, words: str, strength: float) -> io.NodeOutput:
-        check_recorded(attention, image)
-        phrases = parse_words(words) or attention.words()
-        if not phrases:
-            raise ValueError("The recorded prompt has no words, only punctuation: write some, and draw again.")
-        image = image.cpu()  # where the record is, whatever device the host keeps pictures on
-        maps = torch.stack([attention.word_map(phrase, *image.shape[1:3]) for phrase in phrases], dim=1)  # [B, W, h, w]
-        labels = [f"{phrase} {word.mean():.1%}" for row in maps for phrase, word in zip(phrases, row, strict=True)]
-        heats = to_heatmap(maps.flatten(0, 1))
-        glowing = overlay_heatmap(image.repeat_interleave(len(phrases), dim=0), heats, strength)
-        sheets = [contact_sheet(picture[None], labels=[label]) for picture, label in zip(glowing, labels, strict=True)]
-        return io.NodeOutput(torch.cat(sheets), heats)
+        require_recorded(attention, image)
+        return io.NodeOutput(*word_sheets(attention, image, parse_words(words), strength))
 
 
 NODES = [RecordAttention, SubjectAttentionMap]

@@ -496,8 +496,8 @@ def test_local_blend_begins_at_the_source_where_a_mask_comes_back(host, small, m
     inputs = {"texts": (SOURCE, ""), "cross_end": 1.0, "self_end": 0.0, "blend_words": "dog"}
     conditioning, latent = pair(host, small, source, edited, **inputs)
     model, calls = counted(small.model)
-    run = host.module("nodes.host.attention.sampling_run").AttentionRun
-    monkeypatch.setattr(run, "masks", lambda self: {1: masks[len(calls) - 1][None]} if calls else {})
+    local_blend = host.module("nodes.host.attention.local_blend").LocalBlend
+    monkeypatch.setattr(local_blend, "masks", lambda self: {1: masks[len(calls) - 1][None]} if calls else {})
     close(custom(host, small, model, conditioning, latent, euler(host), steps=4)["samples"], expected)
 
 
@@ -536,7 +536,7 @@ def test_local_blend_reaches_every_sampler_in_every_step(host, small, monkeypatc
         return runs[-1]
 
     def note(step, denoised, *_):
-        steps.append((denoised.clone(), runs[-1].masks()[1][0]))
+        steps.append((denoised.clone(), runs[-1].local_blend.masks()[1][0]))
 
     monkeypatch.setattr(host.module("nodes.host.attention.hooks"), "AttentionRun", begin)
     monkeypatch.setattr("latent_preview.prepare_callback", lambda *_: note)
@@ -771,7 +771,7 @@ def test_what_other_packs_leave_in_conditionings_is_compared_by_its_numbers(host
     "other", [None, [], [torch.ones(2)], [torch.ones(2), 2], [torch.ones(3), 1], [1, torch.ones(2)]]
 )
 def test_containers_are_compared_by_what_is_in_them(host, other):
-    same = host.module("nodes.host.attention.batching").same_contents
+    same = host.module("nodes.host.attention.batching").have_same_contents
     one, equal = [torch.ones(2), 1], [torch.ones(2), 1]
     for within in (lambda value: value, lambda value: {"a": value}, lambda value: (None, value)):
         assert same(within(one), within(equal))

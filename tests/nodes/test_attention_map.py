@@ -211,7 +211,7 @@ def test_a_conditioning_watched_twice(host, loaded, positive, negative):
     once, inner = record(host, positive)
     twice, outer = record(host, once)
     sample(host, loaded.model, twice, negative)
-    assert inner.rows == outer.rows == 1
+    assert inner.batch_size == outer.batch_size == 1
     assert torch.equal(inner.word_map("hat", *SIZE), outer.word_map("hat", *SIZE))
 
 
@@ -288,4 +288,4 @@ def test_a_model_without_cross_attention_is_named(host):
     flux = type("Flux", (), {"diffusion_model": torch.nn.Identity()})()
     executor = SimpleNamespace(class_obj=SimpleNamespace(model_patcher=SimpleNamespace(model=flux)))
     with pytest.raises(ValueError, match="of the kind Flux, in which words are not looked at through cross-attention"):
-        host.module("nodes.attention_map").watch_run(executor, torch.zeros(1, 16, 8, 8))
+        host.module("nodes.host.attention.recorder").sample_and_record(executor, torch.zeros(1, 16, 8, 8))

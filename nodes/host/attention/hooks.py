@@ -1,7 +1,22 @@
-"""Edits of attention travel with a conditioning, without a MODEL wire, and come into force when it is sampled with.
+"""Edits of attention travel in a conditioning, without a MODEL wire, and take effect in the sampler it comes to.
 
-A hook of the host carries them into the sampler. There they are taken off the conditionings before anything is drawn:
-the host runs conditionings with different hooks one after the other, and positive and negative are to stay one batch.
+From the edit node to the first edited step, in the order in which the host calls:
+
+1. An edit node stores its edits in the entries of a conditioning, under ``EDITS``, together with a hook of the host
+   that brings a wrapper (:func:`set_edits`). Whatever other nodes do to the conditioning, it keeps both.
+2. The sampler node runs ``CFGGuider.sample``. It copies the conditionings, registers their hooks and calls the wrapper
+   that ours brings, of type ``OUTER_SAMPLE``: :func:`sample_with_edits`.
+3. Edits and hook are removed from these copies (:func:`detach_edits`). The model and the sampler are checked, and an
+   :class:`~.sampling_run.AttentionRun`, the state of this run, adds its patches and wrappers to the options of the run.
+4. The host gives each conditioning its areas, masks and ControlNets, and calls the wrapper of type ``SAMPLER_SAMPLE``,
+   ``AttentionRun.sampler_sample``, which finds the edited conditionings again among the copies that this made.
+5. The sampler calls the model for the first step. The wrapper of type ``PREDICT_NOISE``,
+   ``AttentionRun.predict_noise``, plans the step (:func:`blip_qformer.attention.plan.plan_step`).
+6. Each attention layer of the U-Net calls ``AttentionRun.patch_self``, ``patch_cross`` or ``replace_cross``, which
+   apply the plan to queries, keys and values (:mod:`blip_qformer.attention.injection`). This is the first edited step.
+7. After the last step ``AttentionRun.finish`` applies local blend once more, and the run is forgotten.
+
+Record Attention goes the same way with a wrapper of its own, see :mod:`.recorder`.
 """
 
 from __future__ import annotations
@@ -18,99 +33,93 @@ from torch import Tensor
 from ....blip_qformer.attention.edits import Edit, Reweight
 from ..checks import require_sd15
 from ..conditioning import Conditioning
-from .sampling_run import AttentionRun, EditedConditioning
+from .edited_conditioning import EditedConditioning
+from .sampling_run import AttentionRun
 
-#: Parts of the names of the host's samplers that add noise of their own.
+#: Key of a conditioning's dictionary for its edits, and reference of the hook that comes with them.
+EDITS = "blip_attention_edits"
+
+#: Fragments of the names of those samplers of the host that add noise of their own.
 NOISY_SAMPLERS = ("ancestral", "sde", "ddpm", "lcm")
 
 
-#: Key of a conditioning's dictionary for its edits, and name of the hook that brings them to the sampler.
-EDITS = "blip_attention_edits"
-
-
-def edits_of(conditioning: Conditioning) -> list[tuple[Edit, ...]]:
-    """The edits that each entry of a conditioning carries."""
+def get_edits(conditioning: Conditioning) -> list[tuple[Edit, ...]]:
+    """Return the edits of each entry of a conditioning, in the order in which they were made."""
     return [options.get(EDITS, ()) for _, options in conditioning]
 
 
-def with_edits(conditioning: Conditioning, edits: Sequence[Sequence[Edit]]) -> Conditioning:
-    """A conditioning whose entries carry these edits, and no others, beside whatever hooks they have."""
-    hook = comfy.hooks.TransformerOptionsHook({"wrappers": {WrappersMP.OUTER_SAMPLE: {EDITS: [sample_with_edits]}}})
-    hook.hook_ref = EDITS  # the host compares hooks by this: ours are all one, however many conditionings bring it
-    hooks = comfy.hooks.HookGroup()
-    hooks.add(hook)
-    marked = [
-        [tensor, {**options, EDITS: tuple(each)}] for (tensor, options), each in zip(conditioning, edits, strict=True)
-    ]
-    return comfy.hooks.set_hooks_for_conditioning(marked, hooks)
+def set_edits(conditioning: Conditioning, edits: Sequence[Sequence[Edit]]) -> Conditioning:
+    """Return a copy of a conditioning that carries edits, in place of those it had.
+
+    Args:
+        conditioning: Conditioning of any sampler node, with or without hooks of others.
+        edits: Edits for each of its entries.
+    """
+    return attach(conditioning, EDITS, [tuple(each) for each in edits], sample_with_edits)
 
 
 def sample_with_edits(
     executor: Callable, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Around a whole run of the host's sampler; what the run needs to remember is made here and gone with it.
+    """Wrap a whole sampling run of the host; all state of the run is created here.
+
+    Args:
+        executor: What the host would have called; its ``class_obj`` is the guider.
+        noise: Noise of shape [B, 4, h, w].
+        latent_image: Latents to start from, of shape [B, 4, h, w].
+        sampler: Sampler of the host.
+        sigmas: Noise levels of shape [steps + 1], falling.
+        *args: Further arguments, which are passed on.
+        **kwargs: Further arguments, which are passed on.
+
+    Returns:
+        Sampled latents of shape [B, 4, h, w].
 
     Raises:
-        ValueError: the model is not SD1.5, or the latents are not those that the edits were made for.
+        ValueError: If the model is not SD1.5, or the latents or the sampler are not those that the edits need.
     """
     guider = executor.class_obj
-    edited = take_edits(guider)
+    edited = detach_edits(guider)
     if not edited:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     require_sd15(guider.model_patcher)
     if any(edit.source_unguided for each in edited.values() if (edit := each.prompt_to_prompt)):
-        check_adds_no_noise(noise, sampler)
+        require_no_added_noise(noise, sampler)
     run = AttentionRun(edited, noise, sigmas.tolist())
     run.install(guider)
     return run.finish(executor(noise, latent_image, sampler, sigmas, *args, **kwargs))
 
 
-def take_edits(guider: comfy.samplers.CFGGuider) -> dict[UUID, EditedConditioning]:
-    """Take edits and hook off the conditionings of a run, so that they are batched as without them."""
+def detach_edits(guider: comfy.samplers.CFGGuider) -> dict[UUID, EditedConditioning]:
+    """Remove edits and hook from the conditionings of a run, so that these are batched as they would be without.
+
+    Args:
+        guider: Guider of the run, whose conditionings are its own copies.
+
+    Returns:
+        Edited conditionings by the host's id of each.
+    """
     edited: dict[UUID, EditedConditioning] = {}
-    for side, entries in guider.conds.items():
-        for entry in entries:
-            if edits := entry.pop(EDITS, ()):
-                rows, tokens, _ = entry["cross_attn"].shape
-                fitting = [each.padded(tokens) if isinstance(each, Reweight) else each for each in edits]
-                edited[entry["uuid"]] = EditedConditioning(side, tuple(fitting), rows, tokens)
-    take_off_hook(guider, EDITS)
+    for side, entry, edits in detach(guider, EDITS):
+        if edits:
+            rows, tokens, _ = entry["cross_attn"].shape
+            padded = tuple(edit.padded(tokens) if isinstance(edit, Reweight) else edit for edit in edits)
+            edited[entry["uuid"]] = EditedConditioning(side, padded, rows, tokens)
     return edited
 
 
-def take_off_hook(guider: comfy.samplers.CFGGuider, hook_ref: str) -> None:
-    """Take a hook of ours off the conditionings of a run; those with the same hooks left share one group again.
+def require_no_added_noise(noise: Tensor, sampler: Any) -> None:
+    """Refuse to reproduce a photograph with a sampler that adds noise to its latent.
 
-    The host runs conditionings of different groups one after the other.
-    """
-    groups: dict[frozenset, comfy.hooks.HookGroup] = {}
-    for entry in (entry for entries in guider.conds.values() for entry in entries):
-        others = [hook for hook in getattr(entry.pop("hooks", None), "hooks", ()) if hook.hook_ref != hook_ref]
-        if others:
-            # Hooks of one reference may have strengths of their own, by their keyframes.
-            key = frozenset((hook, id(hook.hook_keyframe)) for hook in others)
-            entry["hooks"] = groups.setdefault(key, hook_group(others))
-    # The host had counted ours when it chose to cache the hooks' weights; it puts its choice back after the run.
-    if comfy.samplers.get_total_hook_groups_in_conds(guider.conds) <= 1:
-        guider.model_patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
-
-
-def hook_group(hooks: Sequence[comfy.hooks.Hook]) -> comfy.hooks.HookGroup:
-    """Hooks as the host keeps them."""
-    group = comfy.hooks.HookGroup()
-    for hook in hooks:
-        group.add(hook)
-    return group
-
-
-def check_adds_no_noise(noise: Tensor, sampler: Any) -> None:
-    """Refuse to draw a photograph again where noise is added to it.
+    Args:
+        noise: Noise that the run starts from, of shape [B, 4, h, w].
+        sampler: Sampler of the host.
 
     Raises:
-        ValueError: the sampler starts from noise, or adds some at each step.
+        ValueError: If the noise is not zero, or the sampler adds some at each step.
     """
     name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
-    if any(part in name for part in NOISY_SAMPLERS):
+    if any(fragment in name for fragment in NOISY_SAMPLERS):
         raise ValueError(
             f"{name.removeprefix('sample_')} adds noise at every step, so that the photograph does not come back: "
             "choose ddim, or switch source_unguided off in Prompt-to-Prompt Edit."
@@ -120,3 +129,57 @@ def check_adds_no_noise(noise: Tensor, sampler: Any) -> None:
             "This sampler adds noise to the latent of DDIM Inversion, so that the photograph does not come back: use "
             "KSampler (Advanced) with add_noise disabled, or switch source_unguided off in Prompt-to-Prompt Edit."
         )
+
+
+# What edits and recordings have in common: a value in a conditioning, and a hook that wraps the sampling run.
+
+
+def attach(conditioning: Conditioning, key: str, values: Sequence[Any], wrapper: Callable) -> Conditioning:
+    """Return a copy of a conditioning that carries values and has the sampling run wrapped.
+
+    Args:
+        conditioning: Conditioning with or without hooks of others.
+        key: Key of the entries' dictionaries for the values, and reference of the hook.
+        values: Value for each entry.
+        wrapper: Wrapper of type ``OUTER_SAMPLE``.
+    """
+    hook = comfy.hooks.TransformerOptionsHook({"wrappers": {WrappersMP.OUTER_SAMPLE: {key: [wrapper]}}})
+    hook.hook_ref = key  # the host compares hooks by this: ours are all one, however many conditionings bring it
+    marked = [[tensor, {**options, key: value}] for (tensor, options), value in zip(conditioning, values, strict=True)]
+    return comfy.hooks.set_hooks_for_conditioning(marked, group_hooks([hook]))
+
+
+def detach(guider: comfy.samplers.CFGGuider, key: str) -> list[tuple[str, dict[str, Any], Any]]:
+    """Remove values and their hook from the conditionings of a run.
+
+    The host samples conditionings with different hooks one after the other. Without ours, those whose other hooks are
+    the same share one group again, so that positive and negative stay one batch.
+
+    Args:
+        guider: Guider of the run, whose conditionings are its own copies.
+        key: Key and hook reference as in :func:`attach`.
+
+    Returns:
+        For each entry that had a value: the side it stands on, such as ``positive``, the entry, and the value.
+    """
+    entries = [(side, entry) for side, entries in guider.conds.items() for entry in entries]
+    detached = [(side, entry, entry.pop(key)) for side, entry in entries if key in entry]
+    groups: dict[frozenset, comfy.hooks.HookGroup] = {}
+    for _, entry in entries:
+        others = [hook for hook in getattr(entry.pop("hooks", None), "hooks", ()) if hook.hook_ref != key]
+        if others:
+            # Hooks of one reference may have strengths of their own, by their keyframes.
+            identity = frozenset((hook, id(hook.hook_keyframe)) for hook in others)
+            entry["hooks"] = groups.setdefault(identity, group_hooks(others))
+    # The host had counted ours when it chose to cache the hooks' weights; it restores its choice after the run.
+    if comfy.samplers.get_total_hook_groups_in_conds(guider.conds) <= 1:
+        guider.model_patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
+    return detached
+
+
+def group_hooks(hooks: Sequence[comfy.hooks.Hook]) -> comfy.hooks.HookGroup:
+    """Return hooks as one group of the host."""
+    group = comfy.hooks.HookGroup()
+    for hook in hooks:
+        group.add(hook)
+    return group

@@ -1,83 +1,60 @@
-"""One sampling run with edited attention: the bridge from the host's patches and wrappers to functions on tensors."""
+"""One sampling run with edited attention: the host's wrappers and patches, carried out by functions on tensors."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
 import comfy.samplers
-import torch
-from comfy.extra_samplers.uni_pc import sample_unipc, sample_unipc_bh2
 from comfy.ldm.modules.attention import optimized_attention
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ....blip_qformer.attention.edits import Edit, PromptToPrompt
+from ....blip_qformer.attention.edits import PromptToPrompt
 from ....blip_qformer.attention.injection import ConditioningRows, attend_twice, edit_cross, inject_self
-from ....blip_qformer.attention.local_blend import blend_latents, blend_mask, edited_word_maps
 from ....blip_qformer.attention.plan import StepPlan, can_need_two_attentions, plan_step
 from ....blip_qformer.attention.schedule import step_of
+from .edited_conditioning import EditedConditioning, common_group_size
+from .layers import ExtraOptions, conditioning_rows, is_coarse, unet_blocks
+from .local_blend import LocalBlend
 
 KEY = "blip_attention"  # of our wrappers
 
 
-QUARTER = 4  # self-injection goes up to maps of a quarter of the latent's edges: 16 x 16 for 512 x 512 pixels
-
-
-#: Samplers that hand the model a copy of their latents, and then reckon with that copy as they made it.
-COPYING_SAMPLERS = (sample_unipc, sample_unipc_bh2)
-
-
-@dataclass(frozen=True)
-class EditedConditioning:
-    """A conditioning with edits.
-
-    Attributes:
-        side: the sampler's name for where it stands, such as ``positive``.
-        edits: in the order in which they were made.
-        rows, tokens: of its tensor.
-    """
-
-    side: str
-    edits: tuple[Edit, ...]
-    rows: int
-    tokens: int
-
-    @property
-    def prompt_to_prompt(self) -> PromptToPrompt | None:
-        return next((edit for edit in self.edits if isinstance(edit, PromptToPrompt)), None)
-
-
 class AttentionRun:
-    """What one sampling run does to attention, and what it has to remember for that.
+    """What one sampling run does to attention, and the state that it needs for that.
 
     Args:
-        edited: the conditionings with edits, by the host's name for each.
-        noise: [B, C, H, W]
-        sigmas: the schedule.
+        edited: Edited conditionings by the host's id of each.
+        noise: Noise that the run starts from, of shape [B, 4, h, w].
+        sigmas: Noise levels of the schedule, falling, one more than there are steps.
 
     Raises:
-        ValueError: the batch is not made of the pictures that belong together.
+        ValueError: If the batch does not consist of the images that belong together.
     """
 
     def __init__(self, edited: dict[UUID, EditedConditioning], noise: Tensor, sigmas: Sequence[float]) -> None:
-        self.group = common_group(list(edited.values()), len(noise))
+        height, width = noise.shape[-2:]
+        self.group_size = common_group_size(list(edited.values()), len(noise))
         self.edited = edited
         self.sigmas = sigmas
-        self.size = tuple(noise.shape[-2:])
+        self.local_blend = LocalBlend(edited, self.group_size, (height, width))
         self.step = -1
-        self.blends_in_place = True
         self.plans: dict[UUID, StepPlan] = {}
-        self.maps: dict[tuple[UUID, int], Tensor] = {}  # of a conditioning's picture: [B / group, words, h, w]
-        self.map_edges = self.size  # of those maps
+
+    @property
+    def prompt_to_prompts(self) -> list[PromptToPrompt]:
+        """Edits of the run that make images follow a source."""
+        return [edit for each in self.edited.values() if (edit := each.prompt_to_prompt) is not None]
 
     def install(self, guider: comfy.samplers.CFGGuider) -> None:
-        """Put patches and wrappers into the options of this run; patches in front of those of other packs."""
+        """Add what this run needs to the options of the run, patches in front of those of other packs.
+
+        Args:
+            guider: Guider of the run, whose model options are its own copy.
+        """
         options = guider.model_options["transformer_options"]
         patches = options.setdefault("patches", {})
         patches["attn2_patch"] = [self.patch_cross, *patches.get("attn2_patch", [])]
@@ -85,94 +62,127 @@ class AttentionRun:
             patches["attn1_patch"] = [self.patch_self, *patches.get("attn1_patch", [])]
         if any(edit.has_local_blend or can_need_two_attentions(edit) for edit in self.prompt_to_prompts):
             replaced = options.setdefault("patches_replace", {}).setdefault("attn2", {})
-            for block in {*attention_blocks(guider.model_patcher.model.diffusion_model), *replaced}:
+            for block in {*unet_blocks(guider.model_patcher.model.diffusion_model), *replaced}:
                 replaced[block] = partial(self.replace_cross, replaced.get(block))
         if any(edit.source_unguided for edit in self.prompt_to_prompts):
             post_cfg = guider.model_options.get("sampler_post_cfg_function", [])
             guider.model_options["sampler_post_cfg_function"] = [*post_cfg, self.unguide_sources]
-        add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self.sample, guider.model_options, is_model_options=True)
-        add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, self.predict, guider.model_options, is_model_options=True)
+        for wrapper_type, wrapper in (
+            (WrappersMP.SAMPLER_SAMPLE, self.sampler_sample),
+            (WrappersMP.PREDICT_NOISE, self.predict_noise),
+        ):
+            add_wrapper_with_key(wrapper_type, KEY, wrapper, guider.model_options, is_model_options=True)
 
     def finish(self, samples: Tensor) -> Tensor:
-        """What the sampler drew -> the same, blended once more, after the last step."""
-        samples, masks = self.blended(samples), self.masks()
-        for edit in self.prompt_to_prompts:
-            if masks and edit.keep_masks is not None:
-                everywhere = torch.ones_like(next(iter(masks.values())))
-                kept = [masks.get(picture, everywhere) for picture in range(1, self.group)]
-                edit.keep_masks(samples.cpu(), torch.stack(kept, dim=1).flatten(0, 1).cpu())
-        return samples
-
-    @property
-    def prompt_to_prompts(self) -> list[PromptToPrompt]:
-        return [edit for each in self.edited.values() if (edit := each.prompt_to_prompt) is not None]
+        """Return the latents [B, 4, h, w] that the sampler ended with, blended after the last step too."""
+        return self.local_blend.finish(samples)
 
     # What the host calls, from the outside in.
 
-    def sample(self, executor: Callable, guider: comfy.samplers.CFGGuider, *args: Any) -> Tensor:
-        """Before the first step: tell apart the copies of conditionings that the host has made by now.
+    def sampler_sample(self, executor: Callable, guider: comfy.samplers.CFGGuider, *args: Any) -> Tensor:
+        """Wrap the sampler: tell apart the copies of conditionings that the host has made by now.
 
-        Where only one side has an area, the other gets a copy of that entry, with its name but with its own words.
+        Where only one side has an area, the other gets a copy of that entry, with its id but with its own prompt.
+
+        Args:
+            executor: What the host would have called; its ``class_obj`` is the sampler.
+            guider: Guider of the run.
+            *args: Further arguments, which are passed on.
+
+        Returns:
+            Sampled latents of shape [B, 4, h, w].
         """
-        self.blends_in_place = getattr(executor.class_obj, "sampler_function", None) not in COPYING_SAMPLERS
+        self.local_blend.choose_sampler(executor.class_obj)
         entries = [(side, entry) for side, entries in guider.conds.items() for entry in entries]
-        words = {
+        edited_by_prompt = {
             id(entry["model_conds"].get("c_crossattn")): edited
             for side, entry in entries
             if (edited := self.edited.get(entry["uuid"])) and edited.side == side
         }
         for _, entry in entries:
-            edited = words.get(id(entry["model_conds"].get("c_crossattn")))
+            edited = edited_by_prompt.get(id(entry["model_conds"].get("c_crossattn")))
             if edited is not self.edited.get(entry["uuid"]):
                 entry["uuid"] = uuid4()
                 if edited:
                     self.edited[entry["uuid"]] = edited
         return executor(guider, *args)
 
-    def predict(self, executor: Callable, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Around a call of the model: what this step asks for, and local blend, of its latents and of its prediction.
+    def predict_noise(self, executor: Callable, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Wrap a call of the model: plan the step it belongs to, and apply local blend before and after it.
 
-        The latents are the sampler's own, so that it goes on from there as the paper's does; or they are a copy (of an
-        inpainting, or in uni_pc), and the blended prediction brings an edit to its source. That is the same but where a
-        mask comes back to a place, or the sampler goes by more than the prediction (noise of its own, cfg_pp): there it
-        keeps a rest of the edit, which the model is not shown.
+        Args:
+            executor: What the host would have called.
+            x: Latents of shape [B, 4, h, w].
+            sigma: Noise level of each row, of shape [B].
+            *args: Further arguments, which are passed on.
+            **kwargs: Further arguments, which are passed on.
+
+        Returns:
+            Prediction of the denoised latents, of shape [B, 4, h, w].
         """
-        steps = len(self.sigmas) - 1
         step = step_of(float(sigma.max()), self.sigmas)
         if step != self.step:
-            self.step = step
-            self.plans = {uuid: plan_step(each.edits, step, steps, x.device) for uuid, each in self.edited.items()}
-        blended = self.blended(x)
-        if self.blends_in_place:
-            x.copy_(blended)
-        return self.blended(executor(blended, sigma, *args, **kwargs))
+            self.step, num_steps = step, len(self.sigmas) - 1
+            self.plans = {uuid: plan_step(each.edits, step, num_steps, x.device) for uuid, each in self.edited.items()}
+        return self.local_blend.predict_noise(executor, x, sigma, *args, **kwargs)
 
     def unguide_sources(self, args: dict[str, Any]) -> Tensor:
-        """A post-CFG function: the sources take the conditional prediction as it is."""
+        """Return the guided prediction with the sources' conditional one as it is; a post-CFG function of the host."""
         denoised = args["denoised"].clone()
-        denoised[:: self.group] = args["cond_denoised"][:: self.group]
+        denoised[:: self.group_size] = args["cond_denoised"][:: self.group_size]
         return denoised
 
     def patch_self(
-        self, places: Tensor, context: Tensor, values: Tensor, extra_options: dict
+        self, query: Tensor, context: Tensor, values: Tensor, extra_options: ExtraOptions
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """An attn1_patch; places, context and values, of which queries, keys and values are made, [B, h * w, C]."""
-        edited = self.rows(places, extra_options)
-        if any(plan.injects_self for _, plan in edited) and is_coarse(extra_options):
-            context = inject_self(context, edited)
-            places = inject_self(places, edited)
-        return places, context, values
+        """Inject the sources' self-attention; an ``attn1_patch``.
+
+        Args:
+            query: Hidden states that queries are projected from, of shape [B, h * w, C].
+            context: Hidden states that keys are projected from, of shape [B, h * w, C].
+            values: Hidden states that values are projected from, of shape [B, h * w, C].
+            extra_options: What the host tells a patch.
+
+        Returns:
+            The three hidden states, edited.
+        """
+        planned = self.planned_rows(query, extra_options)
+        if any(plan.injects_self for _, plan in planned) and is_coarse(extra_options):
+            context = inject_self(context, planned)
+            query = inject_self(query, planned)
+        return query, context, values
 
     def patch_cross(
-        self, places: Tensor, context: Tensor, values: Tensor, extra_options: dict
+        self, query: Tensor, context: Tensor, values: Tensor, extra_options: ExtraOptions
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """An attn2_patch; places [B, h * w, C], context and values [B, T, C']."""
-        return edit_cross(places, context, values, self.rows(places, extra_options))
+        """Apply those edits of a cross-attention that one attention can do; an ``attn2_patch``.
+
+        Args:
+            query: Hidden states that queries are projected from, of shape [B, h * w, C].
+            context: Prompt that keys are projected from, of shape [B, T, C'].
+            values: Prompt that values are projected from, of shape [B, T, C'].
+            extra_options: What the host tells a patch.
+
+        Returns:
+            Hidden states and prompts, edited.
+        """
+        return edit_cross(query, context, values, self.planned_rows(query, extra_options))
 
     def replace_cross(
-        self, other: Callable | None, query: Tensor, key: Tensor, values: Tensor, extra_options: dict
+        self, other: Callable | None, query: Tensor, key: Tensor, values: Tensor, extra_options: ExtraOptions
     ) -> Tensor:
-        """An attn2_replace, around another pack's if there is one; query [B, h * w, C], key and values [B, T, C]."""
+        """Compute a cross-attention, twice for rows that need it, and note where blend words attend.
+
+        Args:
+            other: Another pack's replacement of this attention, if there is one.
+            query: Projected queries of shape [B, h * w, C].
+            key: Projected keys of shape [B, T, C].
+            values: Projected values of shape [B, T, C].
+            extra_options: What the host tells a patch.
+
+        Returns:
+            Output of the attention, of shape [B, h * w, C].
+        """
 
         def attend(query: Tensor, key: Tensor, values: Tensor) -> Tensor:
             heads, precision = extra_options["n_heads"], extra_options["attn_precision"]
@@ -183,133 +193,42 @@ class AttentionRun:
         def attend_all(query: Tensor, key: Tensor, values: Tensor) -> Tensor:
             return other(query, key, values, extra_options) if other else attend(query, key, values)
 
-        self.look_for_words(query, key, extra_options)
-        edited = self.rows(query, extra_options)
-        if any(plan.needs_two_attentions for _, plan in edited):
-            return attend_twice(query, key, values, edited, attend, attend_all)
+        planned = [(uuid, rows, self.plans[uuid]) for uuid, rows in self.edited_rows(len(query), extra_options)]
+        self.local_blend.add_maps(query, key, planned, extra_options)
+        if any(plan.needs_two_attentions for _, _, plan in planned):
+            return attend_twice(query, key, values, [(rows, plan) for _, rows, plan in planned], attend, attend_all)
         return attend_all(query, key, values)
 
-    # What it is made of.
+    # Which rows of a call are edited, and how.
 
-    def placed(self, batch: int, extra_options: dict) -> list[tuple[UUID, ConditioningRows]]:
-        """Which rows of a call belong to which conditioning with edits.
+    def planned_rows(self, query: Tensor, extra_options: ExtraOptions) -> list[tuple[ConditioningRows, StepPlan]]:
+        """Return the edited rows of a call and what is planned for them in this step."""
+        return [(rows, self.plans[uuid]) for uuid, rows in self.edited_rows(len(query), extra_options)]
+
+    def edited_rows(self, batch_size: int, extra_options: ExtraOptions) -> list[tuple[UUID, ConditioningRows]]:
+        """Return which rows of a call belong to which edited conditioning.
+
+        Args:
+            batch_size: Number of rows in the call.
+            extra_options: What the host tells a patch.
 
         Raises:
-            ValueError: the rows are not those of the sampler.
+            ValueError: If the rows are not those of the sampler.
         """
-        uuids, count = extra_options["uuids"], len(extra_options["sigmas"])
-        if batch != len(uuids) * count:
+        num_conds, count = len(extra_options["uuids"]), len(extra_options["sigmas"])
+        if batch_size != num_conds * count:
             raise ValueError(
-                f"The model was called with {batch} pictures where the sampler has {count} for each of {len(uuids)} "
-                "prompts, so that it is not known which belongs to which: take out what draws the picture in tiles, or "
-                "the attention edit."
+                f"The model was called with {batch_size} pictures where the sampler has {count} for each of "
+                f"{num_conds} prompts, so that it is not known which belongs to which: take out what draws the picture "
+                "in tiles, or the attention edit."
             )
-        if count % self.group:
+        if count % self.group_size:
             raise ValueError(
                 f"The model was called with {count} pictures at a time, but Prompt-to-Prompt Edit needs its "
-                f"{self.group} side by side: take out what draws the batch in windows."
+                f"{self.group_size} side by side: take out what draws the batch in windows."
             )
         return [
-            (uuid, ConditioningRows(index * count, (index + 1) * count, self.group))
-            for index, uuid in enumerate(uuids)
+            (uuid, ConditioningRows(rows.start, rows.stop, self.group_size))
+            for uuid, rows in conditioning_rows(batch_size, extra_options)
             if uuid in self.edited
         ]
-
-    def rows(self, tensor: Tensor, extra_options: dict) -> list[tuple[ConditioningRows, StepPlan]]:
-        """The same with what each does in this step."""
-        return [(rows, self.plans[uuid]) for uuid, rows in self.placed(len(tensor), extra_options)]
-
-    def look_for_words(self, query: Tensor, key: Tensor, extra_options: dict) -> None:
-        """Add up where the words of local blend look, in the down and up blocks with the coarsest maps.
-
-        In SD1.5 these have a quarter of the latent's edges.
-
-        Raises:
-            ValueError: the conditioning is for a part of the picture.
-        """
-        wanted = [
-            (uuid, rows, picture, plan)
-            for uuid, rows in self.placed(len(query), extra_options)
-            for picture, plan in self.plans[uuid].blend_plans.items()
-        ]
-        if not wanted or extra_options["block"][0] == "middle":
-            return
-        if tuple(extra_options["original_shape"][-2:]) != self.size:
-            raise ValueError(
-                "Local blend of Prompt-to-Prompt Edit needs a prompt for the whole picture, but this one has an area: "
-                "empty the blend words, or take the area away."
-            )
-        edges = tuple(extra_options["activations_shape"][-2:])
-        if edges > self.map_edges:
-            return
-        if edges < self.map_edges:  # on the first way down
-            self.maps, self.map_edges = {}, edges
-        for uuid, rows, picture, plan in wanted:
-            source, edited = ((query[rows.of(each)], key[rows.of(each)]) for each in (0, picture))
-            maps = edited_word_maps(source, edited, plan.source_columns, plan.edited_columns, extra_options["n_heads"])
-            self.maps[uuid, picture] = maps.unflatten(-1, edges) + self.maps.get((uuid, picture), 0)
-
-    def masks(self) -> dict[int, Tensor]:
-        """For each picture of a group that has local blend, where it is edited, [B / group, H, W]."""
-        masks: dict[int, Tensor] = {}
-        for (uuid, picture), maps in self.maps.items():
-            threshold = self.edited[uuid].prompt_to_prompt.threshold
-            mask = blend_mask(maps.unbind(dim=1), self.size, threshold)
-            masks[picture] = mask | masks.get(picture, mask)
-        return masks
-
-    def blended(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] -> the same where outside its mask an edit is its source."""
-        masks = self.masks()
-        latents = latents.clone() if masks else latents
-        for picture, mask in masks.items():
-            source, edited = latents[:: self.group], latents[picture :: self.group]
-            latents[picture :: self.group] = blend_latents(source, edited, mask.to(latents.device))
-        return latents
-
-
-def common_group(edited: Sequence[EditedConditioning], batch: int) -> int:
-    """How many pictures belong together: a source and its edits; 1 without Prompt-to-Prompt Edit.
-
-    Args:
-        batch: how many pictures are drawn.
-
-    Raises:
-        ValueError: they do not come out even, or a conditioning was changed behind Prompt-to-Prompt Edit.
-    """
-    pairings = [(each, each.prompt_to_prompt) for each in edited if each.prompt_to_prompt]
-    groups = {edit.group_size for _, edit in pairings}
-    if len(groups) > 1:
-        raise ValueError(
-            f"Prompt-to-Prompt Edits of {' and '.join(map(str, sorted(groups)))} pictures are combined in one sampler: "
-            "give each the same number of edited conditionings."
-        )
-    group = groups.pop() if groups else 1
-    if batch % group:
-        raise ValueError(
-            f"The sampler draws {batch} picture(s), but Prompt-to-Prompt Edit needs {group} side by side, the source "
-            "and its edits: connect its latent output to the sampler."
-        )
-    for each, edit in pairings:
-        tokens = len(edit.images[0].steps)
-        if (each.rows, each.tokens) != (group, tokens):
-            raise ValueError(
-                f"The conditioning of Prompt-to-Prompt Edit had {group} rows of {tokens} tokens and now has "
-                f"{each.rows} of {each.tokens}: join or average conditionings before that node, not behind it."
-            )
-    return group
-
-
-def attention_blocks(unet: UNetModel) -> list[tuple[str, int]]:
-    """The host's names of a U-Net's blocks."""
-    return [
-        *[("input", index) for index in range(len(unet.input_blocks))],
-        ("middle", 0),
-        *[("output", index) for index in range(len(unet.output_blocks))],
-    ]
-
-
-def is_coarse(extra_options: dict) -> bool:
-    """Whether a layer's map has a quarter of the latent's edges, or less; the U-Net rounds up where it halves."""
-    latent, layer = extra_options["original_shape"][-2:], extra_options["activations_shape"][-2:]
-    return all(edge <= math.ceil(whole / QUARTER) for edge, whole in zip(layer, latent, strict=True))
