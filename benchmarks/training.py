@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.distributed
@@ -20,14 +19,14 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from benchmarks import ROOT
 from benchmarks.measuring import compare
 from benchmarks.table import Row
+from blip_qformer.data.collate import Batch
 from blip_qformer.data.pairs import Pair
 from blip_qformer.pipeline.pipeline import SCHEDULER
-from blip_qformer.training import stages
 from blip_qformer.training.config import RunConfig, config_from, read_config
-from blip_qformer.training.stages.base import Batch, Stage
+from blip_qformer.training.stages import Stage, make_stage
 from blip_qformer.training.trainer import pair_seeds, to_device
 
-RUN = Path(stages.__file__).parent.parent / "runs" / "mini" / "1-autoencoder.yaml"
+RUN = ROOT / "mini" / "runs" / "1-autoencoder.yaml"
 BATCH, PAIRS, EDGE = 8, 3, 256
 SCALING_BATCH, SCALING_STEPS = 4, 4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,7 +36,7 @@ SCALING_HEAD = ("processes, one thread each", "samples/s", "of one process's")
 def training_rows() -> Iterator[Row]:
     """Stage 2 of the small model, without anything that is cached, against diffusers' own way to train that U-Net."""
     stage = _stage().to(DEVICE)
-    batch = _batch(BATCH)
+    batch = _batch(stage, BATCH)
     yield Row(
         f"stage 2, a step of {BATCH} pairs at {EDGE}x{EDGE}, the small model",
         "a plain diffusers text-to-image step of the same U-Net, VAE and text encoder",
@@ -57,19 +56,19 @@ def scaling() -> Iterator[tuple[str, ...]]:
 def _run() -> RunConfig:
     """The small model's sizes with the paper's way to train it: no cache, no second weight of the loss."""
     sizes = read_config(RUN).model
-    options = {"resolution": EDGE}
+    options = {"data": {"resolution": EDGE}}
     run = {"stage": "subject", "model": sizes, "pairs": "none", "output": "none", "options": options}
     return config_from(run | {"steps": 1, "batch_size": BATCH, "learning_rate": 1e-6}, "the benchmark")
 
 
 def _stage() -> Stage:
-    return stages.make_stage(_run()).train()
+    return make_stage(_run()).train()
 
 
-def _batch(count: int) -> Batch:
-    picture = Image.effect_noise((EDGE, EDGE), 60).convert("RGB")
-    pairs = [Pair(str(number), picture, picture, "dog", "a dog in the snow") for number in range(count)]
-    batch = stages.stage_class("subject").collate(_run())(pairs)
+def _batch(stage: Stage, count: int) -> Batch:
+    image = Image.effect_noise((EDGE, EDGE), 60).convert("RGB")
+    pairs = [Pair(str(number), image, image, "dog", "a dog in the snow") for number in range(count)]
+    batch = stage.collate_fn(pairs)
     batch["seeds"] = pair_seeds(0, range(count))
     return to_device(batch, DEVICE)
 
@@ -87,7 +86,7 @@ def _step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], No
 
 
 def _plain_step(stage: Stage, batch: Batch) -> Callable[[], None]:
-    """As diffusers' text-to-image example has it: encode the picture, encode the text, predict the noise."""
+    """As diffusers' text-to-image example has it: encode the image, encode the text, predict the noise."""
     ours = stage.pipeline.text_encoder.config
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -126,7 +125,7 @@ def _train_a_while() -> None:
     torch.distributed.init_process_group("gloo")
     stage = _stage()
     model = nn.parallel.DistributedDataParallel(stage, find_unused_parameters=True)
-    batch = to_device(_batch(SCALING_BATCH), torch.device("cpu"))
+    batch = to_device(_batch(stage, SCALING_BATCH), torch.device("cpu"))
     step = _step(stage, lambda: model(batch)["loss"])
     step()
     torch.distributed.barrier()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,12 @@ from blip_qformer.data.pairs import Pair
 from blip_qformer.data.shards import write_shard
 from blip_qformer.pipeline.pipeline import Pipeline, new_pipeline
 from blip_qformer.training.config import RunConfig, config_from
-from blip_qformer.training.stages import stage_class
+from blip_qformer.training.stages import Stage
+from blip_qformer.training.stages import make_stage as make_fresh_stage
+from blip_qformer.training.stages.base import CollateFn
 from blip_qformer.training.trainer import pair_seeds, train
+from mini.stages import STAGES
+from mini.stages.cpu_attention import fast_attention
 from tests.oracle import randomized
 from tools.host import comfyui_path
 
@@ -50,13 +56,16 @@ SIZES: dict[str, Any] = {
     "tokenizer": str(comfyui_path() / "comfy" / "sd1_tokenizer"),
 }
 
+#: What the small model hands to the training loop.
+SMALL: dict[str, Any] = {"stages": STAGES, "step_context": fast_attention}
+
 #: For each stage a run of it; pairs are 32 pixels square.
 OPTIONS: dict[str, dict[str, Any]] = {
     "autoencoder": {"crop": 16},
     "appearance": {"edge": 16, "head_width": 32},
     "vision": {"shared_width": 8},
     "multimodal": {"shared_width": 8, "caption_tokens": 12},
-    "subject": {"resolution": 32},
+    "subject": {"data": {"resolution": 32}},
 }
 
 
@@ -102,11 +111,11 @@ def random_parts() -> Pipeline:
     return pipeline
 
 
-def make_stage(stage: str = "subject", **changes: Any) -> torch.nn.Module:
+def make_stage(stage: str = "subject", **changes: Any) -> Stage:
     """A stage whose weights are all random, biases and scales too, so that nothing is hidden by a zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the heads that a stage adds
-        made = stage_class(stage)(make_config(stage, **changes))
+        made = make_fresh_stage(make_config(stage, **changes), STAGES)
     with_gradients = {parameter: parameter.requires_grad for parameter in made.parameters()}
     randomized(made.networks, seed=0)
     for parameter, trains in with_gradients.items():
@@ -116,15 +125,26 @@ def make_stage(stage: str = "subject", **changes: Any) -> torch.nn.Module:
 
 def make_batch(stage: str, numbers: Sequence[int], **options: Any) -> dict[str, Any]:
     """The pairs of these numbers as a batch, with the seeds they have in a run."""
-    config = make_config(stage, options=OPTIONS[stage] | options)
-    batch = stage_class(stage).collate(config)([make_pair(number) for number in numbers])
+    collate_fn = collate_fn_of(stage, json.dumps(OPTIONS[stage] | options))
+    batch = collate_fn([make_pair(number) for number in numbers])
     return {**batch, "seeds": [pair_seeds(0, range(number, number + 1))[0] for number in numbers]}
+
+
+def changed(config: RunConfig, **changes: Any) -> RunConfig:
+    """The same run with some settings changed."""
+    return config.model_copy(update=changes)
+
+
+@cache
+def collate_fn_of(stage: str, options: str) -> CollateFn:
+    """What makes a batch of pairs, for options in JSON."""
+    return make_stage(stage, options=json.loads(options)).collate_fn
 
 
 def run(config: RunConfig, stop_at: int | None = None) -> Path:
     """Train in this process, as if none had been trained in it before."""
     reset_accelerate()
-    return train(config, stop_at)
+    return train(config, stop_at, **SMALL)
 
 
 def reset_accelerate() -> None:

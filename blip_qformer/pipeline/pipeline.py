@@ -28,7 +28,6 @@ from ..checkpoint.layouts.hub import NAMES
 from ..checkpoint.write_safetensors import write_safetensors
 from ..encoder import QFormerConfig, SubjectEncoder, SubjectEncoderConfig, VisionConfig
 from ..encoder.tokenizer import VOCABULARY
-from ..training.config import RunConfig
 from .clip_text_model import TextEncoder, TextEncoderConfig
 
 SIZES = ("vision", "qformer", "projection_width", "text_encoder", "unet", "vae", "tokenizer")  # of a new model
@@ -129,14 +128,6 @@ def replace_network(pipeline: Pipeline, name: str, folder: Path) -> None:
     if KINDS[name] not in found:
         raise ValueError(" ".join([f"{folder} has no {name}: name a folder in diffusers' layout.", *problems]))
     setattr(pipeline, name, build_network(name, found[KINDS[name]]))
-
-
-def image_size_of(config: RunConfig) -> int:
-    """Edge of the square that the image encoder of a run's model reads, in pixels."""
-    model = config.networks.get("encoder", config.model)
-    if isinstance(model, dict):
-        return VisionConfig(**model["vision"]).image_size
-    return open_checkpoint(Path(model)).encoder_config.vision.image_size
 
 
 def new_pipeline(sizes: dict[str, Any], seed: int) -> Pipeline:

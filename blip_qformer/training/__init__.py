@@ -1,1 +1,1 @@
-"""Training: the three stages, their data, and the small world they are proven in."""
+"""Training: settings of a run, the loop, checkpoints, losses, and the paper's two stages."""

@@ -1,4 +1,8 @@
-"""Checkpoints of a run: written whole or not at all, and found again after the run was killed."""
+"""Checkpoints of a run: written whole or not at all, and found again after the run was killed.
+
+accelerate's own naming and rotation (``ProjectConfiguration``) would remove old checkpoints before the new one is
+written, and write it under its final name: on a full disk, or killed meanwhile, a run would have nothing to go on from.
+"""
 
 from __future__ import annotations
 
@@ -17,35 +21,40 @@ from ..atomic import flush, remove_folder, remove_partial, shared_partial
 
 KEPT = 2  # the newest, and one before it
 
-
 NAME = re.compile(r"step-(\d+)")
 
+RUN_FILE = "run.json"
 
-STATE = "run.json"
 
+def find_latest(folder: Path, accelerator: Accelerator) -> Path | None:
+    """Find the checkpoint that all processes go on from, and remove what a killed run was writing.
 
-def find_newest(folder: Path, accelerator: Accelerator) -> Path | None:
-    """The checkpoint that all processes go on from, or None; what a killed run was writing is removed.
+    Args:
+        folder: Folder of the run's checkpoints, made if missing.
+        accelerator: Accelerator of this process.
+
+    Returns:
+        The checkpoint's own folder, or None.
 
     Raises:
-        ValueError: processes see different ones.
+        ValueError: The processes see different ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         remove_partial(folder)
     accelerator.wait_for_everyone()
-    newest = latest_checkpoint(folder)
-    seen = accelerator.gather(torch.tensor([_step(newest) if newest else 0], device=accelerator.device)).tolist()
+    latest = latest_checkpoint(folder)
+    seen = accelerator.gather(torch.tensor([_step(latest) if latest else 0], device=accelerator.device)).tolist()
     if len(set(seen)) > 1:
         raise ValueError(
             f"The newest checkpoint in {folder} is that of step {max(seen)} for some processes and of step {min(seen)} "
             "for others: choose an output that all machines share."
         )
-    return newest
+    return latest
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in a folder, or None."""
+    """Return the newest checkpoint in a folder, or None."""
     return max(_checkpoints(folder), key=_step, default=None)
 
 
@@ -55,19 +64,25 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, data_orde
     It is written under a temporary name and renamed when complete; only then are older ones removed.
 
     Args:
-        data_order: the settings that decide which pairs come when; whoever goes on has to have the same.
+        accelerator: Accelerator of this process.
+        folder: Folder of the run's checkpoints.
+        step: Steps that were done.
+        data_order: Settings that decide which pair comes when; a run that goes on must have the same.
+
+    Returns:
+        The checkpoint's own folder.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written to; the checkpoint before it stays.
+        OSError: The disk is full, or the folder cannot be written to; the checkpoint before it stays.
     """
-    final = folder / f"step-{step:08d}"
-    partial = shared_partial(final)
+    path = folder / f"step-{step:08d}"
+    partial = shared_partial(path)
     problem: Exception | None = None
     try:
         accelerator.save_state(str(partial))
         if accelerator.is_main_process:
             state = {"step": step, "processes": accelerator.num_processes, **data_order}
-            (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
+            (partial / RUN_FILE).write_text(json.dumps(state), encoding="utf-8")
         flush(partial)
     except (OSError, RuntimeError, SafetensorError) as error:  # what Python, torch and safetensors make of a full disk
         problem = error
@@ -79,25 +94,33 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, data_orde
             f"make room there and start the run again, it goes on from {kept.name if kept else 'the beginning'}."
         ) from problem
     if accelerator.is_main_process:
-        partial.rename(final)
+        partial.rename(path)
         for old in sorted(_checkpoints(folder), key=_step)[:-KEPT]:
             remove_folder(old)
     accelerator.wait_for_everyone()
-    return final
+    return path
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path, data_order: Mapping[str, Any]) -> int:
-    """Take up where a checkpoint was written; returns how many steps were done.
+    """Load a checkpoint into all that the accelerator wraps.
+
+    Args:
+        accelerator: Accelerator of this process.
+        path: The checkpoint's own folder.
+        data_order: Settings that decide which pair comes when.
+
+    Returns:
+        Steps that were done.
 
     Raises:
-        ValueError: it was written by a run that reads the pairs in another order, or by another model's.
+        ValueError: It was written by a run that reads the pairs in another order, or by one of another model.
     """
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    state = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
     for name, ours in {"processes": accelerator.num_processes, **data_order}.items():
-        if (theirs := state.get(name, ours)) != ours:
+        if (written := state.get(name, ours)) != ours:
             raise ValueError(
-                f"{path} was written with {name} {theirs} and cannot be taken up with {ours}, which reads the pairs in "
-                "another order: set it back, or choose another output to begin anew."
+                f"{path} was written with {name} {written} and cannot be taken up with {ours}, which reads the pairs "
+                "in another order: set it back, or choose another output to begin anew."
             )
     try:
         accelerator.load_state(str(path))
@@ -108,7 +131,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path, data_order: Mapping[st
 
 
 def _in_any_process(accelerator: Accelerator, here: bool) -> bool:
-    """Whether something is so in one of the processes at least; all wait for the answer."""
+    """Whether something happened in at least one of the processes; all wait for the answer."""
     return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device)))
 
 

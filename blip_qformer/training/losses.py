@@ -1,10 +1,12 @@
-"""The losses of stage 1 and the attention masks that tell them apart (arXiv 2301.12597, section 3.1, figure 2).
+"""Losses of stage 1 and their self-attention masks (arXiv 2301.12597, section 3.1 and figure 2).
 
-One Q-Former serves all three: who may look at whom is the only difference. Masks are bool [B, Q + T, Q + T], True where
-the row may look at the column; the first Q are the queries, the others the text.
+One Q-Former serves all three losses; only the masks differ. A mask is a bool tensor of shape [B, Q + T, Q + T], True
+where the row may attend to the column; the first Q rows and columns are the queries, the others the text.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed
@@ -13,62 +15,91 @@ from torch import Tensor
 
 
 def contrastive_mask(attention_mask: Tensor, queries: int) -> Tensor:
-    """Queries see queries, text sees text: what is compared must not have met.
+    """Let queries attend to queries and text to text, so that images and texts are encoded apart.
 
     Args:
-        attention_mask: [B, T], 1 where there is a token.
+        attention_mask: 1 where there is a token and 0 for padding, of shape [B, T].
+        queries: Number of queries.
+
+    Returns:
+        Mask of shape [B, Q + T, Q + T].
     """
-    mask = _visible(attention_mask, queries).clone()
+    mask = _without_padding(attention_mask, queries)
     mask[:, :queries, queries:] = False
     mask[:, queries:, :queries] = False
     return mask
 
 
 def matching_mask(attention_mask: Tensor, queries: int) -> Tensor:
-    """All see all, but for padding."""
-    return _visible(attention_mask, queries).clone()
+    """Let all attend to all but padding.
+
+    Args:
+        attention_mask: 1 where there is a token and 0 for padding, of shape [B, T].
+        queries: Number of queries.
+
+    Returns:
+        Mask of shape [B, Q + T, Q + T].
+    """
+    return _without_padding(attention_mask, queries)
 
 
 def generation_mask(attention_mask: Tensor, queries: int) -> Tensor:
-    """Queries see queries; a token sees the queries and the tokens up to itself."""
-    mask = _visible(attention_mask, queries).clone()
+    """Let queries attend to queries, and a token to the queries and the tokens up to itself.
+
+    Args:
+        attention_mask: 1 where there is a token and 0 for padding, of shape [B, T].
+        queries: Number of queries.
+
+    Returns:
+        Mask of shape [B, Q + T, Q + T].
+    """
+    mask = _without_padding(attention_mask, queries)
     length = attention_mask.shape[1]
     mask[:, :queries, queries:] = False
     mask[:, queries:, queries:] &= torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
     return mask
 
 
-def _visible(attention_mask: Tensor, queries: int) -> Tensor:
-    """[B, T] -> [B, Q + T, Q + T]: nobody looks at padding."""
-    visible = F.pad(attention_mask.bool(), (queries, 0), value=True)
-    return visible[:, None, :].expand(-1, visible.shape[1], -1)
+def _without_padding(attention_mask: Tensor, queries: int) -> Tensor:
+    """[B, T] -> [B, Q + T, Q + T], False in the columns of padding."""
+    columns = F.pad(attention_mask.bool(), (queries, 0), value=True)  # [B, Q + T]
+    return columns[:, None, :].repeat(1, columns.shape[1], 1)
 
 
 def query_text_similarity(queries: Tensor, texts: Tensor) -> Tensor:
-    """How well each picture goes with each text: the best of its queries.
+    """Compare each image with each text by the image's best query.
 
     Args:
-        queries: [I, Q, D] of unit length; ``texts``: [T, D] of unit length.
+        queries: Projected queries of unit length, of shape [I, Q, D].
+        texts: Projected texts of unit length, of shape [T, D].
 
     Returns:
-        [I, T], cosines.
+        Cosines of shape [I, T].
     """
     with torch.autocast(queries.device.type, enabled=False):  # half precision would blur what a low temperature tells
         return torch.einsum("iqd,td->itq", queries, texts).amax(dim=-1)
 
 
 def contrastive_loss(
-    image_to_text: Tensor, text_to_image: Tensor, first: int, temperature: Tensor, smoothing: float = 0.0
+    image_to_text: Tensor,
+    text_to_image: Tensor,
+    row_offset: int,
+    temperature: Tensor | float,
+    smoothing: float = 0.0,
 ) -> Tensor:
-    """Image-text contrastive loss, both directions.
+    """Image-text contrastive loss, the mean of both directions.
 
     Args:
-        image_to_text: [B, G], cosines of this process's pictures with all processes' texts; ``text_to_image``: [B, G].
-        first: where this process's rows begin among all.
-        temperature: what the cosines are divided by.
-        smoothing: of the labels.
+        image_to_text: Cosines of this process's images with all processes' texts, of shape [B, G].
+        text_to_image: Cosines of this process's texts with all processes' images, of shape [B, G].
+        row_offset: Number of rows in the processes before this one.
+        temperature: Number that the cosines are divided by.
+        smoothing: Label smoothing.
+
+    Returns:
+        Loss, averaged over the batch.
     """
-    targets = torch.arange(first, first + len(image_to_text), device=image_to_text.device)
+    targets = torch.arange(row_offset, row_offset + len(image_to_text), device=image_to_text.device)
     losses = [
         F.cross_entropy(similarity / temperature, targets, label_smoothing=smoothing)
         for similarity in (image_to_text, text_to_image)
@@ -76,43 +107,50 @@ def contrastive_loss(
     return (losses[0] + losses[1]) / 2
 
 
-def hard_negatives(similarity: Tensor, first: int, temperature: Tensor, sources: list[torch.Generator]) -> Tensor:
-    """For each row another row's partner, drawn the more often the more similar it is.
+def hard_negatives(
+    similarity: Tensor, row_offset: int, temperature: Tensor, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Sample another row's partner for each row, the more often the more similar it is.
 
     Args:
-        similarity: [B, G]; row i's own partner is column ``first + i``.
-        sources: of chance, one a row.
+        similarity: Cosines of shape [B, G]; row i's own partner is column ``row_offset + i``.
+        row_offset: Number of rows in the processes before this one.
+        temperature: Number that the cosines are divided by.
+        generators: Generator of each row.
 
     Returns:
-        [B], columns.
+        Columns of shape [B].
 
     Raises:
-        ValueError: there is no other row.
+        ValueError: There is no other row.
     """
     if similarity.shape[1] < 2:
         raise ValueError(
             "Matching needs a wrong text for each picture, and one pair has none: set batch_size to 2 or more."
         )
     weights = (similarity / temperature).float().softmax(dim=1) + 1e-4
-    own = torch.arange(first, first + len(similarity), device=similarity.device)
+    own = torch.arange(row_offset, row_offset + len(similarity), device=similarity.device)
     weights = weights.scatter(1, own[:, None], 0.0).cpu()
-    drawn = [torch.multinomial(row, 1, generator=source) for row, source in zip(weights, sources, strict=True)]
-    return torch.cat(drawn).to(similarity.device)
+    sampled = [torch.multinomial(row, 1, generator=each) for row, each in zip(weights, generators, strict=True)]
+    return torch.cat(sampled).to(similarity.device)
 
 
 def generation_loss(logits: Tensor, input_ids: Tensor, attention_mask: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Image-grounded text generation: each token from those before it, averaged over all processes' tokens.
+    """Image-grounded text generation: predict each token from those before it.
 
     Args:
-        logits: [B, T, vocabulary]; ``input_ids``: [B, T]; ``attention_mask``: [B, T].
+        logits: Scores of shape [B, T, vocabulary].
+        input_ids: Tokens of shape [B, T].
+        attention_mask: 1 where there is a token and 0 for padding, of shape [B, T].
+        smoothing: Label smoothing.
 
     Returns:
-        This process's share: the mean of all processes' losses is the average over all tokens.
+        This process's share: the mean over all processes is the average over all tokens.
     """
-    labels = input_ids.masked_fill(attention_mask == 0, -100)[:, 1:].flatten()  # -100 is what cross_entropy leaves out
+    labels = input_ids.masked_fill(attention_mask == 0, -100)[:, 1:].flatten()  # cross_entropy leaves -100 out
     predicted = logits[:, :-1].flatten(0, 1).float()
     loss = F.cross_entropy(predicted, labels, label_smoothing=smoothing, reduction="sum")
-    return loss / mean_of_processes((labels != -100).sum())
+    return loss / mean_over_processes((labels != -100).sum())
 
 
 class _GatherRows(torch.autograd.Function):
@@ -134,13 +172,27 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """[B, ...] of each process -> [processes * B, ...], in the order of the processes; gradients flow through."""
-    return _GatherRows.apply(rows) if _are_several() else rows
+    """Concatenate the rows of all processes; gradients flow through.
+
+    Args:
+        rows: Rows of this process, of shape [B, ...].
+
+    Returns:
+        Rows of shape [processes * B, ...], in the order of the processes.
+    """
+    return _GatherRows.apply(rows) if _is_distributed() else rows
 
 
-def mean_of_processes(count: Tensor) -> Tensor:
-    """A number of this process -> the mean over all processes."""
-    if not _are_several():
+def mean_over_processes(count: Tensor) -> Tensor:
+    """Average a number over all processes.
+
+    Args:
+        count: Number of this process.
+
+    Returns:
+        The mean, the same in all of them.
+    """
+    if not _is_distributed():
         return count
     total = count.clone()
     torch.distributed.all_reduce(total)
@@ -148,9 +200,9 @@ def mean_of_processes(count: Tensor) -> Tensor:
 
 
 def process_index() -> int:
-    """Which of the training's processes this is."""
-    return torch.distributed.get_rank() if _are_several() else 0
+    """Index of this process among those that train together."""
+    return torch.distributed.get_rank() if _is_distributed() else 0
 
 
-def _are_several() -> bool:
+def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,152 +1,155 @@
-"""One update of the weights after another: the optimizer, its schedule, and the moving average of what trains."""
+"""What a checkpoint of a run holds: the stage, the optimizer with its schedule, the moving average, and the step."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-from mini.stages.cpu_attention import fast_attention
-
-from ..data.collate import Batch
-from .checkpointing import load_checkpoint
+from .checkpointing import load_checkpoint, save_checkpoint
 from .config import RunConfig
 from .stages import Stage
 
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}  # diffusers' plain constant has no warm-up
 
 
-class NonFiniteError(ValueError):
-    """The loss is no longer a number."""
-
-
 class TrainState:
     """Everything that a checkpoint holds.
 
+    The settings are those of the run's file, also after it was resumed: a checkpoint brings back AdamW's moments, but
+    not the learning rate that they were made with.
+
     Args:
-        config: the run.
-        accelerator: of this process; it wraps the stage.
-        stage: on the accelerator's device.
+        config: Settings of the run.
+        accelerator: Accelerator of this process, which wraps the stage and the optimizer.
+        stage: Stage on the accelerator's device.
     """
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, stage: Stage):
-        self._config, self._accelerator, self._stage = config, accelerator, stage
-        self.average = make_average(stage, config.ema_decay)
-        optimizer = torch.optim.AdamW(
-            stage.trained(),
-            lr=config.learning_rate,
-            betas=config.betas,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            fused=True,  # one kernel instead of ten, which on a CPU is a tenth of a step
-        )
-        # accelerate steps a scheduler once for each process, so that it is told of so many more steps.
-        processes = accelerator.num_processes
-        scheduler = get_scheduler(
-            SCHEDULES[config.schedule],
-            optimizer,
-            num_warmup_steps=config.warmup_steps * processes,
-            num_training_steps=config.steps * processes,
-        )
-        self._model, self._optimizer, self._scheduler = accelerator.prepare(stage, optimizer, scheduler)
-        if self.average:
-            accelerator.register_for_checkpointing(self.average)
+        self.config, self.accelerator, self.stage = config, accelerator, stage
+        self.step = 0
+        optimizer = make_optimizer(config, stage)
+        self.scheduler = make_scheduler(config, optimizer)
+        self.model, self.optimizer = accelerator.prepare(stage, optimizer)
+        self.ema = make_ema(stage, config.ema_decay)
+        accelerator.register_for_checkpointing(self)
 
-    @property
-    def learning_rate(self) -> float:
-        """Of the next update."""
-        return self._scheduler.get_last_lr()[0]
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint, in all processes together.
 
-    def take_up(self, checkpoint: Path) -> int:
-        """Go on from a checkpoint, with the settings that the run has now; returns how many steps were done.
+        Args:
+            folder: Folder of the run's checkpoints.
+
+        Returns:
+            The checkpoint's own folder.
 
         Raises:
-            ValueError: it does not fit this run.
+            OSError: The disk is full, or the folder cannot be written to; the checkpoint before it stays.
         """
-        done = load_checkpoint(self._accelerator, checkpoint, self._config.data_order)
-        self._follow_settings()
-        return done
+        return save_checkpoint(self.accelerator, folder, self.step, self.config.data_order)
 
-    def make(self, step: int, batches: Iterator[Batch]) -> list[dict[str, Tensor]]:
-        """Update the weights once; returns the losses of each batch that it took.
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            checkpoint: The checkpoint's own folder.
 
         Raises:
-            NonFiniteError: the loss or the gradient became NaN or infinite; names the step and the pairs.
+            ValueError: It does not fit this run.
         """
-        config, accelerator = self._config, self._accelerator
-        seen: list[str] = []
-        losses: list[dict[str, Tensor]] = []
-        for _ in range(config.gradient_accumulation):
-            batch = next(batches)
-            seen += batch["keys"]
-            with accelerator.accumulate(self._model), fast_attention(accelerator.device):
-                losses.append(self._model(batch))
-                check_is_number(losses[-1]["loss"], step, batch["keys"])
-                accelerator.backward(losses[-1]["loss"])
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self._stage.trained(), config.max_grad_norm or math.inf)
-                    if config.mixed_precision != "fp16":  # there the scaler leaves such a step out by itself
-                        check_is_number(norm, step, seen, "gradient")
-                self._optimizer.step()
-                self._scheduler.step()
-                self._optimizer.zero_grad()
-        if self.average:
-            self.average.step(self._stage.trained())
-        return losses
+        self.step = load_checkpoint(self.accelerator, checkpoint, self.config.data_order)
 
-    def _follow_settings(self) -> None:
-        """A checkpoint brings back the settings that it was written with; the run's file may have others since."""
-        config, schedule = self._config, self._scheduler.scheduler
-        schedule.base_lrs = [config.learning_rate for _ in schedule.base_lrs]
-        rates = [config.learning_rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-        schedule._last_lr = rates
-        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
-            group.update(
-                lr=rate,
-                initial_lr=config.learning_rate,
-                betas=config.betas,
-                eps=config.epsilon,
-                weight_decay=config.weight_decay,
-            )
-        if self.average:
-            self.average.decay = config.ema_decay
-            self.average.to(self._accelerator.device)  # it was read onto the CPU
+    def state_dict(self) -> dict[str, Any]:
+        """What accelerate does not save by itself."""
+        return {"updates": self.scheduler.last_epoch, "ema": self.ema.state_dict() if self.ema else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the schedule and the moving average, after accelerate has loaded the rest.
+
+        Args:
+            state: Dictionary of :meth:`state_dict`.
+
+        Raises:
+            ValueError: One of the two runs keeps a moving average and the other does not.
+        """
+        for group in self.optimizer.param_groups:
+            group.update(adamw_settings(self.config), initial_lr=self.config.learning_rate)
+        self.scheduler = make_scheduler(self.config, self.scheduler.optimizer, state["updates"])
+        if (self.ema is None) != (state["ema"] is None):
+            raise ValueError("an ema_decay of 0 and another one do not go together")
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.decay = self.config.ema_decay
+            self.ema.to(self.accelerator.device)  # it was read onto the CPU
 
 
-def make_average(stage: Stage, decay: float) -> EMAModel | None:
-    """The moving average of what trains, or None where there is to be none; early on it forgets faster."""
+def adamw_settings(config: RunConfig) -> dict[str, Any]:
+    """Settings of a run under the names that torch's AdamW gives them."""
+    return {
+        "lr": config.learning_rate,
+        "betas": config.betas,
+        "eps": config.epsilon,
+        "weight_decay": config.weight_decay,
+    }
+
+
+def make_optimizer(config: RunConfig, stage: Stage) -> torch.optim.AdamW:
+    """AdamW on what trains; its fused kernel in place of ten saves a tenth of a step on a CPU."""
+    return torch.optim.AdamW(stage.trainable_parameters(), **adamw_settings(config), fused=True)
+
+
+def make_scheduler(config: RunConfig, optimizer: Optimizer, updates: int = 0) -> LambdaLR:
+    """Make the schedule of the learning rate, as it is after a number of updates.
+
+    Args:
+        config: Settings of the run.
+        optimizer: Optimizer whose learning rate is set.
+        updates: Updates that were made.
+
+    Returns:
+        diffusers' scheduler.
+    """
+    return get_scheduler(
+        SCHEDULES[config.schedule],
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=config.steps,
+        last_epoch=updates - 1,
+    )
+
+
+def make_ema(stage: Stage, decay: float) -> EMAModel | None:
+    """Make the moving average of what trains, which forgets faster early on; None where there is to be none."""
     if not decay:
         return None
-    return EMAModel(stage.trained(), decay=decay, use_ema_warmup=True, inv_gamma=10.0, power=0.75, foreach=True)
+    return EMAModel(
+        stage.trainable_parameters(), decay=decay, use_ema_warmup=True, inv_gamma=10.0, power=0.75, foreach=True
+    )
 
 
 @contextmanager
-def averaged(stage: Stage, average: EMAModel | None) -> Iterator[None]:
-    """Inside, the stage is in evaluation mode with its averaged weights, which are what is saved in the end."""
+def ema_weights(stage: Stage, ema: EMAModel | None) -> Iterator[None]:
+    """Put the averaged weights in, which are what is saved in the end, and the stage into evaluation mode.
+
+    Args:
+        stage: Stage, which has its own weights back afterwards.
+        ema: Moving average of them; None leaves them in.
+    """
     stage.eval()
-    if average:
-        average.store(stage.trained())
-        average.copy_to(stage.trained())
+    if ema:
+        ema.store(stage.trainable_parameters())
+        ema.copy_to(stage.trainable_parameters())
     try:
         yield
     finally:
-        if average:
-            average.restore(stage.trained())
+        if ema:
+            ema.restore(stage.trainable_parameters())
         stage.train()
-
-
-def check_is_number(figure: Tensor, step: int, keys: Sequence[str], what: str = "loss") -> None:
-    """Raises :class:`NonFiniteError` where a loss or a gradient is NaN or infinite, naming the step and the pairs."""
-    if not math.isfinite(value := float(figure.detach())):
-        # A gradient is that of all processes and may come from the pairs of another one, whose log names its own.
-        raise NonFiniteError(
-            f"The {what} of step {step} is {value}, for the pairs {', '.join(keys)}: look at them, or lower the "
-            "learning rate; the run goes on from its last checkpoint."
-        )

@@ -8,93 +8,171 @@ A run that was killed goes on from its last checkpoint, with the same pairs in t
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from diffusers.training_utils import EMAModel
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data.collate import Batch
 from ..data.stream import PairStream
-from .checkpointing import find_newest, save_checkpoint
+from ..pipeline.pipeline import Pipeline, save_pipeline
+from .checkpointing import find_latest
 from .config import RunConfig
 from .logging import RunLog
-from .stages import Stage, make_stage, stage_class
-from .train_state import TrainState, averaged
+from .metrics import MetricAverager
+from .stages import STAGES, Stage, make_stage
+from .stages.base import CollateFn
+from .train_state import TrainState, ema_weights
+
+StepContext = Callable[[torch.device], AbstractContextManager]
 
 
-def train(config: RunConfig, stop_at: int | None = None) -> Path:
+class NonFiniteError(ValueError):
+    """A loss or a gradient is NaN or infinite."""
+
+
+def train(
+    config: RunConfig,
+    stop_at: int | None = None,
+    *,
+    stages: Mapping[str, type[Stage]] = STAGES,
+    initialise: Callable[[Pipeline], None] | None = None,
+    step_context: StepContext = lambda device: nullcontext(),
+) -> Path:
     """Run a stage to its end, from its last checkpoint if there is one.
 
     Args:
-        stop_at: the last step to take, where that is not the run's last one; its schedule stays that of the whole run.
+        config: Settings of the run.
+        stop_at: Last step to make, where that is not the run's last one; the learning rate's schedule stays that of the
+            whole run.
+        stages: Stages by name, of which the run's file names one.
+        initialise: Function that changes the random weights of a new model, called once it is made.
+        step_context: Context of each forward and backward pass, made for the device that trains.
 
     Returns:
-        The folder of the trained model, in the Hub layout.
+        Folder of the trained model, in the Hub layout.
 
     Raises:
-        NonFiniteError: the loss became NaN or infinite; names the step and the pairs.
-        ValueError: something in the run's file does not fit, or stop_at is no step.
-        OSError: the disk is full; the last checkpoint stays whole.
+        NonFiniteError: A loss or a gradient became NaN or infinite; names the step and the pairs.
+        ValueError: A setting does not fit, or ``stop_at`` is no step.
+        OSError: The disk is full; the last checkpoint stays whole.
     """
     if stop_at is not None and stop_at < 1:
         raise ValueError(f"The run is to stop at step {stop_at}, but the first one is 1.")
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,
-        # Not every batch needs every weight: a dropped subject needs no encoder.
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=str(config.output), logging_dir=str(config.output)),
+        # Not every batch needs every weight: where subjects are dropped, no encoder.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     set_seed(config.seed, device_specific=True)
-    stage = make_stage(config)
-    stage.to(accelerator.device)
-    updates = TrainState(config, accelerator, stage)
+    stage = make_stage(config, stages, initialise).to(accelerator.device)
+    state = TrainState(config, accelerator, stage)
     checkpoints = config.output / "checkpoints"
-    newest = find_newest(checkpoints, accelerator)
-    done = updates.take_up(newest) if newest else 0
+    if latest := find_latest(checkpoints, accelerator):
+        state.resume(latest)
     last = config.steps if stop_at is None else min(stop_at, config.steps)
-    stream = pair_stream(config, accelerator, done)
-    batches = seeded_batches(config, accelerator, stream, done)
+    stream = pair_stream(config, accelerator, state.step)
+    batches = seeded_batches(config, accelerator, stream, stage.collate_fn, state.step)
 
-    run_log = RunLog(accelerator, config.output / "log", config.steps, done)
-    figures = Figures(config, accelerator, stream)
-    stage.train()
+    run_log = RunLog(accelerator, config.steps, state.step)
     try:
-        for step in range(done + 1, last + 1):
-            for losses in updates.make(step, batches):
-                figures.add(losses)
-            run_log.step()
-            if _due(step, config.log_every, last):
-                run_log.figures(figures.take(updates.learning_rate), step)
-            with figures.paused():
-                if accelerator.is_main_process and _due(step, config.validate_every, last):
-                    _draw(stage, updates.average, run_log, step)
-                if _due(step, config.checkpoint_every, last):
-                    save_checkpoint(accelerator, checkpoints, step, config.data_order)
+        fit(state, batches, stream, last, run_log, checkpoints, step_context)
     finally:
         run_log.close()
 
     target = config.output / "model"
     if accelerator.is_main_process:
-        with averaged(stage, updates.average):
+        with ema_weights(stage, state.ema):
             stage.finish(batches)
-            stage.save(target)
+            save_pipeline(stage.pipeline, target, getattr(torch, config.save_dtype))
     accelerator.wait_for_everyone()
     # Let go of whatever wraps the model while the processes are still connected: later, gloo may wait for ever.
-    del updates, batches
+    del state, batches
     accelerator.free_memory()
     gc.collect()
     accelerator.end_training()
     return target
 
 
+def fit(
+    state: TrainState,
+    batches: Iterator[Batch],
+    stream: PairStream,
+    last: int,
+    run_log: RunLog,
+    checkpoints: Path,
+    step_context: StepContext,
+) -> None:
+    """Update the weights step by step, with logs, samples and checkpoints when they are due.
+
+    Args:
+        state: State of the training, changed in place.
+        batches: Batches of this process, from the first step that is not done.
+        stream: Pairs that they are made of, which counts what could not be read.
+        last: Last step to make.
+        run_log: Log of the run.
+        checkpoints: Folder of its checkpoints.
+        step_context: Context of each forward and backward pass.
+
+    Raises:
+        NonFiniteError: A loss or a gradient became NaN or infinite.
+        OSError: A checkpoint could not be written.
+    """
+    config, accelerator, stage = state.config, state.accelerator, state.stage
+    model, optimizer = state.model.train(), state.optimizer
+    averager = MetricAverager(accelerator, config.batch_size)
+    for step in range(state.step + 1, last + 1):
+        keys: list[str] = []
+        for _ in range(config.gradient_accumulation):
+            batch = next(batches)
+            keys += batch["keys"]
+            with accelerator.accumulate(model), step_context(accelerator.device):
+                losses = model(batch)
+                check_finite(losses["loss"], step, batch["keys"])
+                accelerator.backward(losses["loss"])
+            averager.add(losses)
+        norm = accelerator.clip_grad_norm_(stage.trainable_parameters(), config.max_grad_norm or math.inf)
+        if config.mixed_precision != "fp16":  # there the gradient scaler leaves such a step out by itself
+            check_finite(norm, step, keys, "gradient")
+        optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:
+            state.scheduler.step()  # not accelerate's, which would step once for each process
+        optimizer.zero_grad()
+        if state.ema:
+            state.ema.step(stage.trainable_parameters())
+        state.step = step
+
+        run_log.step()
+        if _is_due(step, config.log_every, last):
+            metrics = {**averager.reduce(), "learning_rate": state.scheduler.get_last_lr()[0]}
+            run_log.metrics(metrics | _unreadable(accelerator, stream), step)
+        with averager.paused():
+            if accelerator.is_main_process and _is_due(step, config.validate_every, last):
+                log_samples(state, run_log)
+            if _is_due(step, config.checkpoint_every, last):
+                state.save(checkpoints)
+
+
 def pair_stream(config: RunConfig, accelerator: Accelerator, done: int) -> PairStream:
-    """This process's pairs, behind those that ``done`` steps have had."""
+    """Make the stream of this process's pairs.
+
+    Args:
+        config: Settings of the run.
+        accelerator: Accelerator of this process.
+        done: Steps that were done, whose pairs are skipped.
+
+    Returns:
+        Dataset of pairs without end.
+    """
     return PairStream(
         list(config.pairs),
         seed=config.seed,
@@ -106,15 +184,27 @@ def pair_stream(config: RunConfig, accelerator: Accelerator, done: int) -> PairS
     )
 
 
-def seeded_batches(config: RunConfig, accelerator: Accelerator, stream: PairStream, done: int) -> Iterator[Batch]:
-    """This process's batches from a step on, each pair with a seed of its own.
+def seeded_batches(
+    config: RunConfig, accelerator: Accelerator, stream: PairStream, collate_fn: CollateFn, done: int
+) -> Iterator[Batch]:
+    """Read this process's batches, each pair with a seed of its own.
 
-    A pair's seed comes from its place in the whole run, whichever process it falls to.
+    A pair's seed comes from its position in the whole run, whichever process it falls to.
+
+    Args:
+        config: Settings of the run.
+        accelerator: Accelerator of this process.
+        stream: Pairs behind those of the steps that were done.
+        collate_fn: Function that makes a batch of pairs.
+        done: Steps that were done.
+
+    Yields:
+        Batches with ``seeds``, on the accelerator's device, without end.
     """
     loader = DataLoader(
         stream,
         batch_size=config.batch_size,
-        collate_fn=stage_class(config.stage).collate(config),
+        collate_fn=collate_fn,
         num_workers=config.num_workers,
         persistent_workers=config.num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
@@ -126,67 +216,60 @@ def seeded_batches(config: RunConfig, accelerator: Accelerator, stream: PairStre
         yield to_device(batch, accelerator.device)
 
 
-def pair_seeds(seed: int, places: range) -> list[int]:
-    """A seed for each place in a run; neighbours have nothing in common."""
-    return [(place * 0x9E3779B97F4A7C15 + seed * 0xD1B54A32D192ED03 + 1) % 2**63 for place in places]
+def pair_seeds(seed: int, positions: range) -> list[int]:
+    """Give each position in a run a seed that has nothing in common with its neighbours'.
+
+    Args:
+        seed: Seed of the run.
+        positions: Positions of pairs in the run.
+
+    Returns:
+        A seed for each of them, of 63 bits.
+    """
+    return [(position * 0x9E3779B97F4A7C15 + seed * 0xD1B54A32D192ED03 + 1) % 2**63 for position in positions]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Tensors to where the model is."""
+    """Move a batch's tensors to a device; the rest of it stays."""
     return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }
 
 
-class Figures:
-    """Losses averaged over the steps since they were last taken and over all processes, the speed, what was lost."""
+def check_finite(value: Tensor, step: int, keys: Sequence[str], what: str = "loss") -> None:
+    """Refuse a loss or a gradient that is NaN or infinite.
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, stream: PairStream):
-        self._accelerator = accelerator
-        self._stream = stream
-        self._batch = config.batch_size * accelerator.num_processes
-        self._begin()
+    Args:
+        value: Loss, or norm of the gradient.
+        step: Step that is made.
+        keys: Keys of the pairs it is made of. A gradient is that of all processes and may come from the pairs of
+            another one, whose log names its own.
+        what: Name of the value, for the error.
 
-    def _begin(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0
-        self._since = time.monotonic()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside does not count as time that training took."""
-        begun = time.monotonic()
-        yield
-        self._since += time.monotonic() - begun
-
-    def add(self, losses: dict[str, torch.Tensor]) -> None:
-        """Losses of one batch."""
-        self._count += 1
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
-
-    def take(self, learning_rate: float) -> dict[str, float]:
-        """The averages, and begin anew; all processes take together.
-
-        ``unreadable``, how often something could not be read since the run was started, is there where it is not 0.
-        """
-        unreadable = self._accelerator.reduce(torch.tensor(self._stream.unreadable, device=self._accelerator.device))
-        sums = self._accelerator.reduce(torch.stack([*self._sums.values()]), "mean")
-        averages = dict(zip(self._sums, (sums / self._count).tolist(), strict=True))
-        speed = self._count * self._batch / (time.monotonic() - self._since)
-        self._begin()
-        figures = {**averages, "learning_rate": learning_rate, "samples_per_second": speed}
-        return {**figures, "unreadable": int(unreadable)} if unreadable else figures
+    Raises:
+        NonFiniteError: It is; the message names the step and the pairs.
+    """
+    if not math.isfinite(number := float(value.detach())):
+        raise NonFiniteError(
+            f"The {what} of step {step} is {number}, for the pairs {', '.join(keys)}: look at them, or lower the "
+            "learning rate; the run goes on from its last checkpoint."
+        )
 
 
-def _draw(stage: Stage, average: EMAModel | None, run_log: RunLog, step: int) -> None:
-    """Samples of the averaged weights."""
-    with torch.no_grad(), averaged(stage, average):
-        picture = stage.samples()
-    if picture is not None:
-        run_log.picture(picture, step)
+def log_samples(state: TrainState, run_log: RunLog) -> None:
+    """Log samples of the averaged weights, where the stage has any to show."""
+    with torch.no_grad(), ema_weights(state.stage, state.ema):
+        image = state.stage.samples()
+    if image is not None:
+        run_log.image(image, state.step)
 
 
-def _due(step: int, every: int, last: int) -> bool:
+def _unreadable(accelerator: Accelerator, stream: PairStream) -> dict[str, int]:
+    """How often something could not be read since the run was started, in all processes; nothing if that is 0."""
+    count = int(accelerator.reduce(torch.tensor(stream.unreadable, device=accelerator.device)))
+    return {"unreadable": count} if count else {}
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
     return bool(every) and (step % every == 0 or step == last)

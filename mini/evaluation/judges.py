@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blip_qformer.atomic import atomic_file
+from blip_qformer.data.collate import to_pixels
 from blip_qformer.training.losses import contrastive_loss
-from blip_qformer.training.stages.base import to_pixels
 
 from ..world.artwork import Artwork
 from ..world.places import PLACES, Random

@@ -17,12 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from blip_qformer.data.collate import to_pixels
 from blip_qformer.encoder import preprocess
 from blip_qformer.evaluation.intervals import Share
 from blip_qformer.pipeline.pipeline import Pipeline
 from blip_qformer.pipeline.sample import draw
 from blip_qformer.prompt import compose_prompt
-from blip_qformer.training.stages.base import to_picture, to_pixels
+from blip_qformer.training.stages.base import to_pil_image
 
 from ..world.artwork import Artwork
 from ..world.places import PLACES, Place, Random
@@ -238,7 +239,7 @@ def draw_cases(
 
 def paste_reference(picture: Tensor, reference: Image.Image) -> Tensor:
     """The reference, background and all, in the middle of a picture [3, H, W]."""
-    canvas = to_picture(picture)
+    canvas = to_pil_image(picture)
     size = round(PASTED_SIZE * canvas.width)
     corner = (canvas.width - size) // 2
     canvas.paste(reference.resize((size, size)), (corner, corner))
@@ -328,7 +329,7 @@ def contact_sheet(
     picked = np.linspace(0, len(cases) - 1, columns).round().astype(int)
     sheet = Image.new("RGB", (columns * edge, 3 * edge))
     for column, index in enumerate(picked):
-        rows = (cases[index].reference, to_picture(without[index]), to_picture(drawn[index]))
+        rows = (cases[index].reference, to_pil_image(without[index]), to_pil_image(drawn[index]))
         for row, picture in enumerate(rows):
             sheet.paste(picture.resize((edge, edge), Image.Resampling.LANCZOS), (column * edge, row * edge))
     return sheet

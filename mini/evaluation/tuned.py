@@ -19,12 +19,13 @@ from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from blip_qformer.data.collate import to_pixels
 from blip_qformer.evaluation.intervals import Mean
 from blip_qformer.finetune.loop import FinetuneResult, FinetuneSettings
 from blip_qformer.finetune.validation import VALIDATION_PROMPTS
 from blip_qformer.pipeline.pipeline import Pipeline
 from blip_qformer.pipeline.subject_finetune import FinetuneRun
-from blip_qformer.training.stages.base import to_picture, to_pixels
+from blip_qformer.training.stages.base import to_pil_image
 
 from ..world.places import PLACES
 from ..world.scenes import picture_of, random_placement
@@ -229,7 +230,7 @@ def tuned_sheet(things: Sequence[Thing], outcomes: Sequence[FinetuneResult], edg
     looks = max(len(outcome.samples) for outcome in outcomes)
     sheet = Image.new("RGB", ((1 + looks) * edge, len(outcomes) * edge))
     for row, (thing, outcome) in enumerate(zip(things, outcomes, strict=False)):
-        pictures = [thing.views[0], *(to_picture(drawn[0].cpu()) for drawn in outcome.samples)]
+        pictures = [thing.views[0], *(to_pil_image(drawn[0].cpu()) for drawn in outcome.samples)]
         for column, picture in enumerate(pictures):
             sheet.paste(picture.resize((edge, edge), Image.Resampling.LANCZOS), (column * edge, row * edge))
     return sheet

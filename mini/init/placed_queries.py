@@ -27,7 +27,7 @@ from blip_qformer.data.stream import PairStream
 from blip_qformer.encoder import SubjectEncoder
 from blip_qformer.encoder.qformer import QFormerAttention
 from blip_qformer.pipeline.pipeline import load_pipeline, save_pipeline
-from blip_qformer.training.stages.subject_vectors import ask
+from blip_qformer.training.stages.subject_vectors import qformer_output
 
 PICTURES = 256  # enough to fit 16 linear functions of 128 numbers
 
@@ -135,7 +135,7 @@ def _queries_before(
     seen: list[Tensor] = []
     hook = attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        ask(encoder, pixel_values, words)
+        qformer_output(encoder, pixel_values, words)
     finally:
         hook.remove()
     return seen[0]

@@ -16,12 +16,19 @@ from torch.overrides import TorchFunctionMode
 
 
 def fast_attention(device: torch.device) -> AbstractContextManager:
-    """Inside, attention is computed in the precision that trains fastest on this device, which a CPU alone changes."""
+    """Compute attention in the precision that trains fastest on a device: float32 on a CPU, its own elsewhere.
+
+    Args:
+        device: Device that trains.
+
+    Returns:
+        Context, inside which it is so; a ``step_context`` of :func:`blip_qformer.training.trainer.train`.
+    """
     return _Float32Attention() if device.type == "cpu" else nullcontext()
 
 
 class _Float32Attention(TorchFunctionMode):
-    """Whatever calls torch's attention, diffusers' networks, transformers' or ours, finds it in float32."""
+    """Give torch's attention float32, whether diffusers' networks call it, transformers' or ours."""
 
     def __torch_function__(
         self,

@@ -14,7 +14,7 @@ from blip_qformer.encoder.tokenizer import bert_tokenizer
 from blip_qformer.pipeline.initial_weights import first_encoder, first_model, main
 from blip_qformer.pipeline.pipeline import load_pipeline
 from blip_qformer.training.losses import contrastive_mask
-from blip_qformer.training.stages.multimodal import read
+from blip_qformer.training.stages.multimodal import run_qformer
 from tests import oracle
 from tests.random_weights import write_hub_folder
 from tools.host import comfyui_path
@@ -100,7 +100,7 @@ def test_the_text_reads_as_bert_does(clip, bert, reference_bert):
     ids = torch.tensor([encoding.ids for encoding in encodings])
     mask = torch.tensor([encoding.attention_mask for encoding in encodings])
     with torch.no_grad():
-        _, text = read(encoder.qformer, torch.randn(2, 5, 32), ids, mask, contrastive_mask)
+        _, text = run_qformer(encoder.qformer, torch.randn(2, 5, 32), ids, mask, contrastive_mask)
         expected = reference_bert(ids, mask).last_hidden_state
     assert expected.std() > 0.1
     for row in range(2):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import runpy
 import socket
@@ -32,7 +31,7 @@ def run_two(processes, script: str, **inputs: Any) -> None:
 
 
 def without_a_subject(options: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Pairs whose subject chance leaves out, and others."""
+    """Pairs whose subject is dropped, and others."""
     stage = tiny.make_stage("subject", options=options)
     left_out, kept = [], []
     for number in range(20):
@@ -45,7 +44,7 @@ def without_a_subject(options: dict[str, Any]) -> tuple[list[int], list[int]]:
 @pytest.fixture(scope="module")
 def halves() -> dict[str, tuple[dict[str, Any], tuple[list[int], list[int]]]]:
     """Where the processes differ most: captions of other lengths; and no subject at all in the first."""
-    subject = {"resolution": 32, "subject_dropout": 0.5, "projection_dropout": 0.2}
+    subject = {"data": {"resolution": 32}, "dropout": {"subject": 0.5, "projection": 0.2}}
     left_out, kept = without_a_subject(subject)
     assert {tiny.make_pair(number).caption.split()[-1] for number in (0, 3, 6)} == {"snow"}
     return {
@@ -85,7 +84,7 @@ def free_port() -> int:
 
 
 def test_two_processes_train_stop_and_go_on(processes, pairs, tmp_path):
-    """Through the whole loop, with what chance and accumulation there is; the learning rate is that of one process."""
+    """Through the whole loop, with dropout and accumulation; the learning rate is that of one process."""
     config = tiny.make_config(
         pairs=pairs,
         output=str(tmp_path / "whole"),
@@ -97,14 +96,14 @@ def test_two_processes_train_stop_and_go_on(processes, pairs, tmp_path):
         gradient_checkpointing=True,
         log_every=1,
         checkpoint_every=1,
-        options={"resolution": 32, "subject_dropout": 0.5},
+        options={"data": {"resolution": 32}, "dropout": {"subject": 0.5}},
     )
     run_two(processes, "training.py", config=config, port=free_port())
-    pipeline = dataclasses.replace(config, output=tmp_path / "pipeline", steps=2)
-    run_two(processes, "training.py", config=pipeline, port=free_port())
-    run_two(processes, "training.py", config=dataclasses.replace(pipeline, steps=3), port=free_port())
+    resumed = tiny.changed(config, output=tmp_path / "resumed", steps=2)
+    run_two(processes, "training.py", config=resumed, port=free_port())
+    run_two(processes, "training.py", config=tiny.changed(resumed, steps=3), port=free_port())
 
-    models = [config.output / "model", pipeline.output / "model"]
+    models = [config.output / "model", resumed.output / "model"]
     for file in sorted(models[0].rglob("*.safetensors")):
         expected, found = load_file(file), load_file(models[1] / file.relative_to(models[0]))
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []

@@ -1,4 +1,4 @@
-"""Losses and masks of stage 1 against loops written out, and how hard negatives are drawn."""
+"""Losses and masks of stage 1 against loops written out, and how hard negatives are sampled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from blip_qformer.training.losses import (
 QUERIES = 2
 ATTENTION = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])  # three tokens and one of padding; two and two
 
-# Who (row) looks at whom (column): two queries, then four tokens of which the last is padding.
+# Who (row) attends to whom (column): two queries, then four tokens of which the last is padding.
 CONTRAST = """
     xx....
     xx....
@@ -49,15 +49,15 @@ GENERATION = """
 
 
 @pytest.mark.parametrize(
-    ("make", "drawing"), [(contrastive_mask, CONTRAST), (matching_mask, MATCHING), (generation_mask, GENERATION)]
+    ("make", "rows"), [(contrastive_mask, CONTRAST), (matching_mask, MATCHING), (generation_mask, GENERATION)]
 )
-def test_each_mask_cell_by_cell(make, drawing):
+def test_each_mask_cell_by_cell(make, rows):
     mask = make(ATTENTION, QUERIES)
-    expected = torch.tensor([[cell == "x" for cell in row] for row in drawing.split()])
+    expected = torch.tensor([[cell == "x" for cell in row] for row in rows.split()])
     assert torch.equal(mask[0], expected)
     expected[:, QUERIES + 2] = False  # the second text is shorter by one
     assert torch.equal(mask[1], expected)
-    assert mask.any(dim=-1).all()  # who sees nobody would be NaN
+    assert mask.any(dim=-1).all()  # a row without any would be NaN
 
 
 def unit(*shape: int) -> torch.Tensor:
@@ -75,16 +75,16 @@ def cross_entropy(scores: list[float], target: int, smoothing: float) -> float:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("first", [0, 3])
 def test_contrast_against_a_loop(first, smoothing):
-    """Three pictures of six processes' texts, each with its best query."""
+    """Three images of six processes' texts, each with its best query."""
     torch.manual_seed(0)
-    pictures, texts, temperature = unit(6, QUERIES, 8), unit(6, 8), 0.2
+    images, texts, temperature = unit(6, QUERIES, 8), unit(6, 8), 0.2
     own = range(first, first + 3)
-    image_to_text = query_text_similarity(pictures[own], texts)
-    text_to_image = query_text_similarity(pictures, texts[own]).T
+    image_to_text = query_text_similarity(images[own], texts)
+    text_to_image = query_text_similarity(images, texts[own]).T
     found = contrastive_loss(image_to_text, text_to_image, first, torch.tensor(temperature), smoothing)
 
-    def similarity(picture: int, text: int) -> float:
-        return max(float(query @ texts[text]) for query in pictures[picture]) / temperature
+    def similarity(image: int, text: int) -> float:
+        return max(float(query @ texts[text]) for query in images[image]) / temperature
 
     losses = []
     for index in own:
@@ -99,18 +99,18 @@ def test_generation_against_a_loop(smoothing):
     vocabulary, length = 7, ATTENTION.shape[1]
     logits, ids = torch.randn(2, length, vocabulary), torch.randint(vocabulary, (2, length))
     losses = [
-        cross_entropy(logits[row, place].tolist(), int(ids[row, place + 1]), smoothing)
+        cross_entropy(logits[row, position].tolist(), int(ids[row, position + 1]), smoothing)
         for row in range(2)
-        for place in range(length - 1)
-        if ATTENTION[row, place + 1]
+        for position in range(length - 1)
+        if ATTENTION[row, position + 1]
     ]
     assert len(losses) == 3
     found = generation_loss(logits, ids, ATTENTION, smoothing)
     assert found.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
-def draw(similarity: torch.Tensor, first: int, temperature: float, count: int) -> torch.Tensor:
-    """[count, B]: drawn with a seed each time another."""
+def sample(similarity: torch.Tensor, first: int, temperature: float, count: int) -> torch.Tensor:
+    """[count, B]: sampled with a seed each time another."""
     return torch.stack(
         [
             hard_negatives(
@@ -126,22 +126,22 @@ def draw(similarity: torch.Tensor, first: int, temperature: float, count: int) -
 
 def test_hard_negatives_are_never_the_own_partner():
     similarity = torch.eye(3, 6).roll(2, dims=1)  # the own partner is by far the most similar
-    drawn = draw(similarity, 2, 0.05, 300)
-    assert not (drawn == torch.tensor([2, 3, 4])).any()
+    sampled = sample(similarity, 2, 0.05, 300)
+    assert not (sampled == torch.tensor([2, 3, 4])).any()
 
 
 def test_hard_negatives_follow_the_similarity():
-    """Drawn as often as the softmax of the others says, and one (seed, row) the same each time."""
+    """Sampled as often as the softmax of the others says, and one (seed, row) the same each time."""
     similarity, temperature, count = torch.tensor([[0.9, 0.5, 0.3, -0.2]]), 0.3, 4000
-    drawn = draw(similarity, 0, temperature, count)
+    sampled = sample(similarity, 0, temperature, count)
     weights = [math.exp(value / temperature) for value in (0.5, 0.3, -0.2)]
     total = math.exp(0.9 / temperature) + sum(weights)
     shares = [weight / total + 1e-4 for weight in weights]
-    found = Counter(drawn[:, 0].tolist())
+    found = Counter(sampled[:, 0].tolist())
     for column, share in enumerate(shares, start=1):
         expected = share / sum(shares)
         assert found[column] / count == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / count))
-    assert torch.equal(draw(similarity, 0, temperature, 10), drawn[:10])
+    assert torch.equal(sample(similarity, 0, temperature, 10), sampled[:10])
 
 
 def test_a_pair_alone_has_no_negative():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import resource
@@ -19,14 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from blip_qformer.data.collate import Batch
 from blip_qformer.pipeline.pipeline import load_pipeline
-from blip_qformer.training import train_state as updates
 from blip_qformer.training import trainer
-from blip_qformer.training.checkpointing import find_newest, latest_checkpoint
+from blip_qformer.training.checkpointing import find_latest, latest_checkpoint
 from blip_qformer.training.config import RunConfig
 from blip_qformer.training.stages import make_stage
 from blip_qformer.training.stages.subject import SubjectStage
-from blip_qformer.training.train_state import NonFiniteError, averaged, make_average
-from blip_qformer.training.trainer import pair_seeds, pair_stream, seeded_batches, train
+from blip_qformer.training.train_state import ema_weights, make_ema
+from blip_qformer.training.trainer import NonFiniteError, pair_seeds, pair_stream, seeded_batches, train
 from tests import tiny
 
 
@@ -50,7 +48,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def scalars(log: Path, name: str) -> dict[int, float]:
-    """What TensorBoard shows of a figure, by step."""
+    """What TensorBoard shows of a metric, by step."""
     events = EventAccumulator(str(log))
     events.Reload()
     return {event.step: event.value for event in events.Scalars(name)}
@@ -60,14 +58,14 @@ def scalars(log: Path, name: str) -> dict[int, float]:
 def seen_pairs(monkeypatch):
     """The keys of every batch that a loss was computed of."""
     seen: list[list[str]] = []
-    original = updates.check_is_number
+    original = trainer.check_finite
 
-    def check_is_number(figure, step, keys, what="loss"):
+    def check_finite(value, step, keys, what="loss"):
         if what == "loss":
             seen.append(keys)
-        original(figure, step, keys, what)
+        original(value, step, keys, what)
 
-    monkeypatch.setattr(updates, "check_is_number", check_is_number)
+    monkeypatch.setattr(trainer, "check_finite", check_finite)
     yield seen
     monkeypatch.undo()
 
@@ -81,11 +79,8 @@ HARD = {
     "checkpoint_every": 1,
     "log_every": 1,
     "options": {
-        "resolution": 32,
-        "caption_dropout": 0.1,
-        "repetitions": 3,
-        "projection_dropout": 0.2,
-        "cache_latents": True,
+        "data": {"resolution": 32, "max_repetitions": 3, "cache_latents": True},
+        "dropout": {"caption": 0.1, "projection": 0.2},
     },
 }
 
@@ -106,8 +101,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(processes, pairs, tmp_path,
     (checkpoints / ".step-00000999.partial").mkdir()  # what it may have been writing
 
     with seen_pairs(monkeypatch) as after:
-        tiny.run(dataclasses.replace(config, steps=done + 3))
-    whole = dataclasses.replace(config, output=tmp_path / "whole", steps=done + 3, checkpoint_every=0)
+        tiny.run(tiny.changed(config, steps=done + 3))
+    whole = tiny.changed(config, output=tmp_path / "whole", steps=done + 3, checkpoint_every=0)
     with seen_pairs(monkeypatch) as expected:
         tiny.run(whole)
     assert after == expected[2 * done :]
@@ -132,7 +127,8 @@ def test_a_run_that_is_done_is_only_saved_again(pairs, tmp_path):
 
 
 def batches_from(config: RunConfig, accelerator: Accelerator, done: int) -> Iterator[Batch]:
-    return seeded_batches(config, accelerator, pair_stream(config, accelerator, done), done)
+    collate_fn = tiny.make_stage(config.stage).collate_fn
+    return seeded_batches(config, accelerator, pair_stream(config, accelerator, done), collate_fn, done)
 
 
 def test_batches_go_on_where_they_were(pairs):
@@ -151,7 +147,7 @@ def test_batches_go_on_where_they_were(pairs):
     assert len(set(seeds)) == len(seeds)
 
 
-def test_seeds_belong_to_places_and_not_to_processes(pairs):
+def test_seeds_belong_to_positions_and_not_to_processes(pairs):
     """Two processes with half the batch have the seeds of one."""
 
     class Two:
@@ -205,7 +201,7 @@ def poisoned_loss(stage, loss):
 
 def poisoned_gradient(stage, loss):
     """The same loss; but the square root's slope at 0 is infinite, and infinite times 0 is no number."""
-    parameter = stage.trained()[0]
+    parameter = stage.trainable_parameters()[0]
     return loss + (parameter - parameter.detach()).sum().abs().sqrt()
 
 
@@ -230,7 +226,7 @@ def test_what_is_no_number_stops_the_run(pairs, tmp_path, monkeypatch, poisoned,
     assert not (tmp_path / "model").exists()
 
 
-def test_the_log_has_the_figures_and_the_pictures(pairs, tmp_path):
+def test_the_log_has_the_metrics_and_the_samples(pairs, tmp_path):
     config = tiny.make_config(
         pairs=pairs, output=str(tmp_path), steps=4, log_every=2, validate_every=4, learning_rate=0.5e-3, batch_size=2
     )
@@ -241,13 +237,13 @@ def test_the_log_has_the_figures_and_the_pictures(pairs, tmp_path):
     assert all(value > 0 for value in scalars(tmp_path / "log", "samples_per_second").values())
     events = EventAccumulator(str(tmp_path / "log"))
     events.Reload()
-    (picture,) = events.Images("samples")
-    assert (picture.step, picture.width, picture.height) == (4, 2 * 32, 3 * 32)
+    (image,) = events.Images("samples")
+    assert (image.step, image.width, image.height) == (4, 2 * 32, 3 * 32)
     assert (tmp_path / "samples.png").is_file()
 
 
-def test_what_cannot_be_read_is_among_the_figures(tmp_path):
-    """A pair and a whole shard; where everything can be read there is no such figure."""
+def test_what_cannot_be_read_is_among_the_metrics(tmp_path):
+    """A pair and a whole shard; where everything can be read there is no such metric."""
     folder = tiny.write_pairs(tmp_path / "pairs", shards=2)
     settings = {"pairs": str(folder), "log_every": 1, "validate_every": 0, "batch_size": 8}
     tiny.run(tiny.make_config(output=str(tmp_path / "whole"), steps=2, **settings))
@@ -288,10 +284,10 @@ def test_processes_that_see_other_checkpoints_get_one_sentence(tmp_path, monkeyp
     """As machines do that do not share the folder: one would go on, and the other begin anew."""
     (tmp_path / "step-00000007").mkdir()
     accelerator = Accelerator(cpu=True)
-    assert find_newest(tmp_path, accelerator).name == "step-00000007"
+    assert find_latest(tmp_path, accelerator).name == "step-00000007"
     monkeypatch.setattr(accelerator, "gather", lambda here: torch.cat([here, torch.zeros_like(here)]))
     with pytest.raises(ValueError, match="is that of step 7 for some processes and of step 0 for others: choose an"):
-        find_newest(tmp_path, accelerator)
+        find_latest(tmp_path, accelerator)
 
 
 def test_what_was_logged_behind_the_last_checkpoint_is_logged_anew(pairs, tmp_path):
@@ -344,7 +340,7 @@ def test_a_run_goes_on_with_the_settings_that_its_file_has_now(pairs, tmp_path):
     (group,) = torch.load(last / "optimizer.bin")["param_groups"]
     found = {"weight_decay": group["weight_decay"], "betas": [*group["betas"]], "epsilon": group["eps"]}
     found |= {"learning_rate": group["initial_lr"]}
-    found |= {"ema_decay": torch.load(last / "custom_checkpoint_0.pkl")["decay"]}
+    found |= {"ema_decay": torch.load(last / "custom_checkpoint_0.pkl")["ema"]["decay"]}
     assert found == changes
 
 
@@ -352,7 +348,7 @@ def test_a_run_stopped_for_today_goes_on_as_if_it_had_not_been(pairs, tmp_path):
     """Its schedule is that of the whole run, before and after."""
     settings = {"pairs": pairs, "steps": 5, "log_every": 1, "schedule": "cosine", "learning_rate": 1e-3}
     stopped = tiny.make_config("vision", output=str(tmp_path / "stopped"), **settings)
-    model = tiny.run(dataclasses.replace(stopped, checkpoint_every=100), stop_at=2)
+    model = tiny.run(tiny.changed(stopped, checkpoint_every=100), stop_at=2)
     assert latest_checkpoint(stopped.output / "checkpoints").name == "step-00000002"
     assert load_pipeline(model)  # there is something to look at
     tiny.run(stopped)
@@ -369,7 +365,7 @@ def test_the_moving_average_is_what_is_saved(pairs, tmp_path, monkeypatch):
     after_step: list[torch.Tensor] = []
     original = trainer.RunLog.step
     stages = []
-    monkeypatch.setattr(trainer, "make_stage", lambda config: stages.append(make_stage(config)) or stages[-1])
+    monkeypatch.setattr(trainer, "make_stage", lambda *inputs: stages.append(make_stage(*inputs)) or stages[-1])
     weight = "position_embedding"
 
     def step(self):
@@ -392,19 +388,25 @@ def test_the_moving_average_is_what_is_saved(pairs, tmp_path, monkeypatch):
     assert torch.equal(load_pipeline(model).encoder.vision.state_dict()[weight], after_step[-1])
 
 
-def test_drawing_gives_the_weights_back(monkeypatch):
+def test_the_averaged_weights_give_the_others_back():
     stage = tiny.make_stage("vision")
-    average = make_average(stage, 0.5)
-    before = [parameter.clone() for parameter in stage.trained()]
+    ema = make_ema(stage, 0.5)
+    before = [parameter.clone() for parameter in stage.trainable_parameters()]
     with torch.no_grad():
-        for parameter in stage.trained():
+        for parameter in stage.trainable_parameters():
             parameter.add_(1)
-    with pytest.raises(ZeroDivisionError), averaged(stage, average):
-        assert not stage.training
-        assert all(torch.equal(found, expected) for found, expected in zip(stage.trained(), before, strict=True))
-        _ = 1 / 0
+
+    def fail_inside() -> None:
+        with ema_weights(stage, ema):
+            assert not stage.training
+            for found, expected in zip(stage.trainable_parameters(), before, strict=True):
+                assert torch.equal(found, expected)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
     assert stage.training
-    for found, expected in zip(stage.trained(), before, strict=True):
+    for found, expected in zip(stage.trainable_parameters(), before, strict=True):
         assert torch.equal(found, expected + 1)
 
 

@@ -1,43 +1,104 @@
-"""What can be trained: each module is one stage, a model with its loss.
+"""The paper's training stages by name, and how a run's stage is made.
 
-A stage is a ``torch.nn.Module`` whose ``forward`` turns a batch into losses, so that whatever wraps a model (several
-GPUs, several machines) wraps the loss with it. See :class:`~.base.Stage`.
+A new stage is a subclass of :class:`~.base.Stage`. It does not have to stand here: :func:`~..trainer.train` takes a
+mapping of stages, to which other packages add their own.
 """
 
 from __future__ import annotations
 
-from mini.stages.appearance import AppearanceStage
-from mini.stages.autoencoder import AutoencoderStage
-from mini.stages.vision import VisionStage
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
 
+from ...pipeline.pipeline import Pipeline, load_pipeline, new_pipeline, replace_network
 from ..config import RunConfig
+from ..options import read_settings
 from .base import Stage
 from .multimodal import MultimodalStage
 from .subject import SubjectStage
 
-STAGES: dict[str, type[Stage]] = {
-    stage.name: stage for stage in (AutoencoderStage, VisionStage, MultimodalStage, AppearanceStage, SubjectStage)
-}
+#: Stages of the paper by their names in a run's file.
+STAGES: Mapping[str, type[Stage]] = MappingProxyType({stage.name: stage for stage in (MultimodalStage, SubjectStage)})
 
 
-def stage_class(name: str) -> type[Stage]:
-    """The stage of a name.
+def find_stage(name: str, stages: Mapping[str, type[Stage]] = STAGES) -> type[Stage]:
+    """Look a stage up by its name.
 
-    Raises:
-        ValueError: there is none.
-    """
-    if name not in STAGES:
-        raise ValueError(f'There is no stage "{name}": choose one of {", ".join(STAGES)}.')
-    return STAGES[name]
+    Args:
+        name: Name in a run's file.
+        stages: Stages that there are.
 
-
-def make_stage(config: RunConfig) -> Stage:
-    """The stage that a run's file names, its model read or made.
+    Returns:
+        The stage's class.
 
     Raises:
-        ValueError: there is no such stage, it does not know one of its options, or the model is not there.
+        ValueError: There is no stage of that name.
     """
-    return stage_class(config.stage)(config)
+    if name not in stages:
+        raise ValueError(f'There is no stage "{name}": choose one of {", ".join(stages)}.')
+    return stages[name]
 
 
-__all__ = ["STAGES", "Stage", "make_stage", "stage_class"]
+def read_options(stage: type[Stage], config: RunConfig) -> Stage.Options:
+    """Check the options of a run.
+
+    Args:
+        stage: Class of its stage.
+        config: Settings of the run.
+
+    Returns:
+        Options for the stage's constructor.
+
+    Raises:
+        ValueError: The stage does not have one of them, or it is of the wrong kind.
+    """
+    return read_settings(stage.Options, config.options, "The run", owner=f"the stage {stage.name}", prefix="options.")
+
+
+def make_pipeline(config: RunConfig, initialise: Callable[[Pipeline], None] | None = None) -> Pipeline:
+    """Read or make the model that a run starts from.
+
+    Args:
+        config: Settings of the run.
+        initialise: Function that changes the random weights of a new model.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: It is not there, is damaged, or its networks do not fit each other.
+    """
+    model = config.model
+    pipeline = new_pipeline(model, config.seed) if isinstance(model, dict) else load_pipeline(Path(model))
+    for name, folder in config.networks.items():
+        replace_network(pipeline, name, Path(folder))
+    pipeline.check_widths()
+    if config.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    return pipeline
+
+
+def make_stage(
+    config: RunConfig,
+    stages: Mapping[str, type[Stage]] = STAGES,
+    initialise: Callable[[Pipeline], None] | None = None,
+) -> Stage:
+    """Make the stage that a run's file names, with its model.
+
+    Args:
+        config: Settings of the run.
+        stages: Stages that there are.
+        initialise: Function that changes the random weights of a new model.
+
+    Returns:
+        The stage, on the CPU.
+
+    Raises:
+        ValueError: There is no such stage, it does not have one of its options, or the model is not there.
+    """
+    stage = find_stage(config.stage, stages)
+    options = read_options(stage, config)
+    return stage(make_pipeline(config, initialise), options, config.output)
+
+
+__all__ = ["STAGES", "Stage", "find_stage", "make_pipeline", "make_stage", "read_options"]

@@ -1,202 +1,271 @@
 """Stage 2, subject representation learning (arXiv 2305.14720, section 3.2): prompted context generation.
 
-The target is a photograph; the input is its subject on another background. The U-Net learns to draw the photograph from
-its caption with the input's sixteen vectors in it, and whatever makes the vectors learns with it.
+The target is a photograph; the input is its subject on another background. The U-Net learns to predict the photograph's
+noise from its caption with the input's subject vectors in it, and whatever makes the vectors learns with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import count, takewhile
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
 from ...data.collate import Batch, subject_batch
 from ...data.latent_cache import LatentCache
-from ...data.pairs import Pair
 from ...pipeline.clip_text_model import encode_prompts
-from ...pipeline.pipeline import SCHEDULER, image_size_of
+from ...pipeline.pipeline import SCHEDULER, Pipeline
 from ...pipeline.sample import NEGATIVE_PROMPT, draw, tokenize_prompts
-from ..config import RunConfig
-from .base import Stage, generators, normal, side_by_side
-from .subject_vectors import ask, exchange_words
+from ..options import Flag, Fraction, LatentEdge, Number, OptionGroup, PositiveCount, Probability
+from .base import CollateFn, Stage, image_grid, make_generators
+from .subject_vectors import qformer_output, replace_words
 
-SHOWN = 8
+MAX_SAMPLES = 8
+
+
+class DataOptions(OptionGroup):
+    """How pairs are read.
+
+    Args:
+        resolution: Edge of the target, in pixels; its short edge is fitted and the middle kept.
+        max_repetitions: Most times that a caption is repeated in its prompt, as Subject Prompt Compose repeats it; the
+            number is sampled for each pair.
+        cache_latents: Whether the targets' latents are kept on disk, for small data that is read many times.
+    """
+
+    resolution: LatentEdge = 512
+    max_repetitions: PositiveCount = 1
+    cache_latents: Flag = False
+
+
+class DropoutOptions(OptionGroup):
+    """How often something is left out.
+
+    Args:
+        subject: Probability that the subject vectors are left out, so that the model keeps its images without one.
+        projection: Dropout inside the projection.
+        caption: Probability that the whole caption is left out, for classifier-free guidance. The paper's U-Net
+            has learnt that before; one trained from nothing has to.
+        word: Probability that the subject's word is replaced, see :func:`~.subject_vectors.replace_words`.
+    """
+
+    subject: Probability = 0.15
+    projection: Fraction = 0.1
+    caption: Probability = 0.0
+    word: Probability = 0.0
+
+
+class DiffusionOptions(OptionGroup):
+    """How noise is added and how its timesteps are weighted; the paper's runs leave all of it at 0.
+
+    Args:
+        min_snr_gamma: Weight each timestep by min(SNR, gamma) / SNR (arXiv 2303.09556); 0 weights all alike.
+        max_velocity_weight: Weight each timestep by 1 + 1 / SNR as well, as if v were predicted (arXiv 2202.00512), but
+            by no more than this. Where there is little signal an image's outlines are decided, and an error there is a
+            small one of the noise. 0 does not.
+        multires_noise: Scale of the coarser noise that is added, see :func:`add_multires_noise`; 0 adds none.
+    """
+
+    min_snr_gamma: Number = 0.0
+    max_velocity_weight: Number = 0.0
+    multires_noise: Number = 0.0
 
 
 class SubjectStage(Stage):
-    """Noise prediction on the target, with the subject's vectors in the caption.
-
-    Options:
-        resolution: edge of the target, in pixels; its short edge is fitted and the middle kept.
-        subject_dropout: how often the subject is left out, so that the model still draws without one.
-        caption_dropout: how often the whole caption is left out, for classifier-free guidance. The paper's U-Net knew
-            that already; one trained from nothing has to learn it.
-        repetitions: the caption is said up to so many times, as Subject Prompt Compose does; 1: once, as in the paper.
-        projection_dropout: inside the projection.
-        word_dropout: how often the subject's word gives way to another, see :func:`.questions.exchange_words`; the
-            paper keeps its words.
-        min_snr_gamma: a timestep counts min(signal-to-noise ratio, this) over that ratio (arXiv 2303.09556), which is
-            worth most to a small model; 0: all timesteps count alike, as in the paper.
-        coarse_weight: and 1 + 1 / ratio times as much, as if v were predicted (arXiv 2202.00512), but no more than
-            this. Where there is little signal a picture's outlines are decided, and an error there is a small one of
-            the noise; 0: not, as in the paper.
-        multires_noise: how much noise of coarser scales is added to the usual, see :func:`add_multires_noise`; 0: none, as
-            in the paper.
-        cache_latents: whether targets' latents are kept on disk, for small data that is seen many times.
-    """
+    """Noise prediction on the target, with the subject vectors in the caption."""
 
     name = "subject"
     uses = ("encoder", "text_encoder", "unet", "vae")
     trains = ("encoder.qformer", "encoder.projection", "text_encoder", "unet")
 
-    def __init__(self, config: RunConfig):
-        super().__init__(config)
-        if config.gradient_checkpointing:
-            self.pipeline.unet.enable_gradient_checkpointing()
-        self.latents = None
-        if self.cache_latents:
-            self.latents = LatentCache(config.output / "latents", self.pipeline.vae, self.options(config)["resolution"])
+    class Options(OptionGroup):
+        """Options of stage 2.
 
-    def _set(
-        self,
-        resolution: int = 512,
-        subject_dropout: float = 0.15,
-        caption_dropout: float = 0.0,
-        repetitions: int = 1,
-        projection_dropout: float = 0.1,
-        word_dropout: float = 0.0,
-        min_snr_gamma: float = 0.0,
-        coarse_weight: float = 0.0,
-        multires_noise: float = 0.0,
-        cache_latents: bool = False,
-    ) -> None:
-        if resolution < 8 or resolution % 8:
-            raise ValueError(f"The option resolution is {resolution}, but the VAE reads multiples of 8.")
-        if projection_dropout >= 1:
-            raise ValueError(f"The option projection_dropout is {projection_dropout}, which leaves nothing.")
-        self.subject_dropout, self.caption_dropout = subject_dropout, caption_dropout
-        self.projection_dropout, self.word_dropout = projection_dropout, word_dropout
-        self.repetitions, self.multires_noise = repetitions, multires_noise
+        Args:
+            data: How pairs are read.
+            dropout: How often something is left out.
+            diffusion: How noise is added and how its timesteps are weighted.
+        """
+
+        data: DataOptions = DataOptions()
+        dropout: DropoutOptions = DropoutOptions()
+        diffusion: DiffusionOptions = DiffusionOptions()
+
+    options: Options
+
+    def __init__(self, pipeline: Pipeline, options: Options, output: Path):
+        super().__init__(pipeline, options, output)
+        diffusion = options.diffusion
         self.scheduler = DDPMScheduler.from_config(SCHEDULER)
-        self.weights = timestep_weights(self.scheduler.alphas_cumprod, min_snr_gamma, coarse_weight)
-        self.cache_latents = cache_latents
+        self.timestep_weights = timestep_weights(
+            self.scheduler.alphas_cumprod, diffusion.min_snr_gamma, diffusion.max_velocity_weight
+        )
+        self.latent_cache = None
+        if options.data.cache_latents:
+            self.latent_cache = LatentCache(output / "latents", pipeline.vae, options.data.resolution)
 
-    @classmethod
-    def collate(cls, config: RunConfig) -> Callable[[Sequence[Pair]], Batch]:
-        return partial(subject_batch, size=image_size_of(config), resolution=cls.options(config)["resolution"])
+    @property
+    def collate_fn(self) -> CollateFn:
+        """Subjects, their words, targets and captions."""
+        return partial(subject_batch, size=self.image_size, resolution=self.options.data.resolution)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        sources = generators(batch["seeds"])
-        latents = self._encode_targets(batch, sources)  # [B, 4, H / 8, W / 8]
-        context = self._encode_captions(batch, sources)  # [B, 77, width]
-        noise = normal(sources, latents.shape[1:], latents.device)
-        timesteps = draw_timesteps(self.weights, sources)  # on the CPU, where the weights are
-        counts = drawn_weights(self.weights)[timesteps].to(latents.device)
+        """Compute the error of the predicted noise, weighted by timestep."""
+        generators = make_generators(batch["seeds"])
+        latents = self._encode_targets(batch, generators)  # [B, 4, H / 8, W / 8]
+        context = self._encode_captions(batch, generators)  # [B, 77, width]
+        noise = randn_tensor(latents.shape, generators, latents.device)
+        timesteps = sample_timesteps(self.timestep_weights, generators)  # [B], on the CPU, where the weights are
+        weights = loss_weights(self.timestep_weights)[timesteps].to(latents.device)
         timesteps = timesteps.to(latents.device)
-        if self.multires_noise:
-            noise = add_multires_noise(noise, self.multires_noise, sources)
+        if scale := self.options.diffusion.multires_noise:
+            noise = add_multires_noise(noise, scale, generators)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         predicted = self.pipeline.unet(noisy, timesteps, context).sample
-        self._shown = batch
+        self._last_batch = batch
         errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))  # [B]
-        return {"loss": (errors * counts).mean()}
+        return {"loss": (errors * weights).mean()}
 
     def samples(self) -> Image.Image:
-        """Subjects of the last batch, their targets, and what is drawn of them from noise."""
-        batch = {name: value[:SHOWN] for name, value in self._shown.items()}
+        """Show subjects of the last batch, their targets, and what is sampled of them from noise."""
+        batch = {name: value[:MAX_SAMPLES] for name, value in self._last_batch.items()}
         vectors = self._encode_subjects(batch["pixel_values"], batch["words"])
-        latent = [edge // 8 for edge in batch["targets"].shape[2:]]
-        noise = normal(generators(range(len(vectors))), (4, *latent), vectors.device)
-        drawn = draw(self.pipeline, batch["captions"], list(vectors), noise=noise)
-        subjects = F.interpolate(batch["subjects"].float(), drawn.shape[2:])
-        return side_by_side([subjects, batch["targets"], drawn])
+        height, width = (edge // 8 for edge in batch["targets"].shape[2:])
+        noise = randn_tensor((len(vectors), 4, height, width), make_generators(range(len(vectors))), vectors.device)
+        sampled = draw(self.pipeline, batch["captions"], list(vectors), noise=noise)
+        subjects = F.interpolate(batch["subjects"].float(), sampled.shape[2:])
+        return image_grid([subjects, batch["targets"], sampled])
 
     @torch.no_grad()
-    def _encode_targets(self, batch: Batch, sources: list[torch.Generator]) -> Tensor:
-        if self.latents:
-            mean, deviation = self.latents.encode(batch["targets"])
+    def _encode_targets(self, batch: Batch, generators: list[torch.Generator]) -> Tensor:
+        """Sample the targets' latents [B, 4, H / 8, W / 8], scaled as the U-Net expects them."""
+        if self.latent_cache:
+            mean, deviation = self.latent_cache.encode(batch["targets"])
         else:
             distribution = self.pipeline.vae.encode(batch["targets"] * 2 - 1).latent_dist
             mean, deviation = distribution.mean.float(), distribution.std.float()
-        latents = mean + deviation * normal(sources, mean.shape[1:], mean.device)
+        latents = mean + deviation * randn_tensor(mean.shape, generators, mean.device)
         return latents * self.pipeline.vae.config.scaling_factor
 
-    def _encode_captions(self, batch: Batch, sources: list[torch.Generator]) -> Tensor:
-        words, said = exchange_words(batch["words"], batch["captions"], self.word_dropout, sources)
-        vectors = self._encode_subjects(batch["pixel_values"], words, sources)
-        captions, subjects = [], []
-        for caption, own, source in zip(said, vectors, sources, strict=True):
-            drop_subject, drop_caption, repeat, which = torch.rand(4, generator=source).tolist()
-            if drop_caption < self.caption_dropout:
-                captions.append(NEGATIVE_PROMPT if which < 0.5 else "")
+    def _encode_captions(self, batch: Batch, generators: list[torch.Generator]) -> Tensor:
+        """Encode the captions with the subject vectors in them, after all dropout, to [B, 77, width]."""
+        dropout = self.options.dropout
+        words, captions = replace_words(batch["words"], batch["captions"], dropout.word, generators)
+        vectors = self._encode_subjects(batch["pixel_values"], words, generators)  # [B, Q, width]
+        prompts, subjects = [], []
+        for caption, own, generator in zip(captions, vectors, generators, strict=True):
+            drop_subject, drop_caption, repeat, which = torch.rand(4, generator=generator).tolist()
+            if drop_caption < dropout.caption:
+                prompts.append(NEGATIVE_PROMPT if which < 0.5 else "")
                 subjects.append(None)
             else:
-                captions.append(", ".join([caption] * (1 + int(repeat * self.repetitions))))
-                subjects.append(None if drop_subject < self.subject_dropout else own)
-        return encode_prompts(self.pipeline.text_encoder, tokenize_prompts(self.pipeline, captions), subjects)
+                prompts.append(", ".join([caption] * (1 + int(repeat * self.options.data.max_repetitions))))
+                subjects.append(None if drop_subject < dropout.subject else own)
+        return encode_prompts(self.pipeline.text_encoder, tokenize_prompts(self.pipeline, prompts), subjects)
 
     def _encode_subjects(
-        self, pixel_values: Tensor, words: Sequence[str], sources: list[torch.Generator] | None = None
+        self, pixel_values: Tensor, words: Sequence[str], generators: list[torch.Generator] | None = None
     ) -> Tensor:
-        """[B, 16, width]; the same as the encoder's own forward.
+        """Encode subjects as the encoder's own forward does, with the projection's dropout where there are generators.
 
         Args:
-            sources: of the projection's dropout; without them there is none.
+            pixel_values: Preprocessed images of shape [B, 3, S, S].
+            words: Word for each subject.
+            generators: Generator of each pair for the dropout; without them there is none.
+
+        Returns:
+            Subject vectors of shape [B, Q, width].
         """
-        answer = ask(self.pipeline.encoder, pixel_values, words)
-        return self.pipeline.encoder.projection(answer, self._dropout(answer, sources) if sources else None)
+        output = qformer_output(self.pipeline.encoder, pixel_values, words)
+        return self.pipeline.encoder.projection(output, self._dropout_mask(output, generators) if generators else None)
 
-    def _dropout(self, answer: Tensor, sources: list[torch.Generator]) -> Tensor | None:
-        """What to multiply with for dropout, drawn for each pair from its own source."""
-        if not self.projection_dropout:
+    def _dropout_mask(self, output: Tensor, generators: list[torch.Generator]) -> Tensor | None:
+        """Sample each pair's dropout from its own generator, as a mask [B, Q, width] to multiply with."""
+        probability = self.options.dropout.projection
+        if not probability:
             return None
-        chances = torch.stack([torch.rand(answer.shape[1:], generator=source) for source in sources])
-        return ((chances >= self.projection_dropout) / (1 - self.projection_dropout)).to(answer)
+        sampled = torch.stack([torch.rand(output.shape[1:], generator=generator) for generator in generators])
+        return ((sampled >= probability) / (1 - probability)).to(output)
 
 
-def timestep_weights(alphas_cumprod: Tensor, min_snr_gamma: float, coarse_weight: float) -> Tensor:
-    """What each timestep counts [T]; see the options of these names."""
-    ratio = alphas_cumprod / (1 - alphas_cumprod)
-    weights = ratio.clamp(max=min_snr_gamma) / ratio if min_snr_gamma else torch.ones_like(ratio)
-    if coarse_weight:
-        weights = weights * (1 + 1 / ratio).clamp(max=coarse_weight)
+def timestep_weights(alphas_cumprod: Tensor, min_snr_gamma: float, max_velocity_weight: float) -> Tensor:
+    """Weight the timesteps of the noise schedule.
+
+    Args:
+        alphas_cumprod: Noise schedule of shape [T].
+        min_snr_gamma: See :class:`DiffusionOptions`.
+        max_velocity_weight: See :class:`DiffusionOptions`.
+
+    Returns:
+        Weights of shape [T].
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    weights = snr.clamp(max=min_snr_gamma) / snr if min_snr_gamma else torch.ones_like(snr)
+    if max_velocity_weight:
+        weights = weights * (1 + 1 / snr).clamp(max=max_velocity_weight)
     return weights
 
 
-def draw_timesteps(weights: Tensor, sources: Sequence[torch.Generator]) -> Tensor:
-    """One timestep [B] from each source; half of what it counts, by its root, is how often it comes.
+def sample_timesteps(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Sample timesteps with a probability that is proportional to the root of their weight.
 
-    The other half is :func:`drawn_weights`. If all were in the loss, most steps of training would be spent on what
-    hardly counts; if none were, the noisiest timesteps would fill them, although their errors are the smallest.
+    The other root is in the loss, see :func:`loss_weights`. With all of the weight in the loss, most steps of training
+    would be spent on timesteps that hardly count; with none of it, the noisiest timesteps would fill them, although
+    their errors are the smallest.
+
+    Args:
+        weights: Weight of each timestep, of shape [T].
+        generators: Generator of each pair.
+
+    Returns:
+        One timestep for each generator, of shape [B].
     """
-    shares = weights.sqrt().cumsum(dim=0) / weights.sqrt().sum()  # [T]
-    chances = torch.cat([torch.rand(1, generator=source) for source in sources])  # [B]
-    return torch.searchsorted(shares, chances, right=True).clamp(max=len(weights) - 1)
+    cumulative = weights.sqrt().cumsum(dim=0) / weights.sqrt().sum()  # [T]
+    sampled = torch.cat([torch.rand(1, generator=generator) for generator in generators])  # [B]
+    return torch.searchsorted(cumulative, sampled, right=True).clamp(max=len(weights) - 1)
 
 
-def drawn_weights(weights: Tensor) -> Tensor:
-    """What each drawn timestep counts in the loss [T]; over many draws 1 on average. See :func:`draw_timesteps`."""
+def loss_weights(weights: Tensor) -> Tensor:
+    """Weight the losses of timesteps from :func:`sample_timesteps`, so that both together weight as given.
+
+    Args:
+        weights: Weight of each timestep, of shape [T].
+
+    Returns:
+        Weights of shape [T], 1 on average over many samples.
+    """
     return weights.sqrt() * weights.sqrt().mean() / weights.mean()
 
 
-def add_multires_noise(noise: Tensor, amount: float, sources: Sequence[torch.Generator]) -> Tensor:
-    """Noise of every coarser scale on top of noise [B, C, H, W]: the first doubling of the grain is scaled by
-    ``amount``, the second by its square, and so on up to one value for the whole picture.
+def add_multires_noise(noise: Tensor, scale: float, generators: list[torch.Generator]) -> Tensor:
+    """Add noise of every coarser resolution.
 
-    White noise is so faint at a picture's coarse scales that even the noisiest latent of SD's schedule shows outlines
-    there; a model learns to read them, and reads some into the noise that it draws from. With this it learns to take
+    White noise is so faint at an image's coarse scales that even the noisiest latent of SD's schedule shows outlines
+    there; a model learns to read them, and reads some into the noise that it samples from. With this it learns to read
     them from the prompt. (After Jonathan Whitaker's "Multi-Resolution Noise for Diffusion Model Training", Weights &
-    Biases, 2023, but the finest noise is left as it is, because pictures are drawn from noise of that strength.)
+    Biases, 2023, but the finest noise is left as it is, because images are sampled from noise of that strength.)
+
+    Args:
+        noise: White noise of shape [B, C, H, W].
+        scale: Scale of the noise of half the resolution; that of a quarter is scaled by its square, and so on down to
+            one value for the whole image.
+        generators: Generator of each pair.
+
+    Returns:
+        Noise of shape [B, C, H, W].
     """
-    edge, scale = min(noise.shape[2:]), amount
-    for grain in takewhile(lambda grain: grain <= edge, (2**doublings for doublings in count(1))):
-        coarse = normal(sources, (noise.shape[1], *(-(-side // grain) for side in noise.shape[2:])), noise.device)
-        noise = noise + scale * F.interpolate(coarse, noise.shape[2:], mode="bilinear")
-        scale *= amount
+    batch, channels, height, width = noise.shape
+    level_scale = scale
+    for factor in takewhile(lambda factor: factor <= min(height, width), (2**level for level in count(1))):
+        size = [-(-edge // factor) for edge in (height, width)]  # rounded up
+        coarse = randn_tensor((batch, channels, *size), generators, noise.device)
+        noise = noise + level_scale * F.interpolate(coarse, (height, width), mode="bilinear")
+        level_scale *= scale
     return noise

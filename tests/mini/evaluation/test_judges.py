@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from blip_qformer.training.stages.base import to_pixels
+from blip_qformer.data.collate import to_pixels
 from mini.evaluation.judges import Judges, JudgesTraining, load_judges, save_judges, train_judges
 from mini.world.places import PLACES
 from mini.world.scenes import Look, paint_place, picture_of, random_placement

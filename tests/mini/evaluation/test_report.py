@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from blip_qformer.evaluation.intervals import Share
-from blip_qformer.training.stages.base import to_pixels
+from blip_qformer.data.collate import to_pixels
 from mini.evaluation import report as mini
 from mini.evaluation.report import (
     BLEND_SHARES,
