@@ -34,7 +34,7 @@ help:
 	@echo "make test     everything that is tested; pass options as ARGS='-k name'"
 	@echo "make bench    speed, as ratios against the reference implementation"
 	@echo "make mini     train the small model from nothing and evaluate it, in output/mini"
-	@echo "make lint     style"
+	@echo "make lint     style, which room imports what, types"
 	@echo "make browser  Chromium, which the tests open the real frontend in"
 
 env: $(ENVIRONMENT_READY) $(HOST_READY)
@@ -71,6 +71,8 @@ mini: env
 lint: env
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+	@$(RUN) -m tools.imports
+	@$(RUN) -m basedpyright
 
 browser:
 	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do \
