@@ -1,1 +1,1 @@
-"""Evaluation: how well a model draws the subject it was shown, where it was asked to."""
+"""Evaluation: how sure a measured share or mean is."""

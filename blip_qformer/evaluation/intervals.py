@@ -1,15 +1,14 @@
-"""How sure a measured share or mean is."""
+"""Confidence intervals of measured shares and means."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
 
 import numpy as np
-from scipy.stats import t
+from scipy.stats import binomtest, sem, t
 
-Z_95 = 1.959964  # standard deviations that hold 95 % of a normal distribution
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,11 @@ class Share:
     """A share of successes with its 95 % interval.
 
     Args:
-        successes, trials: counts.
+        successes: Number of successes.
+        trials: Number of trials.
+
+    Raises:
+        ValueError: If there are no trials, or more successes than trials.
     """
 
     successes: int
@@ -35,10 +38,8 @@ class Share:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's score interval (J. Am. Stat. Assoc. 22, 1927), which holds near 0 and 1 as well."""
-        n, p, z = self.trials, self.value, Z_95
-        middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z * sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-        return max(0.0, middle - half), min(1.0, middle + half)
+        interval = binomtest(self.successes, self.trials).proportion_ci(CONFIDENCE, method="wilson")
+        return interval.low, interval.high
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -47,16 +48,25 @@ class Share:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over things, and half of its 95 % interval by Student's t, which is no number for a single thing."""
+    """A mean with its 95 % interval.
+
+    Args:
+        value: The mean.
+        half: Half of the interval's width, NaN for a single value.
+    """
 
     value: float
     half: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        """Pictures of one thing are no independent trials, so that each thing counts once."""
+        """Compute a mean and its interval by Student's t distribution.
+
+        Args:
+            values: One number for each subject: several images of one subject are no independent trials.
+        """
         numbers = np.asarray(values, dtype=float)
         if len(numbers) < 2:
             return cls(float(numbers.mean()), float("nan"))
-        error = numbers.std(ddof=1) / len(numbers) ** 0.5
-        return cls(float(numbers.mean()), float(t.ppf(0.975, len(numbers) - 1) * error))
+        quantile = t.ppf((1 + CONFIDENCE) / 2, len(numbers) - 1)
+        return cls(float(numbers.mean()), float(quantile * sem(numbers)))
