@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from blip_qformer.checkpoint.layouts.hub import NAMES
+from blip_qformer.checkpoint.layouts.hub import KEY_MAP
 from blip_qformer.encoder import SubjectEncoder
 from tests import oracle
 from tests.host import Host
@@ -27,7 +27,7 @@ def reference_pipeline(folder: Path) -> oracle.BlipDiffusionPipeline:
 def encoder_of(pipeline: oracle.BlipDiffusionPipeline) -> SubjectEncoder:
     """Our encoder, made of the reference's own tensors: nothing is copied."""
     encoder = SubjectEncoder(device="meta")
-    encoder.load_state_dict(NAMES.to_encoder(pipeline.qformer.state_dict(), Path("reference")), assign=True)
+    encoder.load_state_dict(KEY_MAP.to_encoder(pipeline.qformer.state_dict(), Path("reference")), assign=True)
     return encoder.eval().requires_grad_(False)
 
 
@@ -43,7 +43,7 @@ def hosted(host: Host, pipeline: oracle.BlipDiffusionPipeline) -> SimpleNamespac
     opened = checkpoint.Checkpoint(
         path=path,
         format="the reference",
-        encoder_weights=NAMES.to_encoder(pipeline.qformer.state_dict(), path),
+        encoder_state_dict=KEY_MAP.to_encoder(pipeline.qformer.state_dict(), path),
         encoder_config=host.module("blip_qformer.encoder").SubjectEncoderConfig(),
         encoder_path=path,
     )

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..blip_qformer.encoder.preprocessing import composite_alpha, fitting_mask
+from ..blip_qformer.encoder.preprocessing import composite_alpha, fit_mask
 from ..blip_qformer.imaging.compositing import Placement, composite
 from ..blip_qformer.imaging.masks import blur_mask, check_mask
 from ..blip_qformer.imaging.matting import THRESHOLDS, make_trimap, matte
@@ -210,7 +210,7 @@ def subjects_by_mask(pictures: Tensor, mask: Tensor, softening: float) -> Iterat
     """
     for each in mask.reshape(-1, *mask.shape[-2:]):
         check_mask(each)
-    for picture, alpha in zip(pictures, fitting_mask(mask, pictures), strict=True):
+    for picture, alpha in zip(pictures, fit_mask(mask, pictures), strict=True):
         yield picture, blur_mask(alpha, softening)
 
 

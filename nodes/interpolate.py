@@ -9,7 +9,7 @@ from torch import Tensor
 from ..blip_qformer.imaging.contact_sheet import contact_sheet
 from ..blip_qformer.subject.blending import BLEND_MODES, BlendMode, blend, describe_blend, trajectory
 from ..blip_qformer.subject.subject import Subject, split_rows
-from ..blip_qformer.subject.weights import parse_weights, slider_weights, trajectory_places
+from ..blip_qformer.subject.weights import parse_weights, slider_weights, trajectory_positions
 from .host.latents import Latent, repeat_with_same_noise
 from .types import CATEGORY, BlipSubject, advanced, io
 
@@ -207,7 +207,7 @@ def place_labels(count: int, steps: int) -> list[str]:
     """``x 0.25`` or ``x 0.25, y 0.50`` for each step of a trajectory."""
     return [
         ", ".join(f"{axis} {value:.2f}" for axis, value in zip("xy", place, strict=False))
-        for place in trajectory_places(count, steps)
+        for place in trajectory_positions(count, steps)
     ]
 
 

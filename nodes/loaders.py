@@ -147,7 +147,7 @@ class LoadTunedSubject(io.ComfyNode):
                 f"{opened.path} holds no tuned subject: choose a checkpoint that was tuned on one, or make a subject "
                 "of a picture with BLIP-2 Subject Encode."
             )
-        return io.NodeOutput(Subject(opened.subject, subject_word.strip(), encoder_hash(opened.encoder_weights)))
+        return io.NodeOutput(Subject(opened.subject, subject_word.strip(), encoder_hash(opened.encoder_state_dict)))
 
 
 def listed_or_reason(checkpoint: str | None) -> bool | str:

@@ -1,66 +1,77 @@
-"""The parts of a checkpoint that lie in a folder, found by what their files hold."""
+"""Find the components of a checkpoint in a folder by what their files hold."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from .detect import Kind, detect_kind
 from .read_tensors import SAFETENSORS, TENSOR_FILES, CheckpointError, read_config, read_tensors
 
-PIECE = re.compile(r"-\d{5}-of-\d{5}$")  # how one model's file is named that was saved in several
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # the end of the name of a file that holds a share of one model
 
 
 @dataclass(frozen=True)
 class Component:
-    """One network of a checkpoint: where it lies, its config file's content, and a way to its weights."""
+    """One network of a checkpoint.
+
+    Args:
+        path: Its file, or the first of several.
+        config: The content of its ``config.json``; empty if there is none.
+        state_dict: A function that returns its weights in their published keys. Each call maps the files anew, so that
+            the memory is free once the caller drops the result.
+    """
 
     path: Path
-    config: dict
-    read: Callable[[], Mapping[str, Tensor]] = field(repr=False)
-
-    @property
-    def weights(self) -> Mapping[str, Tensor]:
-        """The weights in their published names, mapped anew at each call: who is done with them frees the memory."""
-        return self.read()
+    config: dict[str, Any]
+    state_dict: Callable[[], Mapping[str, Tensor]] = field(repr=False)
 
 
 def find_components(folder: Path) -> tuple[dict[Kind, Component], list[str]]:
-    """The parts in a folder and its subfolders, and a sentence for each file that could not be read.
+    """Find the components in a folder and its subfolders.
 
-    Where a part is there twice, ``.safetensors`` goes before pickles and the larger (more precise) before the smaller.
+    If a component is there twice, ``.safetensors`` is preferred to pickles, and the larger (more precise) file to the
+    smaller one.
+
+    Args:
+        folder: The folder of a checkpoint.
+
+    Returns:
+        The components, and a sentence for each file that could not be read.
     """
-    parts: dict[Kind, Component] = {}
+    components: dict[Kind, Component] = {}
     problems = []
-    for pieces in sorted(_models(folder), key=_preference):
+    for files in sorted(_models(folder), key=_preference):
         try:
-            kind = detect_kind(_read(pieces))
-            if kind and kind not in parts:
-                parts[kind] = Component(pieces[0], read_config(pieces[0].parent), partial(_read, pieces))
+            kind = detect_kind(_read(files))
+            if kind and kind not in components:
+                components[kind] = Component(files[0], read_config(files[0].parent), partial(_read, files))
         except CheckpointError as error:
             problems.append(str(error))
-    return parts, problems
+    return components, problems
 
 
-def _read(pieces: list[Path]) -> dict[str, Tensor]:
-    return {name: tensor for piece in pieces for name, tensor in read_tensors(piece).items()}
+def _read(files: Sequence[Path]) -> dict[str, Tensor]:
+    """Return the tensors of all files of one model."""
+    return {key: tensor for file in files for key, tensor in read_tensors(file).items()}
 
 
 def _models(folder: Path) -> list[list[Path]]:
-    """The files of tensors, those that are pieces of one model together."""
+    """Return the files of tensors in a folder and its subfolders, the shards of one model together."""
     models: dict[Path, list[Path]] = {}
     for file in sorted([*folder.glob("*"), *folder.glob("*/*")]):
         if file.suffix.lower() in TENSOR_FILES:
-            models.setdefault(file.with_stem(PIECE.sub("", file.stem)), []).append(file)
+            models.setdefault(file.with_stem(SHARD.sub("", file.stem)), []).append(file)
     return [*models.values()]
 
 
-def _preference(pieces: list[Path]) -> tuple[bool, int, Path]:
-    """A sort key that puts what is to be taken first."""
-    size = sum(piece.stat().st_size for piece in pieces if piece.is_file())
-    return pieces[0].suffix.lower() not in SAFETENSORS, -size, pieces[0]
+def _preference(files: Sequence[Path]) -> tuple[bool, int, Path]:
+    """Return a sort key that puts the preferred files first."""
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return files[0].suffix.lower() not in SAFETENSORS, -size, files[0]

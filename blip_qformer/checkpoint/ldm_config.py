@@ -1,68 +1,77 @@
-"""Stable Diffusion 1.5's original (LDM) checkpoint layout, written from the published diffusers layout.
+"""Infer the configurations with which ComfyUI builds Stable Diffusion's networks, from weights in diffusers' keys.
 
-The two layouts hold the same tensors under other names. diffusers names a block by what it is
-(`down_blocks.1.resnets.0`), LDM by when it runs: `input_blocks.4` is the fifth step on the way down. So the names of
-small modules are plain tables here, and a walk through the levels does LDM's counting.
-
-Everything is read off the weights themselves (how many levels, how many resnets in each, which have attention, how
-wide), so the same code serves the full model and a toy one. Nothing is copied: a converted tensor is the given tensor,
-or a view of it with two axes of length one appended.
+ComfyUI's networks are LDM's (github.com/CompVis/latent-diffusion), and so are the names of their arguments. Everything
+but the number of heads is read off the shapes, so the same code serves SD1.5 and a small model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
+from .module_tree import count_children, shape_of, without_text_model_prefix
 
-def unet_config(weights: Mapping[str, Tensor], heads: int = 8) -> dict:
-    """The arguments with which ComfyUI's UNetModel builds a U-Net of this size.
+
+def unet_config(state_dict: Mapping[str, Tensor], heads: int = 8) -> dict[str, Any]:
+    """Infer the arguments of ComfyUI's ``UNetModel``.
 
     Args:
-        weights: in diffusers' names.
-        heads: of every attention; no shape tells their number, SD1.5 has 8.
+        state_dict: The U-Net's weights, in diffusers' keys.
+        heads: The number of heads of every attention, which no shape tells; SD1.5 has 8.
 
     Returns:
-        A plain dict, with no dtype and device in it: those are the host's to choose.
+        The arguments, without dtype and device, which the host chooses.
 
     Raises:
-        ValueError: a tensor that tells a size is missing.
+        ValueError: A tensor that tells a size is missing.
     """
-    levels = range(count_children(weights, "up_blocks"))
-    depth_up = [depth for level in levels for depth in transformer_depths(weights, f"up_blocks.{level}")]
+    levels = range(count_children(state_dict, "up_blocks"))
+    depth_up = [depth for level in levels for depth in transformer_depths(state_dict, f"up_blocks.{level}")]
     return {
-        **_way_down_config(weights, heads),
-        "out_channels": shape_of(weights, "conv_out.weight")[0],
-        "transformer_depth_output": depth_up[::-1],  # the host takes them from the end of the list
+        **_down_and_middle_config(state_dict, heads),
+        "out_channels": shape_of(state_dict, "conv_out.weight")[0],
+        "transformer_depth_output": depth_up[::-1],  # ComfyUI pops from the end of the list
     }
 
 
-def controlnet_config(weights: Mapping[str, Tensor], heads: int = 8) -> dict:
-    """The arguments with which ComfyUI's ControlNet builds a ControlNet of this size; see `unet_config`."""
-    hint_channels = shape_of(weights, "controlnet_cond_embedding.conv_in.weight")[1]
-    return {**_way_down_config(weights, heads), "hint_channels": hint_channels}
+def controlnet_config(state_dict: Mapping[str, Tensor], heads: int = 8) -> dict[str, Any]:
+    """Infer the arguments of ComfyUI's ``ControlNet``.
+
+    Args:
+        state_dict: The ControlNet's weights, in diffusers' keys.
+        heads: The number of heads of every attention.
+
+    Returns:
+        The arguments, without dtype and device.
+
+    Raises:
+        ValueError: A tensor that tells a size is missing.
+    """
+    hint_channels = shape_of(state_dict, "controlnet_cond_embedding.conv_in.weight")[1]
+    return {**_down_and_middle_config(state_dict, heads), "hint_channels": hint_channels}
 
 
-def _way_down_config(weights: Mapping[str, Tensor], heads: int) -> dict:
-    """What a U-Net and a ControlNet have in common: everything up to the middle."""
-    width = shape_of(weights, "conv_in.weight")[0]
-    levels = range(count_children(weights, "down_blocks"))
-    widths = [shape_of(weights, f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels]
-    depth_down = [depth for level in levels for depth in transformer_depths(weights, f"down_blocks.{level}")]
+def _down_and_middle_config(state_dict: Mapping[str, Tensor], heads: int) -> dict[str, Any]:
+    """Infer what a U-Net and a ControlNet have in common: the down blocks and the middle block."""
+    width = shape_of(state_dict, "conv_in.weight")[0]
+    levels = range(count_children(state_dict, "down_blocks"))
+    widths = [shape_of(state_dict, f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels]
+    depth_down = [depth for level in levels for depth in transformer_depths(state_dict, f"down_blocks.{level}")]
     middle = "mid_block.attentions.0"
     return {
         "image_size": 32,
-        "in_channels": shape_of(weights, "conv_in.weight")[1],
+        "in_channels": shape_of(state_dict, "conv_in.weight")[1],
         "model_channels": width,
         "channel_mult": _multiples(widths, width),
-        "num_res_blocks": [count_children(weights, f"down_blocks.{level}.resnets") for level in levels],
+        "num_res_blocks": [count_children(state_dict, f"down_blocks.{level}.resnets") for level in levels],
         "num_heads": heads,
         "use_spatial_transformer": True,
-        "use_linear_in_transformer": len(shape_of(weights, f"{middle}.proj_in.weight")) == 2,
-        "context_dim": shape_of(weights, f"{middle}.transformer_blocks.0.attn2.to_k.weight")[1],
+        "use_linear_in_transformer": len(shape_of(state_dict, f"{middle}.proj_in.weight")) == 2,
+        "context_dim": shape_of(state_dict, f"{middle}.transformer_blocks.0.attn2.to_k.weight")[1],
         "transformer_depth": depth_down,
-        "transformer_depth_middle": count_children(weights, f"{middle}.transformer_blocks"),
+        "transformer_depth_middle": count_children(state_dict, f"{middle}.transformer_blocks"),
         "adm_in_channels": None,
         "legacy": False,
         "use_checkpoint": False,
@@ -71,112 +80,87 @@ def _way_down_config(weights: Mapping[str, Tensor], heads: int) -> dict:
     }
 
 
-def vae_config(weights: Mapping[str, Tensor]) -> dict:
-    """The arguments with which ComfyUI's AutoencoderKL builds a VAE of this size: `ddconfig` and `embed_dim`.
+def transformer_depths(state_dict: Mapping[str, Tensor], level: str) -> list[int]:
+    """Return the number of transformer blocks behind each resnet of a U-Net level; 0 if there is no attention."""
+    return [
+        count_children(state_dict, f"{level}.attentions.{layer}.transformer_blocks")
+        for layer in range(count_children(state_dict, f"{level}.resnets"))
+    ]
+
+
+def vae_config(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Infer the arguments of ComfyUI's ``AutoencoderKL``.
 
     Args:
-        weights: in diffusers' names.
+        state_dict: The VAE's weights, in diffusers' keys.
+
+    Returns:
+        ``ddconfig`` and ``embed_dim``.
 
     Raises:
-        ValueError: a tensor that tells a size is missing.
+        ValueError: A tensor that tells a size is missing.
     """
-    width, image_channels = shape_of(weights, "encoder.conv_in.weight")[:2]
-    latent_channels = shape_of(weights, "decoder.conv_in.weight")[1]
-    levels = range(count_children(weights, "encoder.down_blocks"))
-    widths = [shape_of(weights, f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels]
+    width, image_channels = shape_of(state_dict, "encoder.conv_in.weight")[:2]
+    latent_channels = shape_of(state_dict, "decoder.conv_in.weight")[1]
+    levels = range(count_children(state_dict, "encoder.down_blocks"))
+    widths = [shape_of(state_dict, f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels]
     return {
         "ddconfig": {
-            "double_z": shape_of(weights, "encoder.conv_out.weight")[0] == 2 * latent_channels,
+            "double_z": shape_of(state_dict, "encoder.conv_out.weight")[0] == 2 * latent_channels,
             "z_channels": latent_channels,
             "resolution": 256,
             "in_channels": image_channels,
-            "out_ch": shape_of(weights, "decoder.conv_out.weight")[0],
+            "out_ch": shape_of(state_dict, "decoder.conv_out.weight")[0],
             "ch": width,
             "ch_mult": _multiples(widths, width),
-            "num_res_blocks": count_children(weights, "encoder.down_blocks.0.resnets"),
+            "num_res_blocks": count_children(state_dict, "encoder.down_blocks.0.resnets"),
             "attn_resolutions": [],
             "dropout": 0.0,
         },
-        "embed_dim": shape_of(weights, "post_quant_conv.weight")[1],
+        "embed_dim": shape_of(state_dict, "post_quant_conv.weight")[1],
     }
 
 
-class Multiple(float):
-    """How many times as wide as the first level another one is, where that is no whole number: its product is one.
-
-    ComfyUI's networks are told multiples and never widths.
-    """
-
-    def __mul__(self, width: int) -> int:
-        return round(float(self) * width)
-
-    __rmul__ = __mul__
-
-
-def _multiples(widths: Iterable[int], first: int) -> list[int | Multiple]:
-    return [Multiple(width / first) if width % first else width // first for width in widths]
-
-
-def text_encoder_config(weights: Mapping[str, Tensor], heads: int | None = None) -> dict:
-    """The size of a CLIP text model, in the words of ComfyUI's `clip_l_model_config`.
+def text_encoder_config(state_dict: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:
+    """Infer the configuration of a CLIP text model, as ComfyUI's ``clip_l_model_config`` has it.
 
     Args:
-        weights: with or without `text_model.` before their names.
-        heads: of every attention; if not told, they are 64 wide, as CLIP's.
+        state_dict: The weights, their keys with or without ``text_model.``.
+        heads: The number of heads of every attention; None makes them 64 wide, as CLIP's are.
 
     Raises:
-        ValueError: a tensor that tells a size is missing.
+        ValueError: A tensor that tells a size is missing.
     """
-    plain = without_text_model_prefix(weights)
-    vocabulary, width = shape_of(plain, "embeddings.token_embedding.weight")
+    inner = without_text_model_prefix(state_dict)
+    vocabulary, width = shape_of(inner, "embeddings.token_embedding.weight")
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": shape_of(plain, "encoder.layers.0.mlp.fc1.weight")[0],
-        "num_hidden_layers": count_children(plain, "encoder.layers"),
+        "intermediate_size": shape_of(inner, "encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": count_children(inner, "encoder.layers"),
         "num_attention_heads": heads or max(1, width // 64),
-        "max_position_embeddings": shape_of(plain, "embeddings.position_embedding.weight")[0],
+        "max_position_embeddings": shape_of(inner, "embeddings.position_embedding.weight")[0],
         "hidden_act": "quick_gelu",
     }
-
-
-def check_depth(part: str, weights: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
-    """Refuse weights that lack whole levels or layers, which no name tells: their config says how many there are.
-
-    Args:
-        part: "unet", "controlnet", "vae" or "text_encoder".
-        weights: in diffusers' names; ``config``: what its ``config.json`` holds, as far as there is one.
-
-    Raises:
-        ValueError: the numbers differ. A config that does not tell them is trusted.
-    """
-    plain = without_text_model_prefix(weights)
-    levels = len(config["block_out_channels"]) if "block_out_channels" in config else None
-    expected = {
-        "unet": {"down_blocks": levels, "up_blocks": levels},
-        "controlnet": {"down_blocks": levels},
-        "vae": {"encoder.down_blocks": levels, "decoder.up_blocks": levels},
-        "text_encoder": {"encoder.layers": config.get("num_hidden_layers")},
-    }[part]
-    for module, count in expected.items():
-        found = count_children(plain, module)
-        if count is not None and found != count:
-            raise ValueError(
-                f"The {part.replace('_', ' ')} holds {found} {module} and its config tells of {count}: download its "
-                "file again."
-            )
 
 
 def departures_from_stock(
     unet: Mapping[str, Tensor], text_encoder: Mapping[str, Tensor], vae: Mapping[str, Tensor]
 ) -> list[str]:
-    """What is not as in Stable Diffusion 1.5, in words, and so keeps the stock CheckpointLoaderSimple from loading it.
+    """List what differs from Stable Diffusion 1.5 and so keeps the stock CheckpointLoaderSimple from loading a model.
 
-    That loader knows the model by these numbers, and builds VAE and text encoder of its own sizes. Empty for a model
-    it loads.
+    That loader recognises the model by these numbers, and builds VAE and text encoder of fixed sizes.
 
     Args:
-        unet, text_encoder, vae: the weights in diffusers' names.
+        unet: The U-Net's weights, in diffusers' keys.
+        text_encoder: The CLIP text model's weights.
+        vae: The VAE's weights, in diffusers' keys.
+
+    Returns:
+        A phrase for each difference; empty for a model that it loads.
+
+    Raises:
+        ValueError: A tensor that tells a size is missing.
     """
     image, text, decoder = unet_config(unet), text_encoder_config(text_encoder), vae_config(vae)["ddconfig"]
     found_and_stock = {
@@ -192,34 +176,18 @@ def departures_from_stock(
     return [f"{what} {found} instead of {stock}" for what, (found, stock) in found_and_stock.items() if found != stock]
 
 
-def transformer_depths(weights: Mapping[str, Tensor], level: str) -> list[int]:
-    """For each resnet of a U-Net level, how many transformer blocks follow it: 0 where there is no attention."""
-    return [
-        count_children(weights, f"{level}.attentions.{layer}.transformer_blocks")
-        for layer in range(count_children(weights, f"{level}.resnets"))
-    ]
+class Multiple(float):
+    """A ratio of widths that is no whole number; its product with the first level's width is an integer.
+
+    ComfyUI's networks take multiples of the first width and no widths.
+    """
+
+    def __mul__(self, width: int) -> int:  # type: ignore[override]  # a width is whole, as float's product is not
+        return round(float(self) * width)
+
+    __rmul__ = __mul__  # type: ignore[assignment]
 
 
-def without_text_model_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CLIP's text model by the names inside it; newer libraries save it so, without the leading `text_model.`."""
-    return {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
-
-
-def count_children(names: Iterable[str], parent: str) -> int:
-    """How many children `parent.0`, `parent.1`, ... there are."""
-    count = 0
-    while has_module(names, f"{parent}.{count}"):
-        count += 1
-    return count
-
-
-def has_module(names: Iterable[str], module: str) -> bool:
-    """Whether any tensor lies in that module."""
-    return any(name.startswith(f"{module}.") for name in names)
-
-
-def shape_of(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """The shape of one tensor; ValueError if it is not there."""
-    if name not in weights:
-        raise ValueError(f"The weights hold no {name}, which tells the model's size: use weights in diffusers' names.")
-    return tuple(weights[name].shape)
+def _multiples(widths: Iterable[int], first: int) -> list[int | Multiple]:
+    """Return each level's width as a multiple of the first level's."""
+    return [Multiple(width / first) if width % first else width // first for width in widths]

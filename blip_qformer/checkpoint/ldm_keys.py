@@ -1,44 +1,36 @@
-"""Stable Diffusion 1.5's original (LDM) checkpoint layout, written from the published diffusers layout.
+"""Translate Stable Diffusion's networks from diffusers' keys into LDM's, as a stock checkpoint file has them.
 
-The two layouts hold the same tensors under other names. diffusers names a block by what it is
-(`down_blocks.1.resnets.0`), LDM by when it runs: `input_blocks.4` is the fifth step on the way down. So the names of
-small modules are plain tables here, and a walk through the levels does LDM's counting.
+The two layouts hold the same tensors under other keys (LDM: github.com/CompVis/latent-diffusion). diffusers names a
+block by what it is (``down_blocks.1.resnets.0``), LDM by when it runs: ``input_blocks.4`` is the fifth step on the way
+down. So the names of small modules are plain tables here, and a walk through the levels does LDM's counting.
 
-Everything is read off the weights themselves (how many levels, how many resnets in each, which have attention, how
-wide), so the same code serves the full model and a toy one. Nothing is copied: a converted tensor is the given tensor,
-or a view of it with two axes of length one appended.
+The structure is read off the state dict itself, so the same code serves SD1.5 and a small model. Nothing is copied: a
+translated tensor is the given tensor, or a view of it with two axes of length one appended.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-from .key_map import listed
-from .ldm_config import check_depth, count_children, has_module, without_text_model_prefix
+from .key_map import format_keys
+from .module_tree import count_children, has_module, without_text_model_prefix
 
 UNET_PREFIX = "model.diffusion_model."
-
-
 TEXT_ENCODER_PREFIX = "cond_stage_model."
-
-
 VAE_PREFIX = "first_stage_model."
 
 
 # Each table: module name in diffusers -> module name in LDM. A module's `weight` and `bias` keep their names.
-# Where LDM shows a number, it counts the places of a sequence that also holds activations: those have no tensors.
+# A number in LDM's name is an index into a sequence that also holds activations, which have no tensors.
 UNET_BEGINNING = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "conv_in": "input_blocks.0.0",
 }
-
-
 UNET_END = {"conv_norm_out": "out.0", "conv_out": "out.2"}
-
-
 UNET_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -59,8 +51,6 @@ VAE_ENDS = {
     "decoder.conv_norm_out": "decoder.norm_out",
     "decoder.conv_out": "decoder.conv_out",
 }
-
-
 VAE_RESNET = {
     "norm1": "norm1",
     "conv1": "conv1",
@@ -68,29 +58,19 @@ VAE_RESNET = {
     "conv2": "conv2",
     "conv_shortcut": "nin_shortcut",
 }
-
-
 # diffusers renamed these four in version 0.18; published files hold either set.
 VAE_ATTENTION_BEFORE_0_18 = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
-
-
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-# These parts are called the same in both layouts.
+# These modules have the same name in both layouts.
 UNET_ATTENTION = ("norm", "proj_in", "proj_out")
-
-
 UNET_TRANSFORMER_BLOCK = (
     "norm1", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",
     "norm2", "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
     "norm3", "ff.net.0.proj", "ff.net.2",
 )  # fmt: skip
-
-
 TEXT_ENDS = ("embeddings.token_embedding", "embeddings.position_embedding", "final_layer_norm")
-
-
 TEXT_LAYER = (
     "layer_norm1", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
     "layer_norm2", "mlp.fc1", "mlp.fc2",
@@ -98,87 +78,88 @@ TEXT_LAYER = (
 
 
 # A resnet has a shortcut only where it changes the number of channels.
-SOMETIMES_ABSENT = ("skip_connection", "nin_shortcut")
-
+OPTIONAL = ("skip_connection", "nin_shortcut")
 
 # Every other module has a bias.
-WITHOUT_BIAS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_k", "attn2.to_v")
-
-
-WITHOUT_BIAS += ("token_embedding", "position_embedding")
+WITHOUT_BIAS = (
+    "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_k", "attn2.to_v",
+    "token_embedding", "position_embedding",
+)  # fmt: skip
 
 
 def stable_diffusion_checkpoint(
     unet: Mapping[str, Tensor], text_encoder: Mapping[str, Tensor], vae: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Everything a stock SD1.5 checkpoint file holds, under the names the stock CheckpointLoaderSimple reads.
+    """Return the state dict of an SD1.5 checkpoint file, in the keys that the stock CheckpointLoaderSimple reads.
 
     Args:
-        unet, text_encoder, vae: the weights of the three parts, in diffusers' names.
+        unet: The U-Net's weights, in diffusers' keys.
+        text_encoder: The CLIP text model's weights, in transformers' keys.
+        vae: The VAE's weights, in diffusers' keys.
 
     Returns:
-        One state dict, of the same tensors or views of them.
+        The same tensors, or views of them.
 
     Raises:
-        ValueError: a part is not of Stable Diffusion 1.5's kind; the tensors are named.
+        ValueError: A network is not of Stable Diffusion 1.5's kind; the tensors are named.
     """
-    parts = {
+    networks = {
         UNET_PREFIX: unet_to_ldm(unet),
         TEXT_ENCODER_PREFIX: text_encoder_to_ldm(text_encoder),
         VAE_PREFIX: vae_to_ldm(vae),
     }
-    return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
+    return {prefix + key: tensor for prefix, network in networks.items() for key, tensor in network.items()}
 
 
-def unet_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A U-Net's weights under LDM's names, without prefix: `conv_in.weight` -> `input_blocks.0.0.weight`.
+def unet_to_ldm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translate a U-Net into LDM's keys, without prefix: ``conv_in.weight`` -> ``input_blocks.0.0.weight``.
 
     Raises:
-        ValueError: a tensor is unknown or missing; it is named.
+        ValueError: A tensor is unknown or missing; it is named.
     """
-    return _renamed(weights, _unet_modules(weights), part="U-Net")
+    return _translate(state_dict, _unet_modules(state_dict), "U-Net")
 
 
-def vae_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A VAE's weights under LDM's names, without prefix: `encoder.mid_block.resnets.0.` -> `encoder.mid.block_1.`.
+def vae_to_ldm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translate a VAE into LDM's keys, without prefix: ``encoder.mid_block.resnets.0.`` -> ``encoder.mid.block_1.``.
 
     LDM's attention projects with 1x1 convolutions where diffusers has linear layers: [C, C] becomes [C, C, 1, 1].
 
     Raises:
-        ValueError: a tensor is unknown or missing; it is named.
+        ValueError: A tensor is unknown or missing; it is named.
     """
-    renamed = _renamed(weights, _vae_modules(weights), part="VAE")
+    translated = _translate(state_dict, _vae_modules(state_dict), "VAE")
     for half in ("encoder", "decoder"):
         for projection in ("q", "k", "v", "proj_out"):
-            name = f"{half}.mid.attn_1.{projection}.weight"
-            if renamed[name].ndim == 2:
-                renamed[name] = renamed[name][:, :, None, None]
-    return renamed
+            key = f"{half}.mid.attn_1.{projection}.weight"
+            if translated[key].ndim == 2:
+                translated[key] = translated[key][:, :, None, None]
+    return translated
 
 
-def controlnet_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A ControlNet's weights under LDM's names: a U-Net's way down, a picture's way in, and convolutions to the way up.
-
-    Raises:
-        ValueError: a tensor is unknown or missing; it is named.
-    """
-    return _renamed(weights, _controlnet_modules(weights), part="ControlNet")
-
-
-def text_encoder_to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A CLIP text model's weights under LDM's names: `text_model.x` or plain `x` -> `transformer.text_model.x`.
+def controlnet_to_ldm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translate a ControlNet into LDM's keys: a U-Net's down and middle blocks, the hint's encoder, zero convolutions.
 
     Raises:
-        ValueError: a tensor is unknown or missing; it is named.
+        ValueError: A tensor is unknown or missing; it is named.
     """
-    plain = without_text_model_prefix(weights)
+    return _translate(state_dict, _controlnet_modules(state_dict), "ControlNet")
+
+
+def text_encoder_to_ldm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translate a CLIP text model into LDM's keys: ``text_model.x`` or ``x`` -> ``transformer.text_model.x``.
+
+    Raises:
+        ValueError: A tensor is unknown or missing; it is named.
+    """
+    inner = without_text_model_prefix(state_dict)
     modules = [*TEXT_ENDS]
-    for layer in range(count_children(plain, "encoder.layers")):
+    for layer in range(count_children(inner, "encoder.layers")):
         modules += [f"encoder.layers.{layer}.{module}" for module in TEXT_LAYER]
-    return _renamed(plain, {module: f"transformer.text_model.{module}" for module in modules}, part="text encoder")
+    return _translate(inner, {module: f"transformer.text_model.{module}" for module in modules}, "text encoder")
 
 
-#: Component of a checkpoint -> what converts it.
+#: Component of a checkpoint -> its translation.
 CONVERSIONS = {
     "unet": unet_to_ldm,
     "text_encoder": text_encoder_to_ldm,
@@ -187,87 +168,117 @@ CONVERSIONS = {
 }
 
 
-def network_to_ldm(part: str, weights: Mapping[str, Tensor], config: Mapping[str, object]) -> dict[str, Tensor]:
-    """A network's weights under LDM's names, held against its config first: nothing may be missing, on any level.
+def network_to_ldm(name: str, state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Check a network against its config and translate it into LDM's keys: nothing may be missing, on any level.
 
     Args:
-        part, weights, config: as for `check_depth`.
+        name: ``unet``, ``controlnet``, ``vae`` or ``text_encoder``.
+        state_dict: The weights, in diffusers' keys.
+        config: The content of the network's ``config.json``; empty if there is none.
 
     Raises:
-        ValueError: levels, layers or tensors are missing, or unknown.
+        ValueError: Levels, layers or tensors are missing or unknown.
     """
-    check_depth(part, weights, config)
-    return CONVERSIONS[part](weights)
+    check_depth(name, state_dict, config)
+    return CONVERSIONS[name](state_dict)
 
 
-def _unet_modules(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """The name of each U-Net module in LDM, by its name in diffusers."""
-    names = _way_down_modules(weights) | UNET_END
+def check_depth(name: str, state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Refuse weights that lack whole levels or layers, which no key tells: their config says how many there are.
 
-    # Up: one block for a resnet, its attention, and, at the end of a level, the doubling.
+    Args:
+        name: ``unet``, ``controlnet``, ``vae`` or ``text_encoder``.
+        state_dict: The weights, in diffusers' keys.
+        config: The content of the network's ``config.json``. Numbers that it does not have are not checked.
+
+    Raises:
+        ValueError: The numbers differ.
+    """
+    inner = without_text_model_prefix(state_dict)
+    levels = len(config["block_out_channels"]) if "block_out_channels" in config else None
+    expected = {
+        "unet": {"down_blocks": levels, "up_blocks": levels},
+        "controlnet": {"down_blocks": levels},
+        "vae": {"encoder.down_blocks": levels, "decoder.up_blocks": levels},
+        "text_encoder": {"encoder.layers": config.get("num_hidden_layers")},
+    }[name]
+    for module, count in expected.items():
+        found = count_children(inner, module)
+        if count is not None and found != count:
+            raise ValueError(
+                f"The {name.replace('_', ' ')} holds {found} {module} and its config tells of {count}: download its "
+                "file again."
+            )
+
+
+def _unet_modules(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
+    """Map each U-Net module from its name in diffusers to its name in LDM."""
+    names = _down_and_middle_modules(state_dict) | UNET_END
+
+    # Up: one block for a resnet, its attention and, at the end of a level, the upsampling.
     block = 0
-    for level in range(count_children(weights, "up_blocks")):
+    for level in range(count_children(state_dict, "up_blocks")):
         up = f"up_blocks.{level}"
-        for layer in range(count_children(weights, f"{up}.resnets")):
+        for layer in range(count_children(state_dict, f"{up}.resnets")):
             names |= _under(f"{up}.resnets.{layer}", f"output_blocks.{block}.0", UNET_RESNET)
-            names |= _attention(weights, f"{up}.attentions.{layer}", f"output_blocks.{block}.1")
+            names |= _attention(state_dict, f"{up}.attentions.{layer}", f"output_blocks.{block}.1")
             block += 1
-        if has_module(weights, f"{up}.upsamplers.0"):
-            place = 2 if has_module(weights, f"{up}.attentions") else 1
-            names[f"{up}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{place}.conv"
+        if has_module(state_dict, f"{up}.upsamplers.0"):
+            index = 2 if has_module(state_dict, f"{up}.attentions") else 1
+            names[f"{up}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{index}.conv"
     return names
 
 
-def _controlnet_modules(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """The name of each ControlNet module in LDM, by its name in diffusers."""
-    names = _way_down_modules(weights)
+def _controlnet_modules(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
+    """Map each ControlNet module from its name in diffusers to its name in LDM."""
+    names = _down_and_middle_modules(state_dict)
 
-    # The picture's way in: convolutions, with an activation between each two.
-    picture = "controlnet_cond_embedding"
-    hidden = [f"{picture}.blocks.{block}" for block in range(count_children(weights, f"{picture}.blocks"))]
-    for place, convolution in enumerate([f"{picture}.conv_in", *hidden, f"{picture}.conv_out"]):
-        names[convolution] = f"input_hint_block.{2 * place}"
+    # The hint's encoder: convolutions, with an activation between each two.
+    hint = "controlnet_cond_embedding"
+    hidden = [f"{hint}.blocks.{block}" for block in range(count_children(state_dict, f"{hint}.blocks"))]
+    for index, convolution in enumerate([f"{hint}.conv_in", *hidden, f"{hint}.conv_out"]):
+        names[convolution] = f"input_hint_block.{2 * index}"
 
-    for block in range(count_children(weights, "controlnet_down_blocks")):
+    for block in range(count_children(state_dict, "controlnet_down_blocks")):
         names[f"controlnet_down_blocks.{block}"] = f"zero_convs.{block}.0"
     return names | {"controlnet_mid_block": "middle_block_out.0"}
 
 
-def _way_down_modules(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """What a U-Net and a ControlNet have in common: everything up to the middle."""
+def _down_and_middle_modules(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
+    """Map the modules that a U-Net and a ControlNet have in common: down blocks and middle block."""
     names = dict(UNET_BEGINNING)
 
-    # Down: one block for a resnet and its attention, and one for each halving. Block 0 is the first convolution.
+    # Down: one block for a resnet and its attention, one for each downsampling. Block 0 is the first convolution.
     block = 1
-    for level in range(count_children(weights, "down_blocks")):
+    for level in range(count_children(state_dict, "down_blocks")):
         down = f"down_blocks.{level}"
-        for layer in range(count_children(weights, f"{down}.resnets")):
+        for layer in range(count_children(state_dict, f"{down}.resnets")):
             names |= _under(f"{down}.resnets.{layer}", f"input_blocks.{block}.0", UNET_RESNET)
-            names |= _attention(weights, f"{down}.attentions.{layer}", f"input_blocks.{block}.1")
+            names |= _attention(state_dict, f"{down}.attentions.{layer}", f"input_blocks.{block}.1")
             block += 1
-        if has_module(weights, f"{down}.downsamplers.0"):
+        if has_module(state_dict, f"{down}.downsamplers.0"):
             names[f"{down}.downsamplers.0.conv"] = f"input_blocks.{block}.0.op"
             block += 1
 
     # Middle: resnet, attention, resnet, as one block.
     names |= _under("mid_block.resnets.0", "middle_block.0", UNET_RESNET)
-    names |= _attention(weights, "mid_block.attentions.0", "middle_block.1")
+    names |= _attention(state_dict, "mid_block.attentions.0", "middle_block.1")
     names |= _under("mid_block.resnets.1", "middle_block.2", UNET_RESNET)
     return names
 
 
-def _attention(weights: Mapping[str, Tensor], ours: str, ldm: str) -> dict[str, str]:
-    """The modules of one of the U-Net's attentions, with however many transformer blocks; none where there is none."""
-    if not has_module(weights, ours):
+def _attention(state_dict: Mapping[str, Tensor], module: str, ldm_module: str) -> dict[str, str]:
+    """Map the modules of one of the U-Net's attentions, with all its transformer blocks; empty if there is none."""
+    if not has_module(state_dict, module):
         return {}
     modules = [*UNET_ATTENTION]
-    for block in range(count_children(weights, f"{ours}.transformer_blocks")):
-        modules += [f"transformer_blocks.{block}.{module}" for module in UNET_TRANSFORMER_BLOCK]
-    return _under(ours, ldm, {module: module for module in modules})
+    for block in range(count_children(state_dict, f"{module}.transformer_blocks")):
+        modules += [f"transformer_blocks.{block}.{name}" for name in UNET_TRANSFORMER_BLOCK]
+    return _under(module, ldm_module, {name: name for name in modules})
 
 
-def _vae_modules(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """The name of each VAE module in LDM, by its name in diffusers."""
+def _vae_modules(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
+    """Map each VAE module from its name in diffusers to its name in LDM."""
     names = dict(VAE_ENDS)
     for half in ("encoder", "decoder"):
         names |= _under(f"{half}.mid_block.resnets.0", f"{half}.mid.block_1", VAE_RESNET)
@@ -275,51 +286,57 @@ def _vae_modules(weights: Mapping[str, Tensor]) -> dict[str, str]:
         names |= _under(f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1", VAE_ATTENTION)
         names |= _under(f"{half}.mid_block.resnets.1", f"{half}.mid.block_2", VAE_RESNET)
 
-    for level in range(count_children(weights, "encoder.down_blocks")):
+    for level in range(count_children(state_dict, "encoder.down_blocks")):
         down = f"encoder.down_blocks.{level}"
-        for layer in range(count_children(weights, f"{down}.resnets")):
+        for layer in range(count_children(state_dict, f"{down}.resnets")):
             names |= _under(f"{down}.resnets.{layer}", f"encoder.down.{level}.block.{layer}", VAE_RESNET)
-        if has_module(weights, f"{down}.downsamplers.0"):
+        if has_module(state_dict, f"{down}.downsamplers.0"):
             names[f"{down}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
 
     # LDM numbers the decoder's levels by resolution, as the encoder's: the one that runs first has the highest number.
-    levels = count_children(weights, "decoder.up_blocks")
+    levels = count_children(state_dict, "decoder.up_blocks")
     for level in range(levels):
         up, ldm_level = f"decoder.up_blocks.{level}", levels - 1 - level
-        for layer in range(count_children(weights, f"{up}.resnets")):
+        for layer in range(count_children(state_dict, f"{up}.resnets")):
             names |= _under(f"{up}.resnets.{layer}", f"decoder.up.{ldm_level}.block.{layer}", VAE_RESNET)
-        if has_module(weights, f"{up}.upsamplers.0"):
+        if has_module(state_dict, f"{up}.upsamplers.0"):
             names[f"{up}.upsamplers.0.conv"] = f"decoder.up.{ldm_level}.upsample.conv"
     return names
 
 
-def _renamed(weights: Mapping[str, Tensor], modules: Mapping[str, str], part: str) -> dict[str, Tensor]:
-    """The same tensors under the other layout's names; ValueError if one has no place there, or a place stays empty."""
-    renamed, unknown = {}, []
-    for name, tensor in weights.items():
-        module, _, parameter = name.rpartition(".")
+def _translate(state_dict: Mapping[str, Tensor], modules: Mapping[str, str], network: str) -> dict[str, Tensor]:
+    """Return the same tensors in LDM's keys; ValueError if one is unknown or missing.
+
+    Args:
+        state_dict: Tensors in diffusers' keys.
+        modules: The name of each module in diffusers -> its name in LDM.
+        network: What the network is called in the error message.
+    """
+    translated, unknown = {}, []
+    for key, tensor in state_dict.items():
+        module, _, parameter = key.rpartition(".")
         if parameter == "position_ids":
             continue  # 0, 1, 2, ... up to the longest text: no weight, only stored by older transformers
         if module in modules and parameter in ("weight", "bias"):
-            renamed[f"{modules[module]}.{parameter}"] = tensor
+            translated[f"{modules[module]}.{parameter}"] = tensor
         else:
-            unknown.append(name)
+            unknown.append(key)
     if unknown:
         raise ValueError(
-            f"The {part} holds tensors that Stable Diffusion 1.5 has no place for ({listed(unknown)}): "
+            f"The {network} holds tensors that Stable Diffusion 1.5 has no place for ({format_keys(unknown)}): "
             "use weights of that architecture, in diffusers' names."
         )
-    missing: dict[str, str] = {}  # by LDM's name, as one place may have an old and a new name
-    for ours, ldm in modules.items():
-        parameters = ("weight",) if ldm.endswith(WITHOUT_BIAS) else ("weight", "bias")
-        absent = [parameter for parameter in parameters if f"{ldm}.{parameter}" not in renamed]
-        if not (ldm.endswith(SOMETIMES_ABSENT) and len(absent) == len(parameters)):
-            missing |= {f"{ldm}.{parameter}": f"{ours}.{parameter}" for parameter in absent}
+    missing: dict[str, str] = {}  # by LDM's key, as one LDM module may have an old and a new name in diffusers
+    for module, ldm_module in modules.items():
+        parameters = ("weight",) if ldm_module.endswith(WITHOUT_BIAS) else ("weight", "bias")
+        absent = [parameter for parameter in parameters if f"{ldm_module}.{parameter}" not in translated]
+        if not (ldm_module.endswith(OPTIONAL) and len(absent) == len(parameters)):
+            missing |= {f"{ldm_module}.{parameter}": f"{module}.{parameter}" for parameter in absent}
     if missing:
-        raise ValueError(f"The {part} lacks tensors ({listed([*missing.values()])}): download its file again.")
-    return renamed
+        raise ValueError(f"The {network} lacks tensors ({format_keys(missing.values())}): download its file again.")
+    return translated
 
 
-def _under(ours: str, ldm: str, table: Mapping[str, str]) -> dict[str, str]:
-    """The table with both its sides moved below a parent: {"norm1": "in_layers.0"} -> {"a.norm1": "b.in_layers.0"}."""
-    return {f"{ours}.{name}": f"{ldm}.{ldm_name}" for name, ldm_name in table.items()}
+def _under(module: str, ldm_module: str, table: Mapping[str, str]) -> dict[str, str]:
+    """Move both sides of a table below a parent: {"norm1": "in_layers.0"} -> {"a.norm1": "b.in_layers.0"}."""
+    return {f"{module}.{name}": f"{ldm_module}.{ldm_name}" for name, ldm_name in table.items()}

@@ -1,7 +1,8 @@
-"""A path becomes a checkpoint, whichever of the published layouts lies there."""
+"""Open a checkpoint in any of the published layouts, and load the subject encoder from it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,31 +14,43 @@ from ..encoder import SubjectEncoder, SubjectEncoderConfig
 from ..encoder.layers import AttentionFunction, scaled_dot_product_attention
 from .components import Component, find_components
 from .detect import Kind, describe, detect_kind
-from .infer_config import check_weights
-from .layouts import hub, lavis
-from .layouts.finetuned import SUBJECT, split_finetuned
-from .layouts.single_file import config_of_file
+from .infer_config import check_state_dict
+from .layouts import finetuned, hub, lavis
+from .layouts.single_file import config_from_file
 from .read_tensors import CheckpointError, read_config, read_tensors
 
-NETWORKS = {Kind.UNET, Kind.TEXT_ENCODER, Kind.VAE, Kind.CONTROLNET}
-
-
+NETWORKS = {
+    "unet": Kind.UNET,
+    "text_encoder": Kind.TEXT_ENCODER,
+    "vae": Kind.VAE,
+    "controlnet": Kind.CONTROLNET,
+}
+FRAGMENTS = (Kind.ORIGINAL_QFORMER, Kind.PROJECTION, Kind.UNET, Kind.VAE, Kind.TEXT_ENCODER)
 ENCODER_FOLDERS = ("qformer", "blip_model")  # in a Hub folder, in an original folder
-
-
-CONTEXT_POSITION = 2  # where the vectors go in every published model: after <bos> and "a"
+CONTEXT_POSITION = 2  # of the subject's vectors in every published model: behind <bos> and "a"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened BLIP-Diffusion checkpoint; weights are memory-mapped, so opening costs next to nothing.
+    """An opened BLIP-Diffusion checkpoint. Weights are memory-mapped, so opening one is cheap.
 
-    ``encoder_weights`` are in the subject encoder's own names; the other parts keep diffusers' names.
+    Args:
+        path: The folder or file.
+        format: The name of its layout, for people.
+        encoder_state_dict: The subject encoder's weights, in the keys of ``SubjectEncoder.state_dict()``.
+        encoder_config: The subject encoder's sizes.
+        encoder_path: The file that holds the subject encoder.
+        unet: The U-Net, in diffusers' keys; None if the checkpoint has none.
+        text_encoder: The CLIP text model, likewise.
+        vae: The VAE, likewise.
+        controlnet: The ControlNet, likewise.
+        subject: Vectors [1, 16, 768] of a tuned subject; None if the checkpoint has none.
+        problems: A sentence for each file that could not be read.
     """
 
     path: Path
     format: str
-    encoder_weights: dict[str, Tensor]
+    encoder_state_dict: dict[str, Tensor]
     encoder_config: SubjectEncoderConfig
     encoder_path: Path
     unet: Component | None = None
@@ -47,114 +60,49 @@ class Checkpoint:
     subject: Tensor | None = None
     problems: tuple[str, ...] = field(default=(), repr=False)
 
-    def require(self, part: str, *advice: str) -> Component:
-        """The named part.
+    def require(self, name: str, *advice: str) -> Component:
+        """Return a component.
 
         Args:
-            advice: further sentences for who does not find it.
+            name: ``unet``, ``text_encoder``, ``vae`` or ``controlnet``.
+            advice: Further sentences for the error.
 
         Raises:
-            CheckpointError: this checkpoint does not have it.
+            CheckpointError: This checkpoint does not have it.
         """
-        found = getattr(self, part)
-        if found is None:
+        component = getattr(self, name)
+        if component is None:
             missing = (
-                f"{self.path} ({self.format}) has no {part.replace('_', ' ')}: choose a whole BLIP-Diffusion folder."
+                f"{self.path} ({self.format}) has no {name.replace('_', ' ')}: choose a whole BLIP-Diffusion folder."
             )
             raise CheckpointError(" ".join([missing, *advice, *self.problems]))
-        return found
+        return component
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a Hub folder, an original (LAVIS) folder, a fine-tuned file, or a Q-Former in one file.
 
+    Args:
+        path: The folder or file.
+
     Raises:
-        CheckpointError: there is nothing, or something else, or it is not whole.
+        CheckpointError: There is nothing, or something else, or it is incomplete.
     """
     path = Path(path)
     if path.is_dir():
         return _open_folder(path)
-    weights = read_tensors(path)
-    kind = detect_kind(weights)
+    tensors = read_tensors(path)
+    kind = detect_kind(tensors)
     if kind is Kind.QFORMER:
-        return _open_single_file(path, weights)
+        return _open_qformer_file(path, tensors)
     if kind is Kind.FINETUNED:
-        return _open_finetuned(path, weights)
-    if kind in (Kind.ORIGINAL_QFORMER, Kind.PROJECTION, Kind.UNET, Kind.VAE, Kind.TEXT_ENCODER):
+        return _open_finetuned_file(path, tensors)
+    if kind in FRAGMENTS:
         raise CheckpointError(f"{path} is {kind.value}, one part of a checkpoint: choose the folder it belongs to.")
     raise CheckpointError(
-        f"{path} is {describe(weights)}, not BLIP-Diffusion: choose a Salesforce/blipdiffusion folder, an original "
+        f"{path} is {describe(tensors)}, not BLIP-Diffusion: choose a Salesforce/blipdiffusion folder, an original "
         "(LAVIS) folder, a fine-tuned .pth, or a blip2_qformer.safetensors."
     )
-
-
-def _open_folder(folder: Path) -> Checkpoint:
-    parts, problems = find_components(folder)
-    if Kind.QFORMER in parts:
-        part = parts[Kind.QFORMER]
-        if not NETWORKS & parts.keys() and not problems:  # only our own file lies there
-            return open_checkpoint(part.path)
-        _check_pipeline(folder)
-        weights = hub.NAMES.to_encoder(part.weights, part.path)
-        config, format, table = config_of_file(weights, part.path), "Hub folder", hub.NAMES
-    elif Kind.ORIGINAL_QFORMER in parts and Kind.PROJECTION in parts:
-        part = parts[Kind.ORIGINAL_QFORMER]
-        weights, config = lavis.encoder_from_lavis(part.weights, parts[Kind.PROJECTION].weights, part.path)
-        format, table = "original (LAVIS) folder", lavis.NAMES
-    elif Kind.FINETUNED in parts:
-        return open_checkpoint(parts[Kind.FINETUNED].path)
-    elif len(inner := [path for name in ENCODER_FOLDERS for path in folder.glob(f"*/{name}")]) == 1:
-        return _open_folder(inner[0].parent)  # an archive unpacked into a folder of its own name
-    else:
-        found = "; ".join(f"{part.path.relative_to(folder)} is {kind.value}" for kind, part in parts.items())
-        message = (
-            f"{folder} holds no whole BLIP-Diffusion checkpoint ({found or 'no weights of it were found'}): "
-            "download Salesforce/blipdiffusion, or unpack an original archive, as a whole into this folder."
-        )
-        raise CheckpointError(" ".join([message, *problems]))
-    check_weights(weights, config, table, part.path)
-    tuned = parts.get(Kind.SUBJECT)
-    return Checkpoint(
-        folder,
-        format,
-        weights,
-        config,
-        part.path,
-        unet=parts.get(Kind.UNET),
-        text_encoder=parts.get(Kind.TEXT_ENCODER),
-        vae=parts.get(Kind.VAE),
-        controlnet=parts.get(Kind.CONTROLNET),
-        subject=tuned.weights[SUBJECT] if tuned else None,
-        problems=tuple(problems),
-    )
-
-
-def _open_single_file(path: Path, weights: dict[str, Tensor]) -> Checkpoint:
-    renamed = hub.NAMES.to_encoder(weights, path)
-    config = config_of_file(renamed, path)
-    check_weights(renamed, config, hub.NAMES, path)
-    return Checkpoint(path, "BLIP-2 Q-Former file", renamed, config, path)
-
-
-def _open_finetuned(path: Path, weights: dict[str, Tensor]) -> Checkpoint:
-    parts = split_finetuned(weights)
-    renamed, config = lavis.encoder_from_lavis(parts["qformer"], parts["projection"], path)
-    check_weights(renamed, config, lavis.NAMES, path)
-    networks = {
-        name: Component(path, {}, lambda name=name: split_finetuned(read_tensors(path))[name])
-        for name in ("unet", "text_encoder", "vae")
-        if parts[name]
-    }
-    return Checkpoint(path, "fine-tuned file", renamed, config, path, subject=weights.get(SUBJECT), **networks)
-
-
-def _check_pipeline(folder: Path) -> None:
-    position = read_config(folder, "model_index.json").get("ctx_begin_pos", CONTEXT_POSITION)
-    if position != CONTEXT_POSITION:
-        raise CheckpointError(
-            f"{folder / 'model_index.json'} puts the subject at position {position} of the prompt, but BLIP-Diffusion "
-            f"was trained with {CONTEXT_POSITION}: use the published model_index.json."
-        )
 
 
 def load_subject_encoder(
@@ -167,21 +115,107 @@ def load_subject_encoder(
     """Load the subject encoder of any published checkpoint.
 
     Args:
-        path: a Hub folder, an original (LAVIS) folder, a fine-tuned file, or a Q-Former in one file; or one of those,
+        path: A Hub folder, an original (LAVIS) folder, a fine-tuned file or a Q-Former in one file; or one of those,
             opened.
-        dtype: what to cast the weights to; None keeps the file's. Where nothing is to be cast, the weights on the CPU
-            are the mapped file itself: nothing is copied.
-        device, operations, attention: see :class:`~blip_qformer.encoder.SubjectEncoder`.
+        dtype: The dtype to cast the weights to; None keeps the file's. Weights on the CPU that need no cast are the
+            mapped file itself: nothing is copied.
+        device: The device of the weights.
+        operations: The namespace that layers come from, see :class:`~blip_qformer.encoder.SubjectEncoder`.
+        attention: The attention function, see :data:`~blip_qformer.encoder.layers.AttentionFunction`.
 
     Returns:
-        The encoder in evaluation mode, its weights frozen.
+        The encoder in evaluation mode, with frozen weights.
 
     Raises:
-        CheckpointError: see :func:`~blip_qformer.checkpoint.open_checkpoint`.
+        CheckpointError: See :func:`open_checkpoint`.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    # Built without memory, then given the file's tensors: at no time are there two copies.
+    # Built without memory and then given the file's tensors: there are never two copies.
     encoder = SubjectEncoder(checkpoint.encoder_config, dtype, "meta", operations, attention)
-    weights = {name: tensor.to(device, dtype) for name, tensor in checkpoint.encoder_weights.items()}
-    encoder.load_state_dict(weights, strict=True, assign=True)
+    state_dict = {key: tensor.to(device, dtype) for key, tensor in checkpoint.encoder_state_dict.items()}
+    encoder.load_state_dict(state_dict, strict=True, assign=True)
     return encoder.eval().requires_grad_(False)
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    """Open a folder by what its files hold."""
+    components, problems = find_components(folder)
+    if Kind.QFORMER in components:
+        if not components.keys() & {*NETWORKS.values()} and not problems:  # the only file of a model there
+            return open_checkpoint(components[Kind.QFORMER].path)
+        return _open_hub_folder(folder, components, problems)
+    if {Kind.ORIGINAL_QFORMER, Kind.PROJECTION} <= components.keys():
+        return _open_lavis_folder(folder, components, problems)
+    if Kind.FINETUNED in components:
+        return open_checkpoint(components[Kind.FINETUNED].path)
+    inner = [path for name in ENCODER_FOLDERS for path in folder.glob(f"*/{name}")]
+    if len(inner) == 1:
+        return _open_folder(inner[0].parent)  # an archive unpacked into a folder of its own name
+    found = "; ".join(f"{each.path.relative_to(folder)} is {kind.value}" for kind, each in components.items())
+    message = (
+        f"{folder} holds no whole BLIP-Diffusion checkpoint ({found or 'no weights of it were found'}): "
+        "download Salesforce/blipdiffusion, or unpack an original archive, as a whole into this folder."
+    )
+    raise CheckpointError(" ".join([message, *problems]))
+
+
+def _open_hub_folder(folder: Path, components: Mapping[Kind, Component], problems: Sequence[str]) -> Checkpoint:
+    position = read_config(folder, "model_index.json").get("ctx_begin_pos", CONTEXT_POSITION)
+    if position != CONTEXT_POSITION:
+        raise CheckpointError(
+            f"{folder / 'model_index.json'} puts the subject at position {position} of the prompt, but BLIP-Diffusion "
+            f"was trained with {CONTEXT_POSITION}: use the published model_index.json."
+        )
+    path = components[Kind.QFORMER].path
+    state_dict = hub.KEY_MAP.to_encoder(components[Kind.QFORMER].state_dict(), path)
+    config = config_from_file(state_dict, path)
+    check_state_dict(state_dict, config, hub.KEY_MAP, path)
+    return Checkpoint(folder, "Hub folder", state_dict, config, path, **_other_components(components, problems))
+
+
+def _open_lavis_folder(folder: Path, components: Mapping[Kind, Component], problems: Sequence[str]) -> Checkpoint:
+    qformer, projection = components[Kind.ORIGINAL_QFORMER], components[Kind.PROJECTION]
+    state_dict, config = lavis.encoder_from_lavis(qformer.state_dict(), projection.state_dict(), qformer.path)
+    check_state_dict(state_dict, config, lavis.KEY_MAP, qformer.path)
+    others = _other_components(components, problems)
+    return Checkpoint(folder, "original (LAVIS) folder", state_dict, config, qformer.path, **others)
+
+
+def _other_components(components: Mapping[Kind, Component], problems: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a :class:`Checkpoint` that both kinds of folder fill alike."""
+    tuned = components.get(Kind.SUBJECT)
+    return {
+        **{name: components.get(kind) for name, kind in NETWORKS.items()},
+        "subject": tuned.state_dict()[finetuned.SUBJECT_KEY] if tuned else None,
+        "problems": tuple(problems),
+    }
+
+
+def _open_qformer_file(path: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:
+    state_dict = hub.KEY_MAP.to_encoder(tensors, path)
+    config = config_from_file(state_dict, path)
+    check_state_dict(state_dict, config, hub.KEY_MAP, path)
+    return Checkpoint(path, "BLIP-2 Q-Former file", state_dict, config, path)
+
+
+def _open_finetuned_file(path: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:
+    state_dicts = finetuned.split_finetuned(tensors)
+    state_dict, config = lavis.encoder_from_lavis(state_dicts["qformer"], state_dicts["projection"], path)
+    check_state_dict(state_dict, config, lavis.KEY_MAP, path)
+
+    def component(name: str) -> Component | None:
+        if not state_dicts[name]:
+            return None
+        return Component(path, {}, lambda: finetuned.split_finetuned(read_tensors(path))[name])
+
+    return Checkpoint(
+        path,
+        "fine-tuned file",
+        state_dict,
+        config,
+        path,
+        unet=component("unet"),
+        text_encoder=component("text_encoder"),
+        vae=component("vae"),
+        subject=tensors.get(finetuned.SUBJECT_KEY),
+    )

@@ -1,24 +1,19 @@
-"""Opening one file of tensors: memory-mapped, never running code, with a sentence for everything that goes wrong."""
+"""Open one file of tensors: memory-mapped, without running code, with one sentence for whatever is wrong with it."""
 
 from __future__ import annotations
 
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 SAFETENSORS = (".safetensors", ".sft")
-
-
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-
-
 TENSOR_FILES = SAFETENSORS + PICKLES
-
-
 PICKLE_BEGINNINGS = (b"PK", b"\x80")  # torch.save writes a zip archive, and wrote a bare pickle before torch 1.6
 
 
@@ -27,13 +22,17 @@ class CheckpointError(ValueError):
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file or a torch pickle, by name, without reading their data yet.
+    """Map the tensors of a ``.safetensors`` file or a torch pickle; their data is read when it is used.
 
-    A training checkpoint's ``model`` or ``state_dict`` is unwrapped; a file that holds one bare tensor gives it the
-    file's own name.
+    Args:
+        path: The file.
+
+    Returns:
+        The state dict. A training checkpoint's ``model`` or ``state_dict`` is unwrapped; the key of a bare tensor is
+        the file's name without ending.
 
     Raises:
-        CheckpointError: the file is missing, empty, truncated, no file of tensors, or wants to run code.
+        CheckpointError: The file is missing, empty, truncated, no file of tensors, or would run code.
     """
     if path.is_symlink() and not path.exists():
         raise CheckpointError(f"{path} is a link to nothing: download what it pointed to again.")
@@ -48,18 +47,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The text a ``.safetensors`` file carries in its header; nothing for a pickle."""
+    """Return the metadata in the header of a ``.safetensors`` file; an empty dict for a pickle."""
     if path.suffix.lower() not in SAFETENSORS:
         return {}
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
 
-def read_config(folder: Path, name: str = "config.json") -> dict:
-    """A JSON file beside some weights, or nothing where there is none.
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Read a JSON file that lies beside weights.
+
+    Args:
+        folder: The folder of the weights.
+        name: The name of the JSON file.
+
+    Returns:
+        Its content; an empty dict if there is no such file.
 
     Raises:
-        CheckpointError: the file is no JSON object.
+        CheckpointError: The file is no JSON object.
     """
     path = folder / name
     if not path.is_file():
@@ -76,7 +82,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open cannot be iterated over
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is no whole safetensors file ({error}): it is truncated or something else; download it again."
@@ -94,7 +100,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} is a pickle that would run code when opened, so it was left closed: get the weights as "
             ".safetensors, or from a source you trust."
         ) from error
-    except Exception as error:  # a broken pickle can fail in any way at all
+    except Exception as error:  # a broken pickle can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path} is no whole file of tensors ({reason}): it is truncated or something else; download it again."
@@ -103,6 +109,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _unpickle(path: Path) -> object:
+    """Load a pickle with the restricted unpickler, mapped into memory if its format allows."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
@@ -112,6 +119,7 @@ def _unpickle(path: Path) -> object:
 
 
 def _named_tensors(content: object, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of whatever was pickled; empty if it holds none."""
     if isinstance(content, Tensor):
         return {path.stem: content}
     for wrapper in ("model", "state_dict"):

@@ -1,8 +1,9 @@
-"""Writing a .safetensors file tensor by tensor.
+"""Write a .safetensors file tensor by tensor.
 
-The safetensors library wants all tensors in memory at once before it writes; here the most that is held is one tensor,
-in its old dtype and its new, so that a 7 GB checkpoint converts on a small machine. The format is simple: eight bytes
-that say how long the header is, the header in JSON (name -> dtype, shape, where its bytes begin and end), the bytes.
+The safetensors library needs all tensors in memory before it writes. Here the most that is held is one tensor, in its
+old dtype and its new one, so that a 7 GB checkpoint converts on a small machine. The format
+(github.com/huggingface/safetensors): eight bytes with the length of the header, the header in JSON (name -> dtype,
+shape, first and last byte), the bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,21 +50,21 @@ def write_safetensors(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write tensors, of any shape and any memory layout, to a .safetensors file, all of it or nothing.
-
-    The file is written under a temporary name beside its own and renamed when complete, so that an interruption leaves
-    neither half a file nor a damaged old one.
+    """Write tensors of any shape and memory layout to a .safetensors file, whole or not at all.
 
     Args:
-        metadata: text by name, kept in the file's header.
-        dtype: what floating-point tensors are cast to; others stay as they are.
-        overwrite: whether a file that is there may be replaced.
-        progress: called after each tensor with the number of bytes just written; their sum is `data_size`.
+        path: The file to write.
+        tensors: The tensors by name.
+        metadata: Text by name, kept in the file's header.
+        dtype: The dtype to cast floating-point tensors to; others stay as they are. None casts nothing.
+        overwrite: Whether an existing file may be replaced.
+        progress: A function called after each tensor with the number of bytes just written, whose sum is
+            :func:`data_size`.
 
     Raises:
-        FileExistsError: the file is there and ``overwrite`` is False.
-        OSError: the disk is too full, or the folder is missing.
-        ValueError: a tensor cannot be stored, or does not fit into ``dtype``.
+        FileExistsError: The file exists and ``overwrite`` is False.
+        OSError: The disk is too full, or the folder is missing.
+        ValueError: A tensor cannot be stored, or does not fit into ``dtype``.
     """
     path = Path(path)
     entries = _entries(tensors, dtype)
@@ -81,16 +83,28 @@ def write_safetensors(
 
 
 def data_size(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> int:
-    """The bytes that the tensors take in a file, its header apart, once cast to dtype. No tensor is read."""
+    """Return the number of bytes that tensors take in a file, without its header. No tensor is read.
+
+    Args:
+        tensors: The tensors by name.
+        dtype: The dtype that floating-point tensors would be cast to.
+
+    Raises:
+        ValueError: A tensor cannot be stored.
+    """
     return sum(entry.size for entry in _entries(tensors, dtype))
 
 
 def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Refuse, in one sentence, a path at which no file may be written.
+    """Refuse a path at which no file may be written.
+
+    Args:
+        path: The file to be written.
+        overwrite: Whether an existing file may be replaced.
 
     Raises:
-        FileExistsError: something is there, and it is a folder or may not be overwritten.
-        FileNotFoundError: its folder is not there.
+        FileExistsError: A folder is there, or a file that may not be replaced.
+        FileNotFoundError: Its folder does not exist.
     """
     path = Path(path)
     if path.is_dir():
@@ -107,13 +121,14 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> No
 
 
 def check_free_space(folder: str | os.PathLike[str], needed: int) -> None:
-    """Refuse, in one sentence, a disk with less room than needed.
+    """Refuse a disk with too little room.
 
     Args:
-        folder: any on that disk; ``needed``: bytes.
+        folder: Any folder on that disk.
+        needed: The number of bytes needed.
 
     Raises:
-        OSError: there is too little room.
+        OSError: There is too little room.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -124,7 +139,7 @@ def check_free_space(folder: str | os.PathLike[str], needed: int) -> None:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor as the file will hold it; size is in bytes."""
+    """One tensor as the file will hold it; ``size`` is in bytes."""
 
     name: str
     dtype: torch.dtype
@@ -133,7 +148,7 @@ class _Entry:
 
 
 def _entries(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> list[_Entry]:
-    """The file's tensors in their order there."""
+    """Return the tensors in the order of the file."""
     entries = []
     for name, tensor in tensors.items():
         stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
@@ -147,8 +162,8 @@ def _entries(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> list[_
 
 
 def _header(entries: list[_Entry], metadata: Mapping[str, str] | None) -> bytes:
-    """The file's beginning: the header's length as eight bytes, and the header, padded to a multiple of eight."""
-    header: dict[str, dict] = {}
+    """Return the beginning of the file: the header's length in eight bytes, and the header, padded to a multiple."""
+    header: dict[str, dict[str, Any]] = {}
     for name, value in (metadata or {}).items():
         if not isinstance(name, str) or not isinstance(value, str):
             raise ValueError(f"The metadata {name!r} is {value!r}, and safetensors holds only text: make it a str.")
@@ -165,7 +180,7 @@ def _header(entries: list[_Entry], metadata: Mapping[str, str] | None) -> bytes:
 
 
 def _stored(entry: _Entry, tensor: Tensor) -> memoryview:
-    """A tensor's elements in row-major order, as they are stored; ValueError if one is too large for its dtype."""
+    """Return a tensor's bytes in row-major order; ValueError if an element is too large for the dtype."""
     if tensor.is_floating_point() and torch.finfo(entry.dtype).max < torch.finfo(tensor.dtype).max and entry.size:
         largest = max(abs(extreme.item()) for extreme in tensor.aminmax())
         if torch.finfo(entry.dtype).max < largest < math.inf:

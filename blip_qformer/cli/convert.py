@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, open_checkpoint, save_qformer
-from ..checkpoint.ldm_config import check_depth, departures_from_stock
-from ..checkpoint.ldm_keys import network_to_ldm, stable_diffusion_checkpoint
+from ..checkpoint.ldm_config import departures_from_stock
+from ..checkpoint.ldm_keys import check_depth, network_to_ldm, stable_diffusion_checkpoint
 from ..checkpoint.write_safetensors import check_free_space, check_target, data_size, write_safetensors
 from .output import byte_progress, format_bytes
 
@@ -55,7 +55,7 @@ def convert(arguments: argparse.Namespace) -> None:
     files = {CHECKPOINT_NAME: stable_diffusion, CONTROLNET_NAME: _controlnet(checkpoint)}
     networks = {name: weights for name, weights in files.items() if weights}
     _check_folder(folder, [QFORMER_NAME, *networks], force)
-    written = [checkpoint.encoder_weights, *networks.values()]
+    written = [checkpoint.encoder_state_dict, *networks.values()]
     check_free_space(_nearest_existing(folder), sum(data_size(weights, dtype) for weights in written))
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def convert(arguments: argparse.Namespace) -> None:
         print(f"{CONTROLNET_NAME} goes into models/controlnet, for the stock ControlNetLoader.")
 
     path = folder / QFORMER_NAME
-    weights, config = checkpoint.encoder_weights, checkpoint.encoder_config
+    weights, config = checkpoint.encoder_state_dict, checkpoint.encoder_config
     with byte_progress(path.name, data_size(weights, dtype)) as progress:
         save_qformer(path, weights, config, dtype=dtype, overwrite=force, progress=progress)
     print(f"Wrote {path} ({format_bytes(path.stat().st_size)}, {arguments.dtype}).")
@@ -93,7 +93,7 @@ def _stable_diffusion(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[s
     if not checkpoint.problems and not any(getattr(checkpoint, name) for name in STABLE_DIFFUSION):
         return {}, []
     components = {name: checkpoint.require(name) for name in STABLE_DIFFUSION}
-    state_dicts = {name: component.weights for name, component in components.items()}
+    state_dicts = {name: component.state_dict() for name, component in components.items()}
     for name, component in components.items():
         check_depth(name, state_dicts[name], component.config)
     unet, text_encoder, vae = state_dicts.values()
@@ -104,7 +104,7 @@ def _controlnet(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Return the state dict for the stock ControlNetLoader; empty if the checkpoint has no ControlNet."""
     if checkpoint.controlnet is None:
         return {}
-    return network_to_ldm("controlnet", checkpoint.controlnet.weights, checkpoint.controlnet.config)
+    return network_to_ldm("controlnet", checkpoint.controlnet.state_dict(), checkpoint.controlnet.config)
 
 
 def _check_folder(folder: Path, names: list[str], overwrite: bool) -> None:

@@ -59,10 +59,10 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 def _component_rows(checkpoint: Checkpoint) -> Iterator[tuple[str, ...]]:
     """Yield the table's row of each component that a checkpoint has."""
-    yield "subject encoder", _relative(checkpoint.encoder_path, checkpoint), *_measures(checkpoint.encoder_weights)
+    yield "subject encoder", _relative(checkpoint.encoder_path, checkpoint), *_measures(checkpoint.encoder_state_dict)
     for name, title in TITLES.items():
         if component := getattr(checkpoint, name):
-            yield title, _relative(component.path, checkpoint), *_measures(component.weights)
+            yield title, _relative(component.path, checkpoint), *_measures(component.state_dict())
     if checkpoint.subject is not None:
         yield "tuned subject", "", *_measures({"subject": checkpoint.subject})
 
@@ -72,7 +72,7 @@ def _conversion_problems(checkpoint: Checkpoint) -> Iterator[str]:
     for name in CONVERSIONS:
         if component := getattr(checkpoint, name):
             try:
-                network_to_ldm(name, component.weights, component.config)
+                network_to_ldm(name, component.state_dict(), component.config)
             except ValueError as error:
                 yield f"{_relative(component.path, checkpoint)}: {error}"
 

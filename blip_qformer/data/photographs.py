@@ -30,7 +30,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..encoder.preprocessing import fitting_mask
+from ..encoder.preprocessing import fit_mask
 from ..imaging.masks import Box, NoSubjectError, blur_mask, bounding_box
 from ..imaging.matting import THRESHOLDS, MattingError
 from ..imaging.segmentation import Segmenter, check_segmentation_folder
@@ -144,7 +144,7 @@ class Photographs:
         if line.mask:
             mask = _opened(self.folder / line.mask, "L", "mask")[..., 0]
             try:
-                mask = fitting_mask(mask, photograph[None])[0]
+                mask = fit_mask(mask, photograph[None])[0]
             except ValueError as error:
                 raise SkippedPair("mask of another shape", f"{line.mask}: {error}") from error
             return blur_mask(mask, SOFTENING * max(mask.shape))

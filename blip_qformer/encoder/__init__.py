@@ -2,7 +2,7 @@
 
 from .config import QFormerConfig, SubjectEncoderConfig, VisionConfig
 from .model import SubjectEncoder
-from .preprocessing import PREPROCESSING_MODES, fitting_mask, isolate_subject, preprocess
+from .preprocessing import PREPROCESSING_MODES, fit_mask, isolate_subject, preprocess
 from .tokenizer import tokenize_subjects
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
     "SubjectEncoder",
     "SubjectEncoderConfig",
     "VisionConfig",
-    "fitting_mask",
+    "fit_mask",
     "isolate_subject",
     "preprocess",
     "tokenize_subjects",

@@ -48,7 +48,7 @@ def preprocess(
     if mask is not None:
         squares = [
             _resize(isolate_subject(picture, subject_mask, background), "squash", size, background)
-            for picture, subject_mask in zip(pictures, fitting_mask(mask, images), strict=True)
+            for picture, subject_mask in zip(pictures, fit_mask(mask, images), strict=True)
         ]
         pictures = torch.cat(squares)
     else:
@@ -66,7 +66,7 @@ def composite_alpha(images: Tensor, background: float = WHITE) -> Tensor:
     return pictures.expand(-1, 3, -1, -1)
 
 
-def fitting_mask(mask: Tensor, images: Tensor) -> Tensor:
+def fit_mask(mask: Tensor, images: Tensor) -> Tensor:
     """A mask for each picture of a batch, each of its picture's size.
 
     Args:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from ..checkpoint.components import find_components
-from ..checkpoint.key_map import KeyMap, qformer_names
+from ..checkpoint.key_map import KeyMap, qformer_keys
 from ..checkpoint.read_tensors import SAFETENSORS, TENSOR_FILES, read_config, read_tensors
 from ..encoder import QFormerConfig, SubjectEncoder, SubjectEncoderConfig, VisionConfig
 from .pipeline import KINDS, Pipeline, build_network, initialise, save_pipeline
@@ -43,7 +43,7 @@ CLIP_NAMES = KeyMap(
 )
 
 
-BERT_NAMES = KeyMap(qformer_names(prefix="", attention="self"))
+BERT_NAMES = KeyMap(qformer_keys(prefix="", attention="self"))
 
 
 UNUSED = ("position_ids", "token_type_embeddings.weight")  # a Q-Former's text is one segment

@@ -24,7 +24,7 @@ from ..atomic import atomic_folder
 from ..checkpoint import open_checkpoint
 from ..checkpoint.components import Component, find_components
 from ..checkpoint.detect import Kind
-from ..checkpoint.layouts.hub import NAMES
+from ..checkpoint.layouts.hub import KEY_MAP
 from ..checkpoint.write_safetensors import write_safetensors
 from ..encoder import QFormerConfig, SubjectEncoder, SubjectEncoderConfig, VisionConfig
 from ..encoder.tokenizer import VOCABULARY
@@ -84,7 +84,7 @@ def load_pipeline(folder: Path) -> Pipeline:
     """
     checkpoint = open_checkpoint(folder)
     encoder = SubjectEncoder(checkpoint.encoder_config)
-    encoder.load_state_dict(dict(checkpoint.encoder_weights))
+    encoder.load_state_dict(dict(checkpoint.encoder_state_dict))
     networks = {name: build_network(name, checkpoint.require(name)) for name in KINDS}
     if not (folder / "tokenizer" / "vocab.json").is_file():
         raise ValueError(f"{folder} has no tokenizer/vocab.json: download the published folder as a whole.")
@@ -104,7 +104,7 @@ def build_network(name: str, part: Component) -> nn.Module:
         network = (UNet2DConditionModel if name == "unet" else AutoencoderKL).from_config(part.config)
         load = network.load_state_dict
     try:
-        load(dict(part.weights))
+        load(dict(part.state_dict()))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{part.path} does not fit its own config ({reason}): download both again.") from error
@@ -120,7 +120,7 @@ def replace_network(pipeline: Pipeline, name: str, folder: Path) -> None:
     if name == "encoder":
         checkpoint = open_checkpoint(folder)
         pipeline.encoder = SubjectEncoder(checkpoint.encoder_config)
-        pipeline.encoder.load_state_dict(dict(checkpoint.encoder_weights))
+        pipeline.encoder.load_state_dict(dict(checkpoint.encoder_state_dict))
         return
     if name not in KINDS:
         raise ValueError(f'"{name}" is no network of the model: choose encoder, {", ".join(KINDS)}.')
@@ -242,7 +242,7 @@ def _save_encoder(encoder: SubjectEncoder, folder: Path, dtype: torch.dtype) -> 
         "num_query_tokens": qformer["query_tokens"],
         "tokenizer": "bert-base-uncased",
     }
-    _save(NAMES.to_file(encoder.state_dict()), config, folder, dtype)
+    _save(KEY_MAP.to_file(encoder.state_dict()), config, folder, dtype)
     shutil.copy(VOCABULARY, folder / "vocab.txt")
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .subject import Subject
-from .weights import normalise_weights, slider_weights, trajectory_places
+from .weights import normalise_weights, slider_weights, trajectory_positions
 
 BlendMode = Literal["linear", "spherical", "norm-preserving"]
 BLEND_MODES: tuple[str, ...] = get_args(BlendMode)
@@ -52,7 +52,7 @@ def trajectory(subjects: Sequence[Subject], steps: int, mode: BlendMode = "linea
         ValueError: as for :func:`blend`; or another number of subjects or of their rows, or fewer than two steps.
     """
     check_same_encoder(subjects)
-    places = trajectory_places(len(subjects), steps)
+    places = trajectory_positions(len(subjects), steps)
     for number, subject in enumerate(subjects, start=1):
         if len(subject) != 1:
             raise ValueError(

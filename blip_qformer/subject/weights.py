@@ -80,7 +80,7 @@ def slider_weights(count: int, x: float, y: float = 0.0) -> tuple[float, ...]:
     raise ValueError(f"The sliders blend two to four subjects, not {count}: write the weights instead.")
 
 
-def trajectory_places(count: int, steps: int) -> list[tuple[float, ...]]:
+def trajectory_positions(count: int, steps: int) -> list[tuple[float, ...]]:
     """Where a trajectory stops: ``steps`` places (x,) between two subjects, or ``steps`` rows of as many places (x, y)
     among four.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...blip_qformer.checkpoint import Checkpoint, load_subject_encoder
-from ...blip_qformer.encoder import SubjectEncoder, fitting_mask, preprocess
+from ...blip_qformer.encoder import SubjectEncoder, fit_mask, preprocess
 from ...blip_qformer.imaging.segmentation import Segmenter
 from ...blip_qformer.subject.provenance import encoder_hash
 
@@ -44,7 +44,7 @@ class ManagedEncoder:
             attention=attention,
         )
         self.patcher = comfy.model_patcher.ModelPatcher(encoder, load_device=load_device, offload_device=offload_device)
-        self.encoder_hash = encoder_hash(checkpoint.encoder_weights)  # of the file's values, whatever the cast above
+        self.encoder_hash = encoder_hash(checkpoint.encoder_state_dict)  # of the file's values, whatever the cast above
 
     @property
     def encoder(self) -> SubjectEncoder:
@@ -57,7 +57,7 @@ class ManagedEncoder:
             ValueError: see ``preprocess`` and ``tokenize_subjects``.
         """
         size = self.encoder.config.vision.image_size
-        mask = None if mask is None else fitting_mask(mask, images)
+        mask = None if mask is None else fit_mask(mask, images)
         at_once = min(len(images), PICTURES_AT_ONCE)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=at_once * ACTIVATION_BYTES)
         progress = comfy.utils.ProgressBar(len(images))

@@ -35,7 +35,7 @@ def build_model(unet: Component, vae: Component) -> comfy.model_patcher.ModelPat
     """
     management = comfy.model_management
     with naming(unet):
-        published = unet.weights
+        published = unet.state_dict()
         weights = network_to_ldm("unet", published, unet.config)
         config = comfy.supported_models.SD15(unet_config(published))
     config.unet_config["num_heads"] = _heads(unet.config)  # the class has just set SD1.5's own number
@@ -64,7 +64,7 @@ def build_clip(text_encoder: Component) -> comfy.sd.CLIP:
         CheckpointError: tensors are missing or too many.
     """
     with naming(text_encoder):
-        published = text_encoder.weights
+        published = text_encoder.state_dict()
         converted = network_to_ldm("text_encoder", published, text_encoder.config)
         sizes = text_encoder_config(published, text_encoder.config.get("num_attention_heads"))
     weights = {name.removeprefix("transformer."): tensor for name, tensor in converted.items()}
@@ -86,7 +86,7 @@ def build_vae(vae: Component) -> comfy.sd.VAE:
         CheckpointError: tensors are missing or too many.
     """
     with naming(vae):
-        published = vae.weights
+        published = vae.state_dict()
         weights = network_to_ldm("vae", published, vae.config)
         config = vae_config(published)
         built = comfy.sd.VAE(sd=weights, config={"params": config})
@@ -102,7 +102,7 @@ def build_controlnet(controlnet: Component) -> comfy.controlnet.ControlNet:
     """
     management = comfy.model_management
     with naming(controlnet):
-        published = controlnet.weights
+        published = controlnet.state_dict()
         weights = network_to_ldm("controlnet", published, controlnet.config)
     dtype = management.unet_dtype(
         model_params=comfy.utils.calculate_parameters(weights),

@@ -11,13 +11,13 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from blip_qformer.checkpoint.ldm_config import (
-    check_depth,
     departures_from_stock,
     text_encoder_config,
     unet_config,
     vae_config,
 )
 from blip_qformer.checkpoint.ldm_keys import (
+    check_depth,
     controlnet_to_ldm,
     stable_diffusion_checkpoint,
     text_encoder_to_ldm,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from blip_qformer.checkpoint import save_qformer
-from blip_qformer.checkpoint.layouts.hub import NAMES
+from blip_qformer.checkpoint.layouts.hub import KEY_MAP
 from blip_qformer.encoder import QFormerConfig, SubjectEncoder, SubjectEncoderConfig, VisionConfig
 
 CONFIG = SubjectEncoderConfig(
@@ -55,7 +55,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
     weights = SubjectEncoder(CONFIG).state_dict()
     save_qformer(folder / "qformer.safetensors", weights, CONFIG, dtype=None)
     (folder / "hub" / "qformer").mkdir(parents=True)
-    torch.save(NAMES.to_file(weights), folder / "hub" / "qformer" / "pytorch_model.bin")
+    torch.save(KEY_MAP.to_file(weights), folder / "hub" / "qformer" / "pytorch_model.bin")
     config = {
         "vision_config": {"num_attention_heads": 8, "hidden_act": "quick_gelu"},
         "qformer_config": {"num_attention_heads": 8, "cross_attention_frequency": 1},

@@ -37,7 +37,7 @@ def layouts(pipeline, subject, tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     hub = write_hub_folder(pipeline, folder / "hub")
     checkpoint = open_checkpoint(hub)
-    save_qformer(folder / "ours.safetensors", checkpoint.encoder_weights, checkpoint.encoder_config, dtype=None)
+    save_qformer(folder / "ours.safetensors", checkpoint.encoder_state_dict, checkpoint.encoder_config, dtype=None)
     controlnet = oracle.controlnet(SIZES)
     return {
         "Hub folder of pickles": hub,
@@ -76,7 +76,7 @@ def test_other_parts_are_found(layouts, pipeline, layout):
         return
     for name in ("unet", "vae", "text_encoder"):
         expected = getattr(pipeline, name).state_dict()
-        weights = checkpoint.require(name).weights
+        weights = checkpoint.require(name).state_dict()
         assert {k for k in weights if not k.endswith("position_ids")} >= {
             k for k in expected if "position_ids" not in k
         }
@@ -119,7 +119,7 @@ def test_short_config_is_the_full_one(tmp_path):
 
 def test_a_float16_file_computes_in_float32_unless_asked(layouts, tmp_path):
     checkpoint = open_checkpoint(layouts["LAVIS folder"])
-    save_qformer(tmp_path / "half.safetensors", checkpoint.encoder_weights, checkpoint.encoder_config)
+    save_qformer(tmp_path / "half.safetensors", checkpoint.encoder_state_dict, checkpoint.encoder_config)
     pictures = torch.randn(1, 3, SIZES.image_size, SIZES.image_size)
     expected = load_subject_encoder(checkpoint)(pictures, ["dog"])
     single = load_subject_encoder(tmp_path / "half.safetensors")
@@ -147,7 +147,7 @@ def test_weights_in_several_pieces_are_put_together(layouts, tmp_path):
         piece = file.with_name(f"diffusion_pytorch_model-0000{number}-of-00002.safetensors")
         save_file({name: weights[name] for name in part}, piece)
     file.unlink()
-    assert open_checkpoint(folder).require("unet").weights.keys() == weights.keys()
+    assert open_checkpoint(folder).require("unet").state_dict().keys() == weights.keys()
 
 
 def test_a_text_encoder_without_the_leading_name_is_known(layouts, tmp_path):

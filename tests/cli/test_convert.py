@@ -38,9 +38,9 @@ def test_convert_writes_both_files_in_the_asked_precision(pipeline, sources, tmp
     source, qformer = open_checkpoint(sources["Hub folder"]), open_checkpoint(folder / QFORMER_NAME)
     assert qformer.format == "BLIP-2 Q-Former file"
     assert qformer.encoder_config == source.encoder_config
-    assert qformer.encoder_weights.keys() == source.encoder_weights.keys()
-    for name, tensor in source.encoder_weights.items():
-        assert torch.equal(qformer.encoder_weights[name], tensor.to(torch_dtype))
+    assert qformer.encoder_state_dict.keys() == source.encoder_state_dict.keys()
+    for name, tensor in source.encoder_state_dict.items():
+        assert torch.equal(qformer.encoder_state_dict[name], tensor.to(torch_dtype))
 
     printed = capsys.readouterr().out
     assert f"Wrote {folder / CHECKPOINT_NAME} (" in printed

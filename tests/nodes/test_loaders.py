@@ -64,7 +64,7 @@ def test_folders_of_extra_model_paths_are_listed(host, models, tmp_path):
 def test_a_single_file_loads(host, models, loaded):
     checkpoint = open_checkpoint(models / "blip_diffusion" / "hub")
     file = models / "blip_diffusion" / "blip2_qformer.safetensors"
-    save_qformer(file, checkpoint.encoder_weights, checkpoint.encoder_config, dtype=None)
+    save_qformer(file, checkpoint.encoder_state_dict, checkpoint.encoder_config, dtype=None)
     (qformer,) = host.run("BLIPDiffusionQFormerLoader", checkpoint=file.name)
     image = torch.rand(1, 50, 50, 3)
     assert torch.equal(qformer.encode(image, "dog", "crop"), loaded.qformer.encode(image, "dog", "crop"))

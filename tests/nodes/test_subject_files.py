@@ -156,7 +156,7 @@ def test_every_layout_of_one_model_is_one_encoder(host, loaded, checkpoints):
     folder = host.base / "models" / "blip_diffusion"
     opened = open_checkpoint(folder / "hub")
     path = folder / "converted_for_hash.safetensors"
-    save_qformer(path, opened.encoder_weights, opened.encoder_config)
+    save_qformer(path, opened.encoder_state_dict, opened.encoder_config)
     try:
         hashes = {
             host.run("BLIPDiffusionQFormerLoader", checkpoint=name)[0].encoder_hash

@@ -78,7 +78,7 @@ def test_the_library_opens_it(model, saved):
     checkpoint = open_checkpoint(saved)
     assert checkpoint.format == "Hub folder"
     assert checkpoint.problems == ()
-    stable_diffusion_checkpoint(*(checkpoint.require(name).weights for name in ("unet", "text_encoder", "vae")))
+    stable_diffusion_checkpoint(*(checkpoint.require(name).state_dict() for name in ("unet", "text_encoder", "vae")))
     pixels = preprocess(torch.rand(1, 40, 40, 3), size=28)
     assert torch.equal(load_subject_encoder(saved)(pixels, ["dog"]), model.encoder(pixels, ["dog"]))
 

@@ -17,7 +17,7 @@ from blip_qformer.subject.weights import (
     normalise_weights,
     parse_weights,
     slider_weights,
-    trajectory_places,
+    trajectory_positions,
 )
 
 modes = st.sampled_from(BLEND_MODES)
@@ -296,7 +296,7 @@ def test_trajectories_that_go_nowhere():
         trajectory(subjects, 1)
     with pytest.raises(ValueError, match='subject_2, "pair", has 2 rows'):
         trajectory([subjects[0], Subject(torch.ones(2, 16, 48), "pair")], 3)
-    assert trajectory_places(2, 3) == [(0.0,), (0.5,), (1.0,)]
+    assert trajectory_positions(2, 3) == [(0.0,), (0.5,), (1.0,)]
 
 
 def test_views_are_weighted():

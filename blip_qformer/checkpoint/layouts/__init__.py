@@ -1,1 +1,1 @@
-"""The published layouts of a checkpoint."""
+"""The published layouts of a subject encoder: each module has one layout's keys and reads its configuration."""

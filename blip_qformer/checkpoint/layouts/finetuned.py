@@ -1,4 +1,4 @@
-"""A subject's own checkpoint as the authors' fine-tuning writes it (``checkpoint_40.pth``): all parts in one file."""
+"""The layout of a fine-tuned checkpoint as the authors' code writes it (``checkpoint_40.pth``): all in one file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-#: The parts and the beginnings of their names; behind those the names are those of an original folder's files.
+#: The components and the prefixes of their keys; behind the prefix, keys are those of an original folder's files.
 PREFIXES = {
     "qformer": "blip.",
     "projection": "proj_layer.",
@@ -14,14 +14,12 @@ PREFIXES = {
     "vae": "vae.",
     "text_encoder": "text_encoder.",
 }
+SUBJECT_KEY = "ctx_embeddings_cache"  # the subject's vectors [1, 16, 768]
 
 
-SUBJECT = "ctx_embeddings_cache"
-
-
-def split_finetuned(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The parts of a fine-tuned checkpoint, each in the names of its own file."""
+def split_finetuned(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Split a fine-tuned checkpoint into its components, each in the keys of its own file."""
     return {
-        part: {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        for part, prefix in PREFIXES.items()
+        name: {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+        for name, prefix in PREFIXES.items()
     }

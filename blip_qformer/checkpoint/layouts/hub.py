@@ -1,28 +1,26 @@
-"""The Q-Former as the Hub has it (``Salesforce/blipdiffusion``, folder ``qformer/``): names and config."""
+"""The layout of the Hub (``Salesforce/blipdiffusion``, folder ``qformer/``): keys and ``config.json``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ...encoder import SubjectEncoderConfig
 from ..infer_config import config_from_shapes
-from ..key_map import KeyMap, projection_names, qformer_names
+from ..key_map import KeyMap, projection_keys, qformer_keys
 from ..read_tensors import CheckpointError
 
 _VISION = "visual_encoder"
-
-
 _LAYER = "visual_encoder.encoder.layers.{}"
 
-
-NAMES = KeyMap(
+KEY_MAP = KeyMap(
     {
         "query_tokens": "qformer.query_tokens",
-        **qformer_names(prefix="", attention="attention"),
-        **projection_names(prefix="proj_layer."),
+        **qformer_keys(prefix="", attention="attention"),
+        **projection_keys(prefix="proj_layer."),
         f"{_VISION}.embeddings.class_embedding": "vision.class_embedding",
         f"{_VISION}.embeddings.patch_embedding": "vision.patch_embedding",
         f"{_VISION}.embeddings.position_embedding": "vision.position_embedding",
@@ -37,13 +35,9 @@ NAMES = KeyMap(
     }
 )
 
-
-# What a published config may leave out, because it equals transformers' default (REFERENCE: Blip2Config).
+# A published config may leave out what equals the defaults of transformers' Blip2VisionConfig and Blip2QFormerConfig.
 _VISION_DEFAULTS = {"num_attention_heads": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}
-
-
 _QFORMER_DEFAULTS = {"num_attention_heads": 12, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
-
 
 _FIELDS = {
     "num_attention_heads": "heads",
@@ -53,26 +47,33 @@ _FIELDS = {
 }
 
 
-def config_from_hub(weights: Mapping[str, Tensor], config: dict, path: Path) -> SubjectEncoderConfig:
-    """The encoder's configuration from its weights and its ``config.json``, full or short.
+def config_from_hub(state_dict: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> SubjectEncoderConfig:
+    """Return the encoder's configuration.
 
-    The shapes tell most; the config tells heads, epsilons and how many layers there must be.
+    Shapes tell most sizes; the config file tells heads, epsilons and how many layers there must be.
+
+    Args:
+        state_dict: The weights, in the encoder's keys.
+        config: The content of ``config.json``, full or short; empty for a file without one, which is taken to be of
+            the published model's kind.
+        path: The file, for the error message.
 
     Raises:
-        CheckpointError: the config asks for an activation this encoder does not have.
+        CheckpointError: The config asks for an activation that this encoder does not have.
     """
-    if not config.keys() & {"vision_config", "qformer_config"}:  # a lone file: the published model's
-        return config_from_shapes(weights, {}, {}, path)
+    if not config.keys() & {"vision_config", "qformer_config"}:
+        return config_from_shapes(state_dict, {}, {}, path)
     vision = _VISION_DEFAULTS | config.get("vision_config", {})
     qformer = _QFORMER_DEFAULTS | config.get("qformer_config", {})
-    for name, part, needed in (("vision", vision, "quick_gelu"), ("qformer", qformer, "gelu")):
-        if part["hidden_act"] != needed:
+    for name, values, needed in (("vision", vision, "quick_gelu"), ("qformer", qformer, "gelu")):
+        if values["hidden_act"] != needed:
             raise CheckpointError(
-                f'{path}: its config gives the {name} part the activation "{part["hidden_act"]}", but BLIP-Diffusion '
+                f'{path}: its config gives the {name} part the activation "{values["hidden_act"]}", but BLIP-Diffusion '
                 f'has "{needed}": use the published config.json.'
             )
-    return config_from_shapes(weights, _ours(vision), _ours(qformer), path)
+    return config_from_shapes(state_dict, _renamed(vision), _renamed(qformer), path)
 
 
-def _ours(config: dict) -> dict:
+def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that the encoder's configuration has too, under its names."""
     return {_FIELDS[name]: value for name, value in config.items() if name in _FIELDS}

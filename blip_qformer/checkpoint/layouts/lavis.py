@@ -1,4 +1,4 @@
-"""The Q-Former as the authors' own code (LAVIS) saves it: ``blip_model/`` and ``proj_layer/`` of an original folder."""
+"""The layout of the authors' own code (LAVIS): ``blip_model/`` and ``proj_layer/`` of an original folder."""
 
 from __future__ import annotations
 
@@ -9,23 +9,19 @@ from torch import Tensor
 
 from ...encoder import SubjectEncoderConfig
 from ..infer_config import config_from_shapes
-from ..key_map import KeyMap, projection_names, qformer_names
+from ..key_map import KeyMap, projection_keys, qformer_keys
 
 _VISION = "visual_encoder"
-
-
 _BLOCK = "visual_encoder.transformer.resblocks.{}"
 
-
-#: Heads that stage 1 trains and generation does not use.
+#: Heads that only stage 1 of training uses.
 STAGE_1_HEADS = ("vision_proj.", "text_proj.", "itm_head.", "Qformer.cls.", "temp")
 
-
-NAMES = KeyMap(
+KEY_MAP = KeyMap(
     {
         "query_tokens": "qformer.query_tokens",
-        **qformer_names(prefix="Qformer.bert.", attention="self"),
-        **projection_names(prefix="proj_layer."),
+        **qformer_keys(prefix="Qformer.bert.", attention="self"),
+        **projection_keys(prefix="proj_layer."),
         f"{_VISION}.class_embedding": "vision.class_embedding",
         f"{_VISION}.conv1": "vision.patch_embedding",
         f"{_VISION}.positional_embedding": "vision.position_embedding",
@@ -46,13 +42,24 @@ NAMES = KeyMap(
 def encoder_from_lavis(
     qformer: Mapping[str, Tensor], projection: Mapping[str, Tensor], path: Path
 ) -> tuple[dict[str, Tensor], SubjectEncoderConfig]:
-    """Weights in the encoder's own names and their configuration, from the two files of an original folder.
+    """Translate the two files of an original folder.
 
-    LAVIS writes no config: heads are 64 wide, everything else is read off the shapes.
+    LAVIS writes no config: heads are 64 wide, everything else is inferred from shapes.
+
+    Args:
+        qformer: The tensors of ``blip_model/``.
+        projection: The tensors of ``proj_layer/``.
+        path: The file of ``blip_model/``, for the error message.
+
+    Returns:
+        The weights in the encoder's keys, and their configuration.
+
+    Raises:
+        CheckpointError: A tensor is missing or unknown.
     """
-    both = {**qformer, **{f"proj_layer.{name}": tensor for name, tensor in projection.items()}}
-    weights = NAMES.to_encoder(both, path)
-    for name in ("vision.class_embedding", "vision.position_embedding"):  # saved without the batch axis
-        if name in weights:
-            weights[name] = weights[name].reshape(1, -1, weights[name].shape[-1])
-    return weights, config_from_shapes(weights, {}, {}, path)
+    both = {**qformer, **{f"proj_layer.{key}": tensor for key, tensor in projection.items()}}
+    state_dict = KEY_MAP.to_encoder(both, path)
+    for key in ("vision.class_embedding", "vision.position_embedding"):  # LAVIS saves them without the batch axis
+        if key in state_dict:
+            state_dict[key] = state_dict[key].reshape(1, -1, state_dict[key].shape[-1])  # [1, tokens, width]
+    return state_dict, config_from_shapes(state_dict, {}, {}, path)

@@ -1,4 +1,4 @@
-"""Our own file: the Q-Former in the Hub's names, with its configuration in the header of the ``.safetensors``."""
+"""Our own layout: the Q-Former in the Hub's keys, with its configuration in the header of one ``.safetensors``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONFIG_KEY = "blip_qformer.config"
 
 def save_qformer(
     path: Path,
-    weights: Mapping[str, Tensor],
+    state_dict: Mapping[str, Tensor],
     config: SubjectEncoderConfig,
     *,
     dtype: torch.dtype | None = torch.float16,
@@ -29,23 +29,36 @@ def save_qformer(
     """Write a subject encoder as one ``.safetensors`` file.
 
     Args:
-        weights: in the encoder's own names, as ``SubjectEncoder.state_dict()`` has them.
-        dtype: what to cast to; None keeps what is there. ``overwrite`` and ``progress``: see ``write_safetensors``.
+        path: The file to write.
+        state_dict: The weights, in the keys of ``SubjectEncoder.state_dict()``.
+        config: The sizes, kept in the file's header.
+        dtype: The dtype to cast to; None keeps that of the weights.
+        overwrite: Whether an existing file may be replaced.
+        progress: A function called with the number of bytes just written.
+
+    Raises:
+        OSError: The file exists, its folder is missing, or the disk is too full.
+        ValueError: A weight does not fit into ``dtype``.
     """
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())}
-    tensors = hub.NAMES.to_file(weights)
+    tensors = hub.KEY_MAP.to_file(state_dict)
     write_safetensors(path, tensors, metadata=metadata, dtype=dtype, overwrite=overwrite, progress=progress)
 
 
-def config_of_file(weights: Mapping[str, Tensor], path: Path) -> SubjectEncoderConfig:
-    """The configuration of a Q-Former in one file: from its header, else a ``config.json`` beside it, else its shapes.
+def config_from_file(state_dict: Mapping[str, Tensor], path: Path) -> SubjectEncoderConfig:
+    """Return the configuration of a Q-Former in the Hub's keys.
+
+    Args:
+        state_dict: The weights, in the encoder's keys.
+        path: The file. Its header is read first; without a configuration there, a ``config.json`` beside the file;
+            without one, the shapes.
 
     Raises:
-        CheckpointError: the header holds something else than a configuration.
+        CheckpointError: The header or the config file cannot be used.
     """
     header = read_metadata(path).get(CONFIG_KEY)
     if header is None:
-        return hub.config_from_hub(weights, read_config(path.parent), path)
+        return hub.config_from_hub(state_dict, read_config(path.parent), path)
     try:
         return SubjectEncoderConfig.from_dict(json.loads(header))
     except (ValueError, TypeError, KeyError) as error:
