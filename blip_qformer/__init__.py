@@ -8,5 +8,8 @@
 
 from .checkpoint import load_subject_encoder
 from .subject import Subject
+from .version import read_version
 
-__all__ = ["Subject", "load_subject_encoder"]
+__all__ = ["Subject", "__version__", "load_subject_encoder"]
+
+__version__ = read_version()

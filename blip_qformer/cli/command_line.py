@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..version import read_version
 from .convert import add_convert_command
 from .finetune import add_finetune_command
 from .inspect import add_inspect_command
@@ -23,6 +24,7 @@ INTERRUPTED = 130  # what a shell reports for Ctrl-C
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``blip-qformer`` with arguments, those of this process if None; see :func:`run_command`."""
     parser = argparse.ArgumentParser(prog="blip-qformer", description="BLIP-Diffusion's weights on the command line.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {read_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_convert_command(commands)
     add_inspect_command(commands)

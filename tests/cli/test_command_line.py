@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import blip_qformer
 from blip_qformer.cli.command_line import main
 from tests.cli.refusal import assert_one_line_refusal
 
@@ -44,3 +45,10 @@ def test_it_runs_as_a_module_from_the_packs_folder(sources, tmp_path):
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("blip-qformer: ")
     assert wrong.stderr.count("\n") == 1
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"blip-qformer {blip_qformer.__version__}\n"
