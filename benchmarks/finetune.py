@@ -18,7 +18,7 @@ from benchmarks.measuring import compare, seconds_per_step
 from benchmarks.memory import cost_in_own_process
 from benchmarks.models import hosted, reference_pipeline
 from benchmarks.table import Row
-from blip_qformer.pipeline.pipeline import SCHEDULER
+from blip_qformer.pipeline import SCHEDULER_CONFIG
 from tests.host import Host, load_host
 
 PAIRS, STEPS, BATCH, RANK, WORD = 3, 4, 3, 16, "dog"
@@ -108,7 +108,7 @@ def _plain(unet: UNet2DConditionModel, context: Tensor, latents: Tensor, low_ran
             unet.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=ATTENTION))
         trained = [weight for weight in unet.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=RATES["low-rank" if low_rank else "full"], weight_decay=0.01)
-        scheduler = DDPMScheduler.from_config(SCHEDULER)
+        scheduler = DDPMScheduler.from_config(SCHEDULER_CONFIG)
         # Copies are no inference tensors any more.
         latents, context = latents.clone().to(device), context.clone().to(device).expand(BATCH, -1, -1)
         for _ in range(STEPS):

@@ -21,7 +21,7 @@ from benchmarks.measuring import compare
 from benchmarks.table import Row
 from blip_qformer.data.collate import Batch
 from blip_qformer.data.pairs import Pair
-from blip_qformer.pipeline.pipeline import SCHEDULER
+from blip_qformer.pipeline import SCHEDULER_CONFIG
 from blip_qformer.training.config import RunConfig, config_from, read_config
 from blip_qformer.training.stages import Stage, make_stage
 from blip_qformer.training.trainer import pair_seeds, to_device
@@ -97,7 +97,7 @@ def _plain_step(stage: Stage, batch: Batch) -> Callable[[], None]:
         )
     ).to(DEVICE)
     unet, vae = stage.pipeline.unet, stage.pipeline.vae
-    scheduler = DDPMScheduler.from_config(SCHEDULER)
+    scheduler = DDPMScheduler.from_config(SCHEDULER_CONFIG)
     tokenize = stage.pipeline.tokenizer
 
     def loss() -> torch.Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blip_qformer.pipeline.pipeline import new_pipeline, save_pipeline
+from blip_qformer.pipeline import new_pipeline, save_pipeline
 from blip_qformer.training.config import read_config
 from tests import oracle, tiny
 from tests.clipseg import write_clipseg

@@ -16,12 +16,13 @@ from PIL import Image
 
 from blip_qformer.data.pairs import Pair
 from blip_qformer.data.shards import write_shard
-from blip_qformer.pipeline.pipeline import Pipeline, new_pipeline
+from blip_qformer.pipeline import Pipeline, new_pipeline
 from blip_qformer.training.config import RunConfig, config_from
 from blip_qformer.training.stages import Stage
 from blip_qformer.training.stages import make_stage as make_fresh_stage
 from blip_qformer.training.stages.base import CollateFn
 from blip_qformer.training.trainer import pair_seeds, train
+from mini.init import initialise
 from mini.stages import STAGES
 from mini.stages.cpu_attention import fast_attention
 from tests.oracle import randomized
@@ -57,7 +58,7 @@ SIZES: dict[str, Any] = {
 }
 
 #: What the small model hands to the training loop.
-SMALL: dict[str, Any] = {"stages": STAGES, "step_context": fast_attention}
+SMALL: dict[str, Any] = {"stages": STAGES, "step_context": fast_attention, "initialise": initialise}
 
 #: For each stage a run of it; pairs are 32 pixels square.
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -60,13 +60,13 @@ def finetune(arguments: argparse.Namespace) -> None:
         import_extra(extra, "Fine-tuning")
     from accelerate import Accelerator
 
-    from ..pipeline.pipeline import load_pipeline
-    from ..pipeline.subject_finetune import FinetuneRun, read_picture
+    from ..pipeline import load_pipeline
+    from ..pipeline.subject_finetune import FinetuneRun, read_image
 
     word = arguments.word.strip()
     name = checked_name(arguments.name or word.replace(" ", "-"))
     check_count(len(arguments.images))
-    images = [read_picture(path) for path in arguments.images]
+    images = [read_image(path) for path in arguments.images]
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     run = FinetuneRun(
         load_pipeline(arguments.model),
@@ -81,7 +81,7 @@ def finetune(arguments: argparse.Namespace) -> None:
     )
     result = run.tune(arguments.validate_every)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for path in run.write(arguments.output, name, result):
+    for path in run.save(arguments.output, name, result):
         print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
     print(f"{len(result.losses)} steps, step {result.kept_step} kept.")
     for score in result.scores:

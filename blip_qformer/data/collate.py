@@ -1,6 +1,6 @@
-"""Pairs become batches.
+"""Collate functions: lists of pairs become batches.
 
-This runs in the processes that read pairs, of which there are many: nothing here imports a model.
+They run in the DataLoader's workers, of which there are many, so nothing here loads a model.
 """
 
 from __future__ import annotations
@@ -17,12 +17,20 @@ from ..encoder import preprocess
 from ..encoder.tokenizer import bert_tokenizer
 from .pairs import Pair
 
-#: What was made of some pairs, by name; a list or a tensor holds something for each of them.
+#: A batch by name; each value is a list or a tensor with one entry for each pair.
 Batch = dict[str, Any]
 
 
 def autoencoder_batch(pairs: Sequence[Pair], crop: int) -> Batch:
-    """The targets, each of its own size, and none smaller than what is cropped of it."""
+    """Collate pairs for a VAE.
+
+    Args:
+        pairs: The pairs.
+        crop: Edge of the crops that will be made, in pixels; smaller targets are scaled up to it.
+
+    Returns:
+        ``keys``; ``pixels``, the targets, each of shape [3, H, W] of its own size in 0..1.
+    """
     targets = [
         pair.target if min(pair.target.size) >= crop else ImageOps.fit(pair.target, (crop, crop)) for pair in pairs
     ]
@@ -30,7 +38,15 @@ def autoencoder_batch(pairs: Sequence[Pair], crop: int) -> Batch:
 
 
 def vision_batch(pairs: Sequence[Pair], size: int) -> Batch:
-    """Both pictures as the image encoder reads them, ``size`` pixels square."""
+    """Collate pairs for an image encoder that sees subject and target.
+
+    Args:
+        pairs: The pairs.
+        size: Edge of the encoder's images in pixels.
+
+    Returns:
+        ``keys``; ``subjects`` and ``targets``, pixel values of shape [B, 3, size, size].
+    """
     return {
         "keys": [pair.key for pair in pairs],
         "subjects": _pixel_values([pair.subject for pair in pairs], size),
@@ -39,21 +55,40 @@ def vision_batch(pairs: Sequence[Pair], size: int) -> Batch:
 
 
 def multimodal_batch(pairs: Sequence[Pair], size: int, tokens: int) -> Batch:
-    """Photographs as the image encoder reads them; captions as ``[CLS] caption [SEP]``, cut or padded to one length."""
+    """Collate photographs and their captions for the paper's first stage.
+
+    Args:
+        pairs: The pairs.
+        size: Edge of the encoder's images in pixels.
+        tokens: Length T to which ``[CLS] caption [SEP]`` is cut or padded.
+
+    Returns:
+        ``keys``; ``pixel_values`` of shape [B, 3, size, size]; ``input_ids`` and ``attention_mask`` of shape [B, T].
+    """
     encodings = bert_tokenizer().encode_batch([pair.caption for pair in pairs], add_special_tokens=False)
-    begin, end, padding = map(bert_tokenizer().token_to_id, ("[CLS]", "[SEP]", "[PAD]"))
-    captions = [[begin, *encoding.ids[: tokens - 2], end] for encoding in encodings]
-    missing = [tokens - len(ids) for ids in captions]
+    cls, sep, pad = (bert_tokenizer().token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
+    captions = [[cls, *encoding.ids[: tokens - 2], sep] for encoding in encodings]
+    padding = [tokens - len(ids) for ids in captions]
     return {
         "keys": [pair.key for pair in pairs],
         "pixel_values": _pixel_values([pair.target for pair in pairs], size),
-        "input_ids": torch.tensor([ids + n * [padding] for ids, n in zip(captions, missing, strict=True)]),
-        "attention_mask": torch.tensor([(tokens - n) * [1] + n * [0] for n in missing]),
+        "input_ids": torch.tensor([ids + n * [pad] for ids, n in zip(captions, padding, strict=True)]),
+        "attention_mask": torch.tensor([(tokens - n) * [1] + n * [0] for n in padding]),
     }
 
 
 def subject_batch(pairs: Sequence[Pair], size: int, resolution: int) -> Batch:
-    """Subjects as the encoder reads them, ``size`` pixels square; targets fitted to a square of ``resolution``."""
+    """Collate pairs for the paper's second stage.
+
+    Args:
+        pairs: The pairs.
+        size: Edge of the encoder's images in pixels.
+        resolution: Edge of the square targets in pixels.
+
+    Returns:
+        ``keys``, ``captions`` and ``words``; ``subjects`` in 0..1 and ``pixel_values`` as the encoder expects them,
+        both of shape [B, 3, size, size]; ``targets`` of shape [B, 3, resolution, resolution] in 0..1.
+    """
     targets = [ImageOps.fit(pair.target, (resolution, resolution), Image.Resampling.BICUBIC) for pair in pairs]
     return {
         "keys": [pair.key for pair in pairs],
@@ -65,12 +100,12 @@ def subject_batch(pairs: Sequence[Pair], size: int, resolution: int) -> Batch:
     }
 
 
-def to_pixels(picture: Image.Image) -> Tensor:
-    """A picture -> [3, H, W] in 0..1."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
+def to_pixels(image: Image.Image) -> Tensor:
+    """Convert an image to a tensor of shape [3, H, W] in 0..1."""
+    return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
 
 
-def _pixel_values(pictures: Sequence[Image.Image], size: int) -> Tensor:
-    """Pictures of any sizes -> [B, 3, size, size] for the image encoder."""
-    floats = [torch.from_numpy(np.asarray(picture, np.float32) / 255)[None] for picture in pictures]
-    return torch.cat([preprocess(each, size=size) for each in floats])
+def _pixel_values(images: Sequence[Image.Image], size: int) -> Tensor:
+    """Preprocess images of any sizes for the image encoder: [B, 3, size, size]."""
+    pixels = [torch.from_numpy(np.asarray(image, np.float32) / 255)[None] for image in images]  # each [1, H, W, 3]
+    return torch.cat([preprocess(each, size=size) for each in pixels])

@@ -1,69 +1,24 @@
-"""Which annotated things make good subjects: the filters of BLIP-Diffusion's data (arXiv 2305.14720, section 5).
-
-Boxes are ``(left, top, right, bottom)`` as parts of the picture's width and height, as OpenImages has them.
-"""
+"""Filters of training subjects: which annotated objects BLIP-Diffusion's data keeps (arXiv 2305.14720, section 5)."""
 
 from __future__ import annotations
 
 from ..imaging.masks import Box
 
 LARGEST_ASPECT_RATIO = 2.0
-
-
 SMALLEST_AREA, LARGEST_AREA = 0.3, 0.8
 
-
-# Of a class name the last word decides, so that a "palm tree" is a tree and a "table tennis racket" is no table.
-PEOPLE = frozenset(["person", "people", "man", "men", "woman", "women", "boy", "girl", "child", "children", "baby"])
-
-
-CLOTHING = frozenset(
-    [
-        "clothing",
-        "footwear",
-        "accessory",
-        "uniform",
-        "trousers",
-        "jeans",
-        "shorts",
-        "skirt",
-        "miniskirt",
-        "dress",
-        "shirt",
-        "coat",
-        "jacket",
-        "suit",
-        "swimwear",
-        "brassiere",
-        "scarf",
-        "tie",
-        "sock",
-        "glove",
-        "belt",
-        "hat",
-        "fedora",
-        "sombrero",
-        "cap",
-        "helmet",
-        "crown",
-        "tiara",
-        "boot",
-        "sandal",
-        "heels",
-        "skate",
-        "glasses",
-        "sunglasses",
-        "goggles",
-        "earrings",
-        "necklace",
-    ]
-)
-
-
-CLUTTER = frozenset(["tree", "plant", "houseplant", "table", "desk", "poster", "billboard"])
-
-
-BODY_PART = "human "  # how OpenImages calls them: "human ear"; those of animals have other names
+# The last word of a class name decides, so that a "palm tree" is a tree and a "table tennis racket" is no table.
+PEOPLE = frozenset({"person", "people", "man", "men", "woman", "women", "boy", "girl", "child", "children", "baby"})
+# fmt: off
+CLOTHING = frozenset({
+    "clothing", "footwear", "accessory", "uniform", "suit", "swimwear", "trousers", "jeans", "shorts", "skirt",
+    "miniskirt", "dress", "shirt", "coat", "jacket", "brassiere", "scarf", "tie", "sock", "glove", "belt", "hat",
+    "fedora", "sombrero", "cap", "helmet", "crown", "tiara", "boot", "sandal", "heels", "skate", "glasses",
+    "sunglasses", "goggles", "earrings", "necklace",
+})
+# fmt: on
+CLUTTER = frozenset({"tree", "plant", "houseplant", "table", "desk", "poster", "billboard"})
+BODY_PART = "human "  # as OpenImages names them: "human ear"; those of animals have other names
 
 
 def refusal(
@@ -73,14 +28,17 @@ def refusal(
     aspect_ratio: float | None = None,
     area: float | None = None,
 ) -> str | None:
-    """The first reason why a thing is no subject, in a few words; None if it is one.
+    """Return the first reason why an object is no subject.
 
     Args:
-        word: its class, in English.
-        is_group: the box is around several of them.
-        is_inside: the picture was taken from inside the thing.
-        aspect_ratio: see :func:`aspect_ratio_of`; None: not known, not filtered by.
-        area: the thing's part of the picture; None: likewise.
+        word: Its class, in English.
+        is_group: Whether the box is around several objects.
+        is_inside: Whether the photograph was taken from inside the object.
+        aspect_ratio: See :func:`aspect_ratio_of`; None skips the filter.
+        area: The object's fraction of the image; None skips the filter.
+
+    Returns:
+        The reason in a few words, or None if the object is a subject.
     """
     reasons = {
         "a group": is_group,
@@ -96,44 +54,53 @@ def refusal(
 
 
 def is_person(word: str) -> bool:
-    """A human being, or a part of one."""
+    """Return whether a class is a human being or a part of one."""
     return _last_word(word) in PEOPLE or word.strip().lower().startswith(BODY_PART)
 
 
 def is_clothing(word: str) -> bool:
-    """Something that a person wears."""
+    """Return whether a class is something that a person wears."""
     return _last_word(word) in CLOTHING
 
 
 def is_clutter(word: str) -> bool:
-    """Something that stands around other things, or shows them."""
+    """Return whether a class is something that stands around other objects, or shows them."""
     return _last_word(word) in CLUTTER
 
 
 def is_elongated(aspect_ratio: float) -> bool:
-    """More than twice as long as wide."""
+    """Return whether an object is more than twice as long as wide."""
     return aspect_ratio > LARGEST_ASPECT_RATIO
 
 
 def is_too_small(area: float) -> bool:
-    """Less than three tenths of the picture."""
+    """Return whether an object covers less than three tenths of the image."""
     return area < SMALLEST_AREA
 
 
 def is_too_large(area: float) -> bool:
-    """More than eight tenths of the picture."""
+    """Return whether an object covers more than eight tenths of the image."""
     return area > LARGEST_AREA
 
 
 def aspect_ratio_of(box: Box, width: int, height: int) -> float:
-    """The longer edge of a box by the shorter one, in pixels of a picture of this width and height."""
+    """Compute the ratio of a box's longer edge to its shorter one.
+
+    Args:
+        box: The box in fractions of the image.
+        width: The image's width in pixels.
+        height: The image's height in pixels.
+
+    Returns:
+        The ratio, at least 1; infinite for a box without area.
+    """
     left, top, right, bottom = box
-    edges = sorted(((right - left) * width, (bottom - top) * height))
-    return edges[1] / edges[0] if edges[0] > 0 else float("inf")
+    short, long = sorted(((right - left) * width, (bottom - top) * height))
+    return long / short if short > 0 else float("inf")
 
 
 def area_of(box: Box) -> float:
-    """A box's part of the picture."""
+    """Compute a box's fraction of the image."""
     left, top, right, bottom = box
     return max(0.0, right - left) * max(0.0, bottom - top)
 

@@ -1,4 +1,4 @@
-"""Latents of pictures that are seen many times, on disk, for all processes of a run and for the run after a restart."""
+"""A cache of VAE latents on disk, shared by all processes of a run and by the run after a restart."""
 
 from __future__ import annotations
 
@@ -12,41 +12,49 @@ from torch import Tensor
 
 from ..atomic import atomic_file
 
-MEAN, DEVIATION = "mean", "deviation"
+MEAN, STD = "mean", "deviation"  # keys in a file
 
 
 class LatentCache:
-    """What a VAE makes of pictures, each encoded once.
+    """Encodes each image once and keeps the result.
 
     Args:
-        folder: for the files; those of another VAE or size lie beside each other in folders of their own.
-        resolution: edge of the pictures, in pixels.
+        folder: Folder for the files; each VAE and resolution has a folder of its own in it.
+        vae: The VAE.
+        resolution: Edge of the images in pixels.
     """
 
-    def __init__(self, folder: Path, vae: AutoencoderKL, resolution: int):
+    def __init__(self, folder: Path, vae: AutoencoderKL, resolution: int) -> None:
         digest = hashlib.sha256()
         for name, weight in vae.encoder.state_dict().items():
             digest.update(name.encode() + weight.detach().cpu().float().numpy().tobytes())
         self.vae, self.folder = vae, folder / f"{resolution}-{digest.hexdigest()[:16]}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def encode(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [B, 4, h, w] of each picture's latents; pictures are [B, 3, H, W] in 0..1."""
-        paths = [self.folder / f"{_digest(picture)}.safetensors" for picture in pictures]
-        for path, picture in zip(paths, pictures, strict=True):
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images, or read what was encoded before.
+
+        Args:
+            images: Images of shape [B, 3, H, W] in 0..1.
+
+        Returns:
+            Mean and standard deviation of the latents' distribution, each of shape [B, 4, h, w].
+        """
+        paths = [self.folder / f"{_digest(image)}.safetensors" for image in images]
+        for path, image in zip(paths, images, strict=True):
             if not path.is_file():
-                # Each alone, so that its latents are the same to the last bit whichever batch it comes in first.
-                distribution = self.vae.encode(picture[None] * 2 - 1).latent_dist
+                # One by one, so that latents are the same to the last bit whichever batch an image comes in first.
+                distribution = self.vae.encode(image[None] * 2 - 1).latent_dist
                 with atomic_file(path) as temporary:
-                    save_file({MEAN: _plain(distribution.mean[0]), DEVIATION: _plain(distribution.std[0])}, temporary)
-        kept = [load_file(path, device=str(pictures.device)) for path in paths]
-        return torch.stack([each[MEAN] for each in kept]), torch.stack([each[DEVIATION] for each in kept])
+                    save_file({MEAN: _to_float(distribution.mean[0]), STD: _to_float(distribution.std[0])}, temporary)
+        latents = [load_file(path, device=str(images.device)) for path in paths]
+        return torch.stack([each[MEAN] for each in latents]), torch.stack([each[STD] for each in latents])
 
 
-def _digest(picture: Tensor) -> str:
-    """A name for what is in a picture, which pairs that were made anew do not share with the old ones."""
-    return hashlib.blake2b(picture.cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+def _digest(image: Tensor) -> str:
+    """Hash an image's pixels, so that a pair that was made anew is encoded anew."""
+    return hashlib.blake2b(image.cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _to_float(tensor: Tensor) -> Tensor:
     return tensor.float().contiguous()

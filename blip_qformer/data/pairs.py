@@ -1,8 +1,7 @@
-"""Training examples on disk, and the endless stream that training reads them from.
+"""Training pairs, and the files that hold one.
 
-A *pair* is one example: a thing on another background, the photograph it was cut from, the word for the thing, and a
-caption of the photograph. Its files are ``{key}.subject.webp``, ``{key}.target.webp`` and ``{key}.json``; they lie in a
-folder, or one after the other in *shards*, tar archives as webdataset has them, which stream from a bucket as well.
+A *pair* is one training example: a subject on another background, the photograph it was cut out of, its word, and a
+caption of the photograph. Its files are ``{key}.subject.webp``, ``{key}.target.webp`` and ``{key}.json``.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from PIL import Image
 
 from ..encoder.tokenizer import tokenize_subjects
 
-PICTURE_ENDINGS = ("webp", "png", "jpg", "jpeg")
-
-
-WEBP = {"quality": 95, "method": 2}  # lossy; a higher method takes twice as long for files of the same size
+IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
+WEBP_OPTIONS = {"quality": 95, "method": 2}  # lossy; a higher method takes twice as long for files of the same size
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +25,12 @@ class Pair:
     """One training example.
 
     Args:
-        key: its name, without a dot.
-        subject: RGB, the thing on another background: what the subject encoder sees.
-        target: RGB, the photograph: what the U-Net learns to draw.
-        word: what the thing is.
-        caption: of the photograph.
-        extra: anything else that JSON can hold, kept as it is.
+        key: Its name, without a dot.
+        subject: RGB image of the subject on another background, the subject encoder's input.
+        target: RGB photograph, which the U-Net learns to generate.
+        word: The subject's word.
+        caption: The photograph's caption.
+        extra: Anything else that JSON can hold; it is kept as it is.
     """
 
     key: str
@@ -44,59 +41,77 @@ class Pair:
     extra: Mapping[str, object] = field(default_factory=dict)
 
 
-#: The files of one pair by their ending, such as ``subject.webp``: what is in them, or where they are.
-Files = Mapping[str, "bytes | Path"]
-
-
 @dataclass(frozen=True)
-class Sample:
-    """A pair that is not decoded yet; ``place`` names it in the log."""
+class EncodedPair:
+    """A pair as its files, which are not decoded yet.
+
+    Args:
+        key: The pair's name.
+        files: Content or path of each file by what follows the key in its name, such as ``subject.webp``.
+        origin: Where the pair comes from, for the log.
+    """
 
     key: str
-    files: Files
-    place: str
+    files: Mapping[str, bytes | Path]
+    origin: str
 
 
 def encode_pair(pair: Pair) -> dict[str, bytes]:
-    """The files of a pair by their ending.
+    """Encode a pair as its files.
+
+    Args:
+        pair: The pair.
+
+    Returns:
+        Content of each file by what follows the key in its name.
 
     Raises:
-        ValueError: its key has a dot, where webdataset would cut it.
+        ValueError: The key is empty or has a dot, at which webdataset would cut it.
     """
     if "." in pair.key or not pair.key:
         raise ValueError(f'The key "{pair.key}" of a pair is empty or has a dot in it: choose another.')
     details = {"word": pair.word, "caption": pair.caption, **pair.extra}
     return {
-        "subject.webp": _encode_picture(pair.subject),
-        "target.webp": _encode_picture(pair.target),
+        "subject.webp": _encode_image(pair.subject),
+        "target.webp": _encode_image(pair.target),
         "json": json.dumps(details, ensure_ascii=False).encode(),
     }
 
 
-def decode_pair(sample: Sample) -> Pair:
-    """The pair in its files; anything may be raised by a file that is damaged."""
-    details = json.loads(_content(sample.files["json"]))
+def decode_pair(encoded: EncodedPair) -> Pair:
+    """Decode a pair from its files.
+
+    Args:
+        encoded: The files.
+
+    Returns:
+        The pair.
+
+    Raises:
+        Exception: A file is missing or damaged; which exception it is depends on the damage.
+    """
+    details = json.loads(_read(encoded.files["json"]))
     word, caption = details.pop("word"), details.pop("caption")
-    tokenize_subjects([word])  # raises for what cannot be read
+    tokenize_subjects([word])  # raises if the Q-Former cannot read it
     if not caption.strip():
         raise ValueError("its caption is empty")
-    pictures = [_decode_picture(sample.files, role) for role in ("subject", "target")]
-    return Pair(sample.key, *pictures, word, caption, details)
+    subject, target = (_decode_image(encoded.files, role) for role in ("subject", "target"))
+    return Pair(encoded.key, subject, target, word, caption, details)
 
 
-def _content(file: bytes | Path) -> bytes:
+def _read(file: bytes | Path) -> bytes:
     return file if isinstance(file, bytes) else file.read_bytes()
 
 
-def _encode_picture(picture: Image.Image) -> bytes:
+def _encode_image(image: Image.Image) -> bytes:
     content = io.BytesIO()
-    picture.save(content, "WEBP", **WEBP)
+    image.save(content, "WEBP", **WEBP_OPTIONS)
     return content.getvalue()
 
 
-def _decode_picture(files: Files, role: str) -> Image.Image:
-    for ending in PICTURE_ENDINGS:
-        if (name := f"{role}.{ending}") in files:
-            with Image.open(io.BytesIO(_content(files[name]))) as picture:
-                return picture.convert("RGB")
+def _decode_image(files: Mapping[str, bytes | Path], role: str) -> Image.Image:
+    for suffix in IMAGE_SUFFIXES:
+        if (name := f"{role}.{suffix}") in files:
+            with Image.open(io.BytesIO(_read(files[name]))) as image:
+                return image.convert("RGB")
     raise ValueError(f"it has no {role} picture")

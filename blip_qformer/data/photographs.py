@@ -7,12 +7,12 @@
 ``file`` and ``word`` are needed; ``caption`` is "a {word}" if missing. The others, and what OpenImages calls them:
 
 ========== ============================================================================================
-box        ``XMin, YMin, XMax, YMax``, as parts of the width and height
-area       the subject's part of the picture; if missing, the box's, or what is found to be the subject
-is_group   ``IsGroupOf``: the box is around several
-is_inside  ``IsInside``: the picture was taken from inside the thing
-mask       ``MaskPath``: a picture that is white where the subject is; if missing, CLIPSeg looks for the word
-word       of ``LabelName`` the text in ``class-descriptions-boxable.csv``, in lower case
+box        ``XMin, YMin, XMax, YMax``, in fractions of the width and height
+area       the subject's fraction of the photograph; if missing, the box's, or that of the cut-out subject
+is_group   ``IsGroupOf``: the box is around several objects
+is_inside  ``IsInside``: the photograph was taken from inside the object
+mask       ``MaskPath``: an image that is white where the subject is; if missing, CLIPSeg segments the word
+word       the text of ``LabelName`` in ``class-descriptions-boxable.csv``, in lower case
 ========== ============================================================================================
 """
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,26 +37,31 @@ from ..imaging.matting import THRESHOLDS, MattingError
 from ..imaging.segmentation import Segmenter, check_segmentation_folder
 from .filters import area_of, aspect_ratio_of, refusal
 from .pairs import Pair
-from .prepare import SkippedPair
+from .prepare import SkippedPairError
 from .prompted_context import subject_in_context
 
 METADATA = "metadata.jsonl"
-
-
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-
-
-SOFTENING = 0.02  # of a mask, in longer edges: its own edge is only nearly right
-
-
-BOX_MARGIN = 0.02  # of the picture, around a box: what is further away is not the subject
-
-
-BACKGROUNDS_TRIED = 10
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MASK_SOFTENING = 0.02  # in longer edges: a mask's own edge is only nearly right
+BOX_MARGIN = 0.02  # around a box, in fractions of the image; what is further away is not the subject
+BACKGROUND_TRIES = 10
 
 
 class Photographs:
-    """A source for :func:`~.prepare.prepare`: one pair for each line of ``metadata.jsonl``."""
+    """A source for :func:`~.prepare.prepare`: one pair for each line of ``metadata.jsonl``.
+
+    No image is opened before its pair is made.
+
+    Args:
+        folder: Folder of the photographs, with ``metadata.jsonl``.
+        backgrounds: Folder of the backgrounds; folders inside it are searched too.
+        segmentation: Folder of a CLIPSeg checkpoint, for lines without a mask.
+        short_edge: Length in pixels to which the short edge of larger photographs is scaled down.
+        thresholds: Probability up to which a pixel is background, and from which on it is subject.
+
+    Raises:
+        ValueError: One of the folders is not what it should be.
+    """
 
     def __init__(
         self,
@@ -65,18 +71,6 @@ class Photographs:
         short_edge: int = 512,
         thresholds: tuple[float, float] = THRESHOLDS,
     ) -> None:
-        """Look through the folders; no picture is opened yet.
-
-        Args:
-            folder: the photographs, with ``metadata.jsonl``.
-            backgrounds: a folder of pictures, also in folders inside it.
-            segmentation: a CLIPSeg checkpoint folder, for lines without a mask.
-            short_edge: larger photographs are scaled down to it, in pixels.
-            thresholds: up to the first probability is background, from the second on subject.
-
-        Raises:
-            ValueError: one of the folders is not what it should be.
-        """
         self.folder, self.backgrounds_folder = Path(folder), Path(backgrounds)
         self.segmentation = segmentation
         self.short_edge, self.thresholds = short_edge, thresholds
@@ -84,7 +78,9 @@ class Photographs:
             raise ValueError(f"{self.folder} has no {METADATA}, which says what is in its pictures: write one.")
         self.lines = [line for line in (self.folder / METADATA).read_bytes().splitlines() if line.strip()]
         self.backgrounds = sorted(
-            file for file in self.backgrounds_folder.rglob("*") if file.suffix.lower() in PICTURES and file.is_file()
+            file
+            for file in self.backgrounds_folder.rglob("*")
+            if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
         )
         if not self.backgrounds:
             raise ValueError(f"{self.backgrounds_folder} holds no picture to be a background: choose another folder.")
@@ -96,7 +92,7 @@ class Photographs:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What the pairs depend on, apart from the pixels; for the index."""
+        """What the pairs depend on, apart from the images' content; for the index."""
         names = "\n".join(str(file.relative_to(self.backgrounds_folder)) for file in self.backgrounds)
         return {
             "kind": "photographs",
@@ -107,64 +103,74 @@ class Photographs:
             "thresholds": self.thresholds,
         }
 
+    def pair(self, index: int, seed: int) -> Pair:
+        """Make one pair, see :meth:`.prepare.PairSource.pair`."""
+        annotation = parse_annotation(self.lines[index])
+        file, word = annotation.file, annotation.word
+        _raise_if_refused(annotation, refusal(word, annotation.is_group, annotation.is_inside))
+        photograph = _open_image(self.folder / file, "RGB", "photograph", self.short_edge)  # [H, W, 3]
+        height, width = photograph.shape[:2]
+        if annotation.box is not None:
+            aspect_ratio = aspect_ratio_of(annotation.box, width, height)
+            area = area_of(annotation.box) if annotation.area is None else annotation.area
+            _raise_if_refused(annotation, refusal(word, aspect_ratio=aspect_ratio, area=area))
+
+        rng = random.Random(f"{seed} {index}")
+        probability = _limit_to_box(self._segment(annotation, photograph), annotation.box)  # [H, W]
+        try:
+            background = self._choose_background(rng)
+            subject, _, alpha = subject_in_context(photograph, probability, background, rng, self.thresholds)
+        except NoSubjectError as error:
+            raise SkippedPairError("no subject found", f"{file}: {error}") from error
+        except MattingError as error:
+            raise SkippedPairError("not to be cut out", f"{file}: {error}") from error
+        if annotation.box is None:
+            aspect_ratio = aspect_ratio_of(bounding_box(alpha), width, height)
+            area = alpha.mean().item() if annotation.area is None else annotation.area
+            _raise_if_refused(annotation, refusal(word, aspect_ratio=aspect_ratio, area=area))
+        subject_image, target = _to_image(subject), _to_image(photograph)
+        return Pair(f"{index:08d}", subject_image, target, word, annotation.caption, {"file": file})
+
     @cached_property
-    def segmenter(self) -> Segmenter:
-        """CLIPSeg, read by each process when it is first needed."""
+    def _segmenter(self) -> Segmenter:
+        """CLIPSeg, loaded by each process when it is first needed."""
         return Segmenter(self.segmentation)
 
-    def pair(self, index: int, seed: int) -> Pair:
-        """See :class:`~.prepare.PairSource`."""
-        line = parse_line(self.lines[index])
-        _refuse(line, refusal(line.word, line.is_group, line.is_inside))
-        photograph = _opened(self.folder / line.file, "RGB", "photograph", self.short_edge)  # [H, W, 3]
-        height, width = photograph.shape[:2]
-        if line.box is not None:
-            area = area_of(line.box) if line.area is None else line.area
-            _refuse(line, refusal(line.word, aspect_ratio=aspect_ratio_of(line.box, width, height), area=area))
-
-        order = random.Random(f"{seed} {index}")
-        probability = _inside(line.box, self._probability(line, photograph))
-        try:
-            background = self._background(order)
-            subject, _, alpha = subject_in_context(photograph, probability, background, order, self.thresholds)
-        except NoSubjectError as error:
-            raise SkippedPair("no subject found", f"{line.file}: {error}") from error
-        except MattingError as error:
-            raise SkippedPair("not to be cut out", f"{line.file}: {error}") from error
-        if line.box is None:
-            area = alpha.mean().item() if line.area is None else line.area
-            _refuse(
-                line, refusal(line.word, aspect_ratio=aspect_ratio_of(bounding_box(alpha), width, height), area=area)
-            )
-        extra = {"file": line.file}
-        return Pair(f"{index:08d}", _picture(subject), _picture(photograph), line.word, line.caption, extra)
-
-    def _probability(self, line: Line, photograph: Tensor) -> Tensor:
-        """Where the subject is, by its mask or by CLIPSeg; [H, W]."""
-        if line.mask:
-            mask = _opened(self.folder / line.mask, "L", "mask")[..., 0]
+    def _segment(self, annotation: Annotation, photograph: Tensor) -> Tensor:
+        """Compute the subject's probability [H, W] from its mask or by CLIPSeg."""
+        if annotation.mask:
+            mask = _open_image(self.folder / annotation.mask, "L", "mask")[..., 0]  # [h, w]
             try:
-                mask = fit_mask(mask, photograph[None])[0]
+                mask = fit_mask(mask, photograph[None])[0]  # [H, W]
             except ValueError as error:
-                raise SkippedPair("mask of another shape", f"{line.mask}: {error}") from error
-            return blur_mask(mask, SOFTENING * max(mask.shape))
+                raise SkippedPairError("mask of another shape", f"{annotation.mask}: {error}") from error
+            return blur_mask(mask, MASK_SOFTENING * max(mask.shape))
         if self.segmentation is None:
-            raise SkippedPair("no mask", f"{line.file}: give a folder with CLIPSeg, or a mask")
-        return self.segmenter(photograph[None], line.word)[0]
+            raise SkippedPairError("no mask", f"{annotation.file}: give a folder with CLIPSeg, or a mask")
+        return self._segmenter(photograph[None], annotation.word)[0]
 
-    def _background(self, order: random.Random) -> Tensor:
-        """A random background that can be read."""
-        for _ in range(BACKGROUNDS_TRIED):
-            try:
-                return _opened(order.choice(self.backgrounds), "RGB", "background")
-            except SkippedPair as skip:
-                last = skip
-        raise last
+    def _choose_background(self, rng: random.Random) -> Tensor:
+        """Open a random background [h, w, 3]; one that cannot be read is replaced by another."""
+        for _ in range(BACKGROUND_TRIES - 1):
+            with suppress(SkippedPairError):
+                return _open_image(rng.choice(self.backgrounds), "RGB", "background")
+        return _open_image(rng.choice(self.backgrounds), "RGB", "background")
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of ``metadata.jsonl``, as the module's text describes it."""
+class Annotation:
+    """One line of ``metadata.jsonl``.
+
+    Args:
+        file: Path of the photograph in its folder.
+        word: The subject's word.
+        caption: The photograph's caption.
+        box: The box around the subject.
+        area: The subject's fraction of the photograph.
+        is_group: Whether the box is around several objects.
+        is_inside: Whether the photograph was taken from inside the object.
+        mask: Path of the mask in the photographs' folder.
+    """
 
     file: str
     word: str
@@ -176,21 +182,27 @@ class Line:
     mask: str | None = None
 
 
-def parse_line(text: bytes) -> Line:
-    """A line of ``metadata.jsonl``; names that are not ours are left out.
+def parse_annotation(line: bytes) -> Annotation:
+    """Parse a line of ``metadata.jsonl``; unknown names are ignored.
+
+    Args:
+        line: The line, JSON in UTF-8.
+
+    Returns:
+        The annotation.
 
     Raises:
-        SkippedPair: it cannot be understood.
+        SkippedPairError: The line cannot be understood.
     """
     try:
-        content = json.loads(text)
+        content = json.loads(line)
         file, word = content["file"], content["word"].strip()
         if not file or not word:
             raise ValueError("file or word is empty")
         if not all(isinstance(content.get(name) or "", str) for name in ("file", "caption", "mask")):
             raise ValueError("file, caption or mask is no text")
         box, area = content.get("box"), content.get("area")
-        return Line(
+        return Annotation(
             file,
             word,
             content.get("caption") or f"a {word}",
@@ -201,7 +213,7 @@ def parse_line(text: bytes) -> Line:
             content.get("mask"),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SkippedPair("bad line", f"{type(error).__name__}: {error} in {text[:200]!r}") from error
+        raise SkippedPairError("bad line", f"{type(error).__name__}: {error} in {line[:200]!r}") from error
 
 
 def _checked_box(left: float, top: float, right: float, bottom: float) -> Box:
@@ -210,40 +222,42 @@ def _checked_box(left: float, top: float, right: float, bottom: float) -> Box:
     return left, top, right, bottom
 
 
-def _refuse(line: Line, reason: str | None) -> None:
+def _raise_if_refused(annotation: Annotation, reason: str | None) -> None:
     if reason:
-        raise SkippedPair(reason, f"{line.file}: {line.word}")
+        raise SkippedPairError(reason, f"{annotation.file}: {annotation.word}")
 
 
-def _inside(box: Box | None, probability: Tensor) -> Tensor:
-    """[H, W], nothing outside the box: there may be others of its kind."""
+def _limit_to_box(probability: Tensor, box: Box | None) -> Tensor:
+    """Set a probability [H, W] to 0 outside a box, where other objects of the same class may be."""
     if box is None:
         return probability
     height, width = probability.shape
-    rows, columns = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5
+    rows, columns = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5  # pixels' middles: [H, 1], [W]
     left, top, right, bottom = box
     is_inside = (rows > (top - BOX_MARGIN) * height) & (rows < (bottom + BOX_MARGIN) * height)
     is_inside = is_inside & (columns > (left - BOX_MARGIN) * width) & (columns < (right + BOX_MARGIN) * width)
     return torch.where(is_inside, probability, 0.0)
 
 
-def _opened(path: Path, mode: str, role: str, short_edge: int | None = None) -> Tensor:
-    """A picture upright, [H, W, 3 or 1] in 0..1, scaled down to a short edge.
+def _open_image(path: Path, mode: str, role: str, short_edge: int | None = None) -> Tensor:
+    """Open an image upright as [H, W, 3 or 1] in 0..1, scaled down to a short edge.
 
     Raises:
-        SkippedPair: it cannot be read.
+        SkippedPairError: It cannot be read.
     """
     try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert(mode)
-    except Exception as error:  # there is no list of what a damaged picture can raise
-        raise SkippedPair(f"unreadable {role}", f"{path}: {error}") from error
-    if short_edge is not None and min(picture.size) > short_edge:
-        scale = short_edge / min(picture.size)
-        picture = picture.resize([round(edge * scale) for edge in picture.size], Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(picture)).float() / 255
-    return pixels.reshape(picture.height, picture.width, -1)
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert(mode)
+    except Exception as error:  # there is no list of what a damaged image can raise
+        raise SkippedPairError(f"unreadable {role}", f"{path}: {error}") from error
+    if short_edge is not None and min(image.size) > short_edge:
+        scale = short_edge / min(image.size)
+        width, height = (round(edge * scale) for edge in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(image)).float() / 255
+    return pixels.reshape(image.height, image.width, -1)
 
 
-def _picture(pixels: Tensor) -> Image.Image:
+def _to_image(pixels: Tensor) -> Image.Image:
+    """Convert [H, W, 3] in 0..1 to an image."""
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().numpy())

@@ -1,7 +1,7 @@
-"""CLIP's text encoder with a subject's vectors among its words (arXiv 2305.14720, section 3.2), for training.
+"""CLIP's text model with subject vectors among its tokens (arXiv 2305.14720, section 3.2), for training.
 
-transformers' own class moves from version to version, and in one of them silently loses the causal mask (REFERENCE 3);
-this one is a page of torch, with the published names of the weights.
+transformers' own class changes between versions, and one of them drops the causal mask without a word. This one depends
+on torch alone and keeps the names of the published weights.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from ..encoder.layers import quick_gelu
 from ..prompt import Token, fill_blocks, insert_subject
 
-PREFIX = "text_model."  # of every published name
+HUB_PREFIX = "text_model."  # of every published key
+BOS, EOS = 49406, 49407  # ids in CLIP's vocabulary; <eos> is the padding too
 
 
 @dataclass(frozen=True)
-class TextEncoderConfig:
-    """Sizes; the defaults are CLIP-L's."""
+class CLIPTextModelConfig:
+    """Sizes of a CLIP text model; the defaults are CLIP-L's."""
 
     width: int = 768
     layers: int = 12
@@ -34,14 +35,14 @@ class TextEncoderConfig:
     layer_norm_eps: float = 1e-5
 
     @classmethod
-    def from_hub(cls, config: Mapping[str, Any]) -> TextEncoderConfig:
-        """From a published ``config.json``; what it leaves out is CLIP-L's."""
+    def from_hub(cls, config: Mapping[str, Any]) -> CLIPTextModelConfig:
+        """Read a published ``config.json``; a field that is missing there has CLIP-L's value."""
         return cls(**{ours: config[theirs] for ours, theirs in _HUB_FIELDS.items() if theirs in config})
 
     def to_hub(self) -> dict[str, Any]:
-        """As ``config.json`` has it."""
+        """Return the content of a ``config.json``."""
         sizes = {theirs: getattr(self, ours) for ours, theirs in _HUB_FIELDS.items()}
-        tokens = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
+        tokens = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": EOS}
         return {"model_type": "clip_text_model", "hidden_act": "quick_gelu", **sizes, **tokens}
 
 
@@ -56,10 +57,14 @@ _HUB_FIELDS = {
 }
 
 
-class TextEncoder(nn.Module):
-    """Token embeddings -> what the U-Net's cross-attention reads."""
+class CLIPTextModel(nn.Module):
+    """A causal transformer over token embeddings, whose output the U-Net's cross-attention reads.
 
-    def __init__(self, config: TextEncoderConfig):
+    Args:
+        config: Its sizes.
+    """
+
+    def __init__(self, config: CLIPTextModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embeddings = nn.ModuleDict(
@@ -72,31 +77,45 @@ class TextEncoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.width, config.layer_norm_eps)
 
     def forward(self, token_embeddings: Tensor) -> Tensor:
-        """[B, T, width] -> [B, T, width]; a token sees itself and what is before it."""
-        positions = self.embeddings["position_embedding"].weight[: token_embeddings.shape[1]]
-        hidden = token_embeddings + positions
+        """Encode token embeddings.
+
+        Args:
+            token_embeddings: Embeddings without positions, of shape [B, T, width].
+
+        Returns:
+            The last hidden states, normalised, of shape [B, T, width].
+        """
+        position_embeddings = self.embeddings["position_embedding"].weight[: token_embeddings.shape[1]]  # [T, width]
+        hidden = token_embeddings + position_embeddings
         for layer in self.encoder["layers"]:
             hidden = layer(hidden)
         return self.final_layer_norm(hidden)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """[B, T] ids -> [B, T, width], without positions."""
+        """Embed token ids of shape [B, T], without positions; the result has shape [B, T, width]."""
         return self.embeddings["token_embedding"](input_ids)
 
-    def published(self) -> dict[str, Tensor]:
-        """The weights under their published names."""
-        return {PREFIX + name: weight for name, weight in self.state_dict().items()}
+    def hub_state_dict(self) -> dict[str, Tensor]:
+        """Return the state dict with the published keys."""
+        return {HUB_PREFIX + name: weight for name, weight in self.state_dict().items()}
 
-    def load_published(self, weights: Mapping[str, Tensor]) -> None:
-        """Take weights under their published names, with or without the outer one."""
-        named = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
-        self.load_state_dict({name: weight for name, weight in named.items() if not name.endswith("position_ids")})
+    def load_hub_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load a state dict with the published keys, with or without their prefix.
+
+        Args:
+            state_dict: The weights; ``position_ids``, which old files hold, is ignored.
+
+        Raises:
+            RuntimeError: Keys or shapes do not fit.
+        """
+        renamed = {name.removeprefix(HUB_PREFIX): weight for name, weight in state_dict.items()}
+        self.load_state_dict({name: weight for name, weight in renamed.items() if not name.endswith("position_ids")})
 
 
 class _Layer(nn.Module):
     """Causal self-attention and a feed-forward layer, each behind its own norm; the names are the published ones."""
 
-    def __init__(self, config: TextEncoderConfig):
+    def __init__(self, config: CLIPTextModelConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.layer_norm1 = nn.LayerNorm(config.width, config.layer_norm_eps)
@@ -112,46 +131,46 @@ class _Layer(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        normed = self.layer_norm1(hidden)
+        normed = self.layer_norm1(hidden)  # [B, T, width]
         query, key, value = (
             rearrange(self.self_attn[name](normed), "b t (h d) -> b h t d", h=self.heads)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        hidden = hidden + self.self_attn["out_proj"](rearrange(seen, "b h t d -> b t (h d)"))
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        hidden = hidden + self.self_attn["out_proj"](rearrange(attended, "b h t d -> b t (h d)"))
         return hidden + self.mlp["fc2"](quick_gelu(self.mlp["fc1"](self.layer_norm2(hidden))))
 
 
 def encode_prompts(
-    text_encoder: TextEncoder, prompts: Sequence[Sequence[int]], subjects: Sequence[Tensor | None]
+    text_encoder: CLIPTextModel, prompts: Sequence[Sequence[int]], subjects: Sequence[Tensor | None]
 ) -> Tensor:
-    """Encode prompts as Subject Prompt Compose does: through the same functions, the vectors behind the first word.
+    """Encode prompts as the node Subject Prompt Compose does: subject vectors follow the first word.
 
     Args:
-        prompts: the ids of each, without ``<bos>`` and ``<eos>``.
-        subjects: for each its vectors [16, width], or None for the prompt alone.
+        text_encoder: The text model.
+        prompts: Token ids of each prompt, without ``<bos>`` and ``<eos>``.
+        subjects: Subject vectors of shape [16, width] for each prompt, or None for the prompt alone.
 
     Returns:
-        [B, 77, width]
+        The prompts' context of shape [B, 77, width].
     """
     length = text_encoder.config.positions
-    bos, eos = 49406, 49407  # CLIP pads with <eos>
-    rows, places, vectors = [], [], []
+    input_ids, positions, vectors = [], [], []
     for row, (ids, subject) in enumerate(zip(prompts, subjects, strict=True)):
         tokens = [Token(value, 1.0, 1, "") for value in ids]
         if subject is not None:
             tokens = insert_subject(tokens, subject)
         block = fill_blocks(tokens, length - 2, "truncate")[0]
-        values = [bos, *(token.value for token in block), eos]
-        values += [eos] * (length - len(values))
-        rows.append([eos if isinstance(value, Tensor) else value for value in values])
+        values = [BOS, *(token.value for token in block), EOS]
+        values += [EOS] * (length - len(values))
+        input_ids.append([EOS if isinstance(value, Tensor) else value for value in values])
         for column, value in enumerate(values):
             if isinstance(value, Tensor):
-                places.append((row, column))
+                positions.append((row, column))
                 vectors.append(value)
     device = text_encoder.final_layer_norm.weight.device
-    embeddings = text_encoder.embed(torch.tensor(rows, device=device))  # [B, 77, width]
+    embeddings = text_encoder.embed(torch.tensor(input_ids, device=device))  # [B, 77, width]
     if vectors:
-        row, column = torch.tensor(places, device=device).unbind(1)
-        embeddings = embeddings.index_put((row, column), torch.stack(vectors).to(embeddings.dtype))
+        rows, columns = torch.tensor(positions, device=device).unbind(1)
+        embeddings = embeddings.index_put((rows, columns), torch.stack(vectors).to(embeddings.dtype))
     return text_encoder(embeddings)

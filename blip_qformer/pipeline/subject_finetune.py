@@ -1,4 +1,7 @@
-"""Fine-tuning outside ComfyUI: diffusers' U-Net and VAE, on the device and in the precision of ``accelerate``."""
+"""Fine-tune a model on one subject outside ComfyUI, with diffusers' U-Net and VAE.
+
+Device and precision are those of ``accelerate``; the loop itself is :mod:`blip_qformer.finetune.loop`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from einops import rearrange
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
@@ -34,27 +37,31 @@ from ..subject import Subject, save_subject
 from ..subject.provenance import encoder_hash, image_hash
 from .clip_text_model import encode_prompts
 from .pipeline import Pipeline
-from .sample import draw, tokenize_prompts
+from .sample import sample_images, tokenize_prompts
 
 
 class FinetuneRun:
-    """One subject learned by one model.
+    """One subject and the model that is fine-tuned on it.
 
     Args:
-        pipeline: the model. Training the whole U-Net changes it; low-rank factors leave it as it is.
-        pictures: of the subject, each [1, H, W, 3] in 0..1.
-        word: for it.
-        rank: of low-rank factors; None: the whole U-Net trains.
-        resolution: edge of the square that is learned, in pixels.
-        mirror: learn from mirrored pictures too.
-        guidance, repetitions: of the pictures that are drawn on the way.
+        pipeline: The model. Training the whole U-Net changes it; a LoRA leaves it as it is.
+        accelerator: Device and precision of the run.
+        images: Images of the subject, each of shape [1, H, W, 3] in 0..1.
+        word: The subject's word.
+        settings: Settings of the loop.
+        rank: Rank of the LoRA; with None the whole U-Net trains.
+        resolution: Edge of the square training images in pixels.
+        gradient_checkpointing: Whether to recompute the U-Net's activations instead of keeping them.
+        mirror: Whether to train on mirrored images too.
+        guidance_scale: Guidance scale of the validation images.
+        repetitions: How often a validation prompt repeats its sentence.
     """
 
     def __init__(
         self,
         pipeline: Pipeline,
         accelerator: Accelerator,
-        pictures: Sequence[Tensor],
+        images: Sequence[Tensor],
         word: str,
         settings: FinetuneSettings,
         *,
@@ -62,151 +69,171 @@ class FinetuneRun:
         resolution: int = 512,
         gradient_checkpointing: bool = False,
         mirror: bool = False,
-        guidance: float = GUIDANCE_SCALE,
+        guidance_scale: float = GUIDANCE_SCALE,
         repetitions: int = 20,
-    ):
+    ) -> None:
         self.pipeline, self.accelerator, self.word, self.resolution = pipeline, accelerator, word, resolution
-        self.guidance, self.repetitions = guidance, repetitions
+        self.guidance_scale, self.repetitions = guidance_scale, repetitions
         for network in pipeline.networks.values():
             network.requires_grad_(False).eval().to(accelerator.device)
         if gradient_checkpointing:
-            pipeline.unet.train()  # diffusers checkpoints in training alone; its U-Net has no dropout
+            pipeline.unet.train()  # diffusers checkpoints in training mode only; its U-Net has no dropout
             pipeline.unet.enable_gradient_checkpointing()
-        self.image_hash = image_hash(pictures[0])
+        self.image_hash = image_hash(images[0])
         self.lora = None if rank is None else LoRA(pipeline.unet, rank, settings.seed, accelerator.device)
         if self.lora is None:
             pipeline.unet.requires_grad_(True)
         self.tuning = SubjectTuning(
             self._denoise,
             self.lora.parameters if self.lora else list(pipeline.unet.parameters()),
-            self._vectors(pictures),
-            self._latents(pictures, mirror),
+            self._encode_subject(images),
+            self._encode_latents(images, mirror),
             self._encode_caption,
             settings,
             lora=self.lora is not None,
         )
 
-    def tune(self, every: int = 0, show: bool = True) -> FinetuneResult:
-        """Fine-tune, with a progress bar on the terminal.
+    def tune(self, validate_every: int = 0, show_progress: bool = True) -> FinetuneResult:
+        """Fine-tune.
 
         Args:
-            every: how many steps lie between two looks; 0: none.
-            show: whether there is a bar.
+            validate_every: Number of steps between two validations; 0 means none.
+            show_progress: Whether to show a progress bar on the terminal.
+
+        Returns:
+            Losses, scores and validation images.
         """
-        before = self.tuning.vectors.detach().clone()
+        initial_vectors = self.tuning.vectors.detach().clone()  # [16, width]
 
-        def draw_validation(with_subject: bool) -> Tensor:
-            return self._draw(self.tuning.vectors.detach() if with_subject else None)
+        def sample(with_subject: bool) -> Tensor:
+            return self._sample(self.tuning.vectors.detach() if with_subject else None)
 
-        def judge(plain: Tensor) -> Validation:
-            return Validation(self._look, self.word, before, VALIDATION_PROMPTS, plain)
+        def make_validation(baseline: Tensor) -> Validation:
+            return Validation(self._encode_samples, self.word, initial_vectors, VALIDATION_PROMPTS, baseline)
 
         with ExitStack() as stack:
-            bar = stack.enter_context(tqdm(total=self.tuning.settings.steps, desc="finetune", disable=not show))
+            steps = self.tuning.settings.steps
+            bar = stack.enter_context(tqdm(total=steps, desc="finetune", disable=not show_progress))
             if self.lora:
                 stack.enter_context(self.lora)
 
-            def watch(step: Step, drawn: list[Tensor]) -> bool:
+            def on_step(step: Step, samples: list[Tensor]) -> bool:
                 bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
                 bar.update()
                 return True
 
             return finetune(
-                self.tuning, validate_every=every, sample=draw_validation, make_validation=judge, on_step=watch
+                self.tuning,
+                validate_every=validate_every,
+                sample=sample,
+                make_validation=make_validation,
+                on_step=on_step,
             )
 
-    def write(self, folder: Path, name: str, outcome: FinetuneResult) -> list[Path]:
-        """The tuned subject, the weights, and the pictures; their paths."""
+    def save(self, folder: Path, name: str, result: FinetuneResult) -> list[Path]:
+        """Write the fine-tuned subject, the weights, the loss curve and the validation images.
+
+        Args:
+            folder: The folder to write to.
+            name: What the files' names begin with.
+            result: The result of :meth:`tune`.
+
+        Returns:
+            The files' paths.
+        """
         encoder = encoder_hash(self.pipeline.encoder.state_dict())
         subject = Subject(self.tuning.vectors.detach().cpu()[None], self.word, encoder, self.image_hash)
         kind = "lora" if self.lora else "checkpoint"
         paths = [folder / f"{name}.safetensors", folder / f"{name}-{kind}.safetensors"]
         save_subject(paths[0], subject, overwrite=True)
-        if self.lora:
-            weights, dtype = self.lora.state_dict(), torch.float16
-        else:
-            networks = (self.pipeline.unet, self.pipeline.text_encoder, self.pipeline.vae)
-            weights, dtype = stable_diffusion_checkpoint(*map(_weights, networks)), torch.float16
-        write_safetensors(paths[1], weights, metadata={"format": "pt"}, dtype=dtype, overwrite=True)
+        write_safetensors(paths[1], self._state_dict(), metadata={"format": "pt"}, dtype=torch.float16, overwrite=True)
         paths.append(folder / f"{name}-curve.png")
-        loss_curve(outcome.losses, outcome.scores, outcome.kept_step).save(paths[-1])
-        if outcome.samples:
+        loss_curve(result.losses, result.scores, result.kept_step).save(paths[-1])
+        if result.samples:
             paths.append(folder / f"{name}-previews.png")
-            Image.fromarray((preview_grid(outcome.samples) * 255).round().byte().numpy()).save(paths[-1])
+            Image.fromarray((preview_grid(result.samples) * 255).round().byte().numpy()).save(paths[-1])
         return paths
+
+    def _state_dict(self) -> dict[str, Tensor]:
+        """Return the LoRA, or the whole model as a Stable Diffusion checkpoint."""
+        if self.lora:
+            return self.lora.state_dict()
+        unet, text_encoder, vae = self.pipeline.unet, self.pipeline.text_encoder, self.pipeline.vae
+        return stable_diffusion_checkpoint(unet.state_dict(), text_encoder.hub_state_dict(), vae.state_dict())
 
     def _denoise(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         with self.accelerator.autocast():
             return self.pipeline.unet(noisy, timesteps, context).sample.float()
 
     def _encode_caption(self, vectors: Tensor) -> Tensor:
-        """[1, 77, width]"""
-        return encode_prompts(
-            self.pipeline.text_encoder, tokenize_prompts(self.pipeline, [f"a {self.word}"]), [vectors]
-        )
+        """Encode "a <vectors> <word>" as a context [1, 77, width]."""
+        input_ids = tokenize_prompts(self.pipeline, [f"a {self.word}"])
+        return encode_prompts(self.pipeline.text_encoder, input_ids, [vectors])
 
     @torch.no_grad()
-    def _vectors(self, pictures: Sequence[Tensor]) -> Tensor:
-        """The mean of the pictures' vectors, [16, width]."""
+    def _encode_subject(self, images: Sequence[Tensor]) -> Tensor:
+        """Compute the mean of the images' subject vectors, [16, width]."""
         size = self.pipeline.encoder.config.vision.image_size
-        pixels = torch.cat([preprocess(picture, size=size) for picture in pictures]).to(self.accelerator.device)
-        return self.pipeline.encoder(pixels, [self.word] * len(pixels)).mean(dim=0)
+        pixel_values = torch.cat([preprocess(image, size=size) for image in images]).to(self.accelerator.device)
+        return self.pipeline.encoder(pixel_values, [self.word] * len(pixel_values)).mean(dim=0)
 
     @torch.no_grad()
-    def _latents(self, pictures: Sequence[Tensor], mirror: bool) -> Tensor:
-        """[N or 2N, 4, h, w], scaled as the U-Net expects them."""
-        squares = torch.cat([middle_square(picture, self.resolution) for picture in pictures])
+    def _encode_latents(self, images: Sequence[Tensor], mirror: bool) -> Tensor:
+        """Encode the training images as latents [N or 2N, 4, h, w], scaled as the U-Net expects them."""
+        squares = torch.cat([_center_square(image, self.resolution) for image in images])  # [N, 3, H, W]
         squares = torch.cat([squares, squares.flip(3)]) if mirror else squares
         squares = squares.to(self.accelerator.device) * 2 - 1
         means = [self.pipeline.vae.encode(square[None]).latent_dist.mean for square in squares]
         return torch.cat(means) * self.pipeline.vae.config.scaling_factor
 
-    def _draw(self, vectors: Tensor | None) -> Tensor:
-        """The validation prompts' pictures [P, 3, H, W] in 0..1; no vectors: the prompts alone."""
-        texts = [compose_prompt(prompt, self.word, repetitions=self.repetitions) for prompt in VALIDATION_PROMPTS]
+    def _sample(self, vectors: Tensor | None) -> Tensor:
+        """Sample the validation prompts' images [P, 3, H, W] in 0..1, with subject vectors or without."""
+        prompts = [compose_prompt(prompt, self.word, repetitions=self.repetitions) for prompt in VALIDATION_PROMPTS]
         size = self.resolution // 8
         with self.accelerator.autocast():
-            return draw(
+            return sample_images(
                 self.pipeline,
-                texts,
-                [vectors] * len(texts),
-                noise=validation_noise(len(texts), (4, size, size)),
-                negative="",
-                steps=NUM_INFERENCE_STEPS,
-                guidance=self.guidance,
+                prompts,
+                [vectors] * len(prompts),
+                noise=validation_noise(len(prompts), (4, size, size)),
+                negative_prompt="",
+                num_inference_steps=NUM_INFERENCE_STEPS,
+                guidance_scale=self.guidance_scale,
             )
 
     @torch.no_grad()
-    def _look(self, pictures: Tensor, words: Sequence[str]) -> Tensor:
+    def _encode_samples(self, images: Tensor, words: Sequence[str]) -> Tensor:
+        """Compute the subject vectors [B, 16, width] of images [B, 3, H, W]."""
         size = self.pipeline.encoder.config.vision.image_size
-        pixels = preprocess(rearrange(pictures, "b c h w -> b h w c").cpu(), size=size)
-        return self.pipeline.encoder(pixels.to(self.accelerator.device), list(words))
+        pixel_values = preprocess(rearrange(images, "b c h w -> b h w c").cpu(), size=size)
+        return self.pipeline.encoder(pixel_values.to(self.accelerator.device), list(words))
 
 
-def read_picture(path: Path) -> Tensor:
-    """A picture file -> [1, H, W, 3] in 0..1, upright.
+def read_image(path: Path) -> Tensor:
+    """Read an image file upright.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The image, of shape [1, H, W, 3] in 0..1.
 
     Raises:
-        ValueError: it is no picture, or too small.
+        ValueError: It is no image, or too small.
     """
     try:
-        with Image.open(path) as picture:
-            pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+        with Image.open(path) as file:
+            pixels = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no picture that can be read: leave it out.") from error
     check_size(*pixels.shape[:2])
     return torch.from_numpy(pixels.copy())[None] / 255
 
 
-def middle_square(picture: Tensor, edge: int) -> Tensor:
-    """[1, H, W, 3] -> [1, 3, edge, edge]: the short edge is fitted and the middle kept."""
-    height, width = picture.shape[1:3]
+def _center_square(image: Tensor, edge: int) -> Tensor:
+    """Crop the middle square of an image [1, H, W, 3] and scale it to [1, 3, edge, edge]."""
+    height, width = image.shape[1:3]
     short = min(height, width)
     top, left = (height - short) // 2, (width - short) // 2
-    square = rearrange(picture[:, top : top + short, left : left + short], "b h w c -> b c h w")
+    square = rearrange(image[:, top : top + short, left : left + short], "b h w c -> b c h w")
     return F.interpolate(square, (edge, edge), mode="bicubic", antialias=True).clamp(0, 1)
-
-
-def _weights(network: nn.Module) -> dict[str, Tensor]:
-    """A network's tensors under their published names."""
-    return network.published() if hasattr(network, "published") else network.state_dict()

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from ..data.collate import Batch
 from ..data.stream import PairStream
-from ..pipeline.pipeline import Pipeline, save_pipeline
+from ..pipeline import Pipeline, save_pipeline
 from .checkpointing import find_latest
 from .config import RunConfig
 from .logging import RunLog

@@ -59,7 +59,7 @@ def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
 def _evaluate_mini(arguments: argparse.Namespace) -> None:
     """`evaluate mini`: draw, judge, write the report."""
     import_extra("diffusers", "Evaluating")
-    from blip_qformer.pipeline.pipeline import load_pipeline
+    from blip_qformer.pipeline import load_pipeline
 
     from .judges import JudgesTraining, load_judges, save_judges, train_judges
     from .report import Settings, evaluate
@@ -82,7 +82,7 @@ def _evaluate_tuned(arguments: argparse.Namespace) -> None:
     """`evaluate tuned`: fine-tune, judge, write the report."""
     for name in ("diffusers", "accelerate"):
         import_extra(name, "Evaluating")
-    from blip_qformer.pipeline.pipeline import load_pipeline
+    from blip_qformer.pipeline import load_pipeline
 
     from .judges import load_judges
     from .tuned import TunedSettings, evaluate_tuned

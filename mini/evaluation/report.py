@@ -20,8 +20,8 @@ from torch import Tensor
 from blip_qformer.data.collate import to_pixels
 from blip_qformer.encoder import preprocess
 from blip_qformer.evaluation.intervals import Share
-from blip_qformer.pipeline.pipeline import Pipeline
-from blip_qformer.pipeline.sample import draw
+from blip_qformer.pipeline import Pipeline
+from blip_qformer.pipeline.sample import sample_images
 from blip_qformer.prompt import compose_prompt
 from blip_qformer.training.stages.base import to_pil_image
 
@@ -222,13 +222,13 @@ def draw_cases(
         prompts = [
             compose_prompt(case.place.phrases[0], case.artwork.word, repetitions=settings.repetitions) for case in some
         ]
-        pictures += draw(
+        pictures += sample_images(
             pipeline,
             prompts,
             subjects[start : start + BATCH],
             noise=noise,
-            steps=settings.steps,
-            guidance=settings.guidance,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
         ).cpu()
     if any(not picture.isfinite().all() for picture in pictures):
         raise ValueError(

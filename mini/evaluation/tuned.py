@@ -23,7 +23,7 @@ from blip_qformer.data.collate import to_pixels
 from blip_qformer.evaluation.intervals import Mean
 from blip_qformer.finetune.loop import FinetuneResult, FinetuneSettings
 from blip_qformer.finetune.validation import VALIDATION_PROMPTS
-from blip_qformer.pipeline.pipeline import Pipeline
+from blip_qformer.pipeline import Pipeline
 from blip_qformer.pipeline.subject_finetune import FinetuneRun
 from blip_qformer.training.stages.base import to_pil_image
 
@@ -168,10 +168,10 @@ def _tune(pipeline: Pipeline, thing: Thing, settings: TunedSettings) -> Finetune
         FinetuneSettings(settings.steps, settings.learning_rate, seed=settings.seed),
         rank=settings.rank,
         resolution=settings.edge,
-        guidance=settings.guidance,
+        guidance_scale=settings.guidance,
         repetitions=settings.repetitions,
     )
-    return run.tune(settings.every, show=False)
+    return run.tune(settings.every, show_progress=False)
 
 
 def _report(

@@ -1,8 +1,10 @@
-"""First weights of a VAE: it begins as a picture made eight times smaller and larger again, and learns the rest.
+"""Initial weights of a VAE that scales an image down eight times and up again, and learns the rest.
 
-From random weights a small VAE takes thousands of steps to find out what colour is, because its group norms take away
-a group's mean and scale: of a group of one or two channels nothing is left. Here every group holds a colour, its
-negative and a constant, from which colour and brightness can be told after the norm, and each layer hands them on.
+From random weights a small VAE needs thousands of steps to learn what colour is, because its group norms remove a
+group's mean and scale, and of a group of one or two channels nothing is left. Here every group holds a colour, its
+negative and a constant, from which colour and brightness can be recovered after the norm; each layer passes them on.
+
+In this module a *code* is a matrix of shape [channels, colours] that says how much of each colour a channel holds.
 """
 
 from __future__ import annotations
@@ -11,108 +13,107 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-COLOURS = 4  # as many as there are channels in a latent; the fourth is free for what the encoder makes of it
-
-
-CONSTANT = 4.0  # beside colours in -1..1: so much larger that a group's scale hardly depends on them
-
-
-DEVIATION = 0.05  # how much of the random weights stays beside what is carried
-
-
+COLOURS = 4  # as many as a latent has channels; the encoder is free to use the fourth
+CONSTANT = 4.0  # beside colours in -1..1: so large that a group's scale hardly depends on them
+RANDOM_SCALE = 0.05  # of the random weights that remain beside the colours
 LOG_VARIANCE = -7.0  # of the latents: random weights would begin with as much noise as signal
-
-
 HALVE = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]) / 4  # diffusers pads right and below
-
-
 SMOOTH = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]) / 16
 
 
 @torch.no_grad()
-def carry_colours(vae: AutoencoderKL) -> None:
-    """Turn random weights, in place, into those of a VAE whose latents are the small picture's red, green and blue.
+def initialise_vae(vae: AutoencoderKL) -> None:
+    """Change a VAE's random weights, in place, so that its latents are the scaled-down image's red, green and blue.
 
-    It holds for 96 channels or more where a picture is given out; with fewer a group has no room for its constant, and
-    what the decoder gives out is only roughly the picture.
+    The decoder's output layer needs 96 channels or more; with fewer a group has no room for its constant, and the
+    decoded image is only roughly the original.
+
+    Args:
+        vae: The VAE, with random weights.
     """
     groups = vae.config.norm_num_groups
     for name, module in vae.named_modules():
-        if name.endswith("conv2"):  # the last of a residual block, which begins as almost nothing
-            module.weight.mul_(DEVIATION / 2)
+        if name.endswith("conv2"):  # last in a residual block, which begins as almost nothing
+            module.weight.mul_(RANDOM_SCALE / 2)
             module.bias.zero_()
-        if name.endswith("to_out.0"):  # of the attention
+        if name.endswith("to_out.0"):  # last in the attention
             module.weight.zero_()
             module.bias.zero_()
         if name.endswith("conv1"):
             module.bias.copy_(1 - 2 * (torch.arange(len(module.bias)) % 2))
     for network in (vae.encoder, vae.decoder):
-        _carry(network.conv_in, _plain(network.conv_in.in_channels), _grouped(network.conv_in.out_channels, groups))
+        _map_code(
+            network.conv_in, _plain_code(network.conv_in.in_channels), _group_code(network.conv_in.out_channels, groups)
+        )
         for block in network.down_blocks if network is vae.encoder else network.up_blocks:
-            _carry_through(block, groups)
-        _carry_out(network.conv_norm_out, network.conv_out, groups)
-    for convolution in (vae.quant_conv, vae.post_quant_conv):
-        if convolution is not None:
-            _carry(convolution, torch.eye(convolution.in_channels), torch.eye(convolution.out_channels))
+            _initialise_block(block, groups)
+        _initialise_output(network.conv_norm_out, network.conv_out, groups)
+    for conv in (vae.quant_conv, vae.post_quant_conv):
+        if conv is not None:
+            _map_code(conv, torch.eye(conv.in_channels), torch.eye(conv.out_channels))
     vae.quant_conv.bias[vae.config.latent_channels :] = LOG_VARIANCE
 
 
-def _carry_through(block: nn.Module, groups: int) -> None:
+def _initialise_block(block: nn.Module, groups: int) -> None:
+    """Let a block's shortcuts and resampling layers pass the colours on."""
     for resnet in block.resnets:
         if resnet.conv_shortcut is not None:
-            _carry_on(resnet.conv_shortcut, groups)
+            _keep_code(resnet.conv_shortcut, groups)
     for sampler in getattr(block, "downsamplers", None) or []:
-        _carry_on(sampler.conv, groups, HALVE)
+        _keep_code(sampler.conv, groups, HALVE)
     for sampler in getattr(block, "upsamplers", None) or []:
-        _carry_on(sampler.conv, groups, SMOOTH)
+        _keep_code(sampler.conv, groups, SMOOTH)
 
 
-def _carry_on(convolution: nn.Conv2d, groups: int, kernel: Tensor | None = None) -> None:
-    codes = (_grouped(channels, groups) for channels in (convolution.in_channels, convolution.out_channels))
-    _carry(convolution, *codes, kernel)
+def _initialise_output(norm: nn.GroupNorm, conv: nn.Conv2d, groups: int) -> None:
+    """Read colours behind norm and SiLU: silu(a) - silu(-a) = a, once the mean that the norm removed is added again."""
+    code = _group_code(conv.in_channels, groups)
+    _map_code(conv, code, _plain_code(conv.out_channels))
+    conv.bias.zero_()
+    if (is_constant := _constant_channels(code)).any():
+        fraction = float(is_constant.float().mean())
+        std = CONSTANT * (fraction * (1 - fraction)) ** 0.5  # of a group that holds its constant and no colour
+        conv.weight.mul_(2 * std)
+        norm.bias[~is_constant] = CONSTANT * fraction / std
 
 
-def _carry_out(norm: nn.GroupNorm, convolution: nn.Conv2d, groups: int) -> None:
-    """A colour and its negative, normed, through SiLU: silu(a) - silu(-a) = a, once the norm's mean is given back."""
-    read = _grouped(convolution.in_channels, groups)
-    _carry(convolution, read, _plain(convolution.out_channels))
-    convolution.bias.zero_()
-    if (constant := _constants(read)).any():
-        share = float(constant.float().mean())
-        deviation = CONSTANT * (share * (1 - share)) ** 0.5  # of a group that holds its constant and no colour
-        convolution.weight.mul_(2 * deviation)
-        norm.bias[~constant] = CONSTANT * share / deviation
+def _keep_code(conv: nn.Conv2d, groups: int, kernel: Tensor | None = None) -> None:
+    """Let a convolution read and write colours in groups."""
+    _map_code(conv, _group_code(conv.in_channels, groups), _group_code(conv.out_channels, groups), kernel)
 
 
-def _carry(convolution: nn.Conv2d, read: Tensor, written: Tensor, kernel: Tensor | None = None) -> None:
-    """Let a convolution read colours from its input's channels and write them into its output's.
+def _map_code(conv: nn.Conv2d, in_code: Tensor, out_code: Tensor, kernel: Tensor | None = None) -> None:
+    """Let a convolution read the colours of one code and write them in another, beside its scaled random weights.
 
     Args:
-        read, written: [channels, colours], how much of each colour is in a channel.
-        kernel: what it does in the plane; None: nothing.
+        conv: The convolution, which is changed in place.
+        in_code: Code of its input, of shape [in_channels, colours].
+        out_code: Code of its output, of shape [out_channels, colours].
+        kernel: Its effect in the plane, of shape [height, width]; None is the identity.
     """
-    height, width = convolution.kernel_size
+    height, width = conv.kernel_size
     if kernel is None:
         kernel = torch.zeros(height, width)
         kernel[height // 2, width // 2] = 1
-    colours = min(read.shape[1], written.shape[1])
-    weights = written[:, :colours] @ torch.linalg.pinv(read[:, :colours])  # [out, in]
-    convolution.weight.mul_(DEVIATION).add_(weights[:, :, None, None] * kernel)
-    convolution.bias.copy_(CONSTANT * _constants(written))
+    colours = min(in_code.shape[1], out_code.shape[1])
+    weights = out_code[:, :colours] @ torch.linalg.pinv(in_code[:, :colours])  # [out_channels, in_channels]
+    conv.weight.mul_(RANDOM_SCALE).add_(weights[:, :, None, None] * kernel)
+    conv.bias.copy_(CONSTANT * _constant_channels(out_code))
 
 
-def _plain(channels: int) -> Tensor:
-    """A channel for each colour [channels, colours], as in pictures and latents; further channels are none's."""
+def _plain_code(channels: int) -> Tensor:
+    """Return the code of images and latents: one channel for each colour; further channels are empty."""
     return torch.eye(channels, COLOURS)
 
 
-def _grouped(channels: int, groups: int) -> Tensor:
-    """Each group has a colour, its negative, and the constant where there is room [channels, colours]."""
+def _group_code(channels: int, groups: int) -> Tensor:
+    """Return the code of hidden layers: in each group a colour, its negative, and constants where there is room."""
     size = max(2, channels // groups)
-    places = torch.arange(channels)
-    signs = torch.tensor([1.0, -1.0] + [0.0] * (size - 2))[places % size]
-    return signs[:, None] * torch.eye(COLOURS)[places // size % COLOURS]
+    index = torch.arange(channels)
+    signs = torch.tensor([1.0, -1.0] + [0.0] * (size - 2))[index % size]
+    return signs[:, None] * torch.eye(COLOURS)[index // size % COLOURS]
 
 
-def _constants(code: Tensor) -> Tensor:
+def _constant_channels(code: Tensor) -> Tensor:
+    """Return which channels hold no colour, of shape [channels]."""
     return (code == 0).all(dim=1)

@@ -1,11 +1,12 @@
-"""Where the queries of a Q-Former that is trained from nothing first look: each at its own part of the picture.
+"""Initial attention of a Q-Former that is trained from nothing: each query attends to a region of its own.
 
     python -m mini.init.placed_queries MODEL PAIRS DST
 
-From random weights every query looks at all of a picture alike, and thousands of steps go by until one looks anywhere;
-until then the vectors tell mean colours. Here the keys of some heads begin as a linear layer that reads a patch's row
-and column off its token, and the queries ask for those of a patch of their own. The image encoder has to be trained, so
-that its tokens do tell (see :mod:`.stages.vision`); everything goes on learning from there.
+From random weights every query attends to all of an image alike, and thousands of steps pass before one attends to
+anything in particular; until then the vectors tell mean colours only. Here the keys of some heads begin as a linear
+layer that reads a patch's row and column from its token, and the queries ask for those of a patch of their own. The
+image encoder must be trained, so that its tokens do hold their positions (see :mod:`mini.stages.vision`). Nothing is
+frozen: training goes on from there.
 """
 
 from __future__ import annotations
@@ -26,84 +27,108 @@ from blip_qformer.data.collate import subject_batch
 from blip_qformer.data.stream import PairStream
 from blip_qformer.encoder import SubjectEncoder
 from blip_qformer.encoder.qformer import QFormerAttention
-from blip_qformer.pipeline.pipeline import load_pipeline, save_pipeline
+from blip_qformer.pipeline import load_pipeline, save_pipeline
 from blip_qformer.training.stages.subject_vectors import qformer_output
 
-PICTURES = 256  # enough to fit 16 linear functions of 128 numbers
-
-
-FOCUS = 0.35  # of the fitted logits: so soft that a query also sees its patch's neighbours, and can learn to look there
-
-
+IMAGES = 256  # enough to fit 16 linear functions of 128 numbers
+FOCUS = 0.35  # of the fitted logits: low enough that a query also attends to its patch's neighbours, and can learn to
 RIDGE = 1e-4  # of the queries' fit
-
-
+WEIGHT_DECAY = 1e-4  # of the locations' fit
+REMAINING = 0.3  # of the initial weights in the rest of a fitted head
 SEED = 0
 
 
-REMAINING = 0.3  # of what is left of the first weights in a head that looks at a place
-
-
 @torch.no_grad()
-def place_queries(encoder: SubjectEncoder, pixel_values: Tensor, words: Sequence[str]) -> None:
-    """Let each query begin by looking at the patches of its cell; in place.
+def initialise_queries(encoder: SubjectEncoder, pixel_values: Tensor, words: Sequence[str]) -> None:
+    """Let each query begin by attending to the patches of its cell, in place.
 
-    The queries share the picture out as a square of cells. Each patch of a cell is looked at by one head, the first
-    head of the first layer with cross-attention being the first.
+    The cells are a square grid over the image, one for each query. Each patch of a cell has a head of its own, counted
+    from the first head of the first layer with cross-attention.
 
     Args:
-        pixel_values: preprocessed pictures [B, 3, S, S], such as the encoder was trained on.
-        words: what is asked about each.
+        encoder: The subject encoder, its image encoder trained.
+        pixel_values: Preprocessed images of shape [B, 3, S, S], such as the encoder was trained on.
+        words: A word for each image.
 
     Raises:
-        ValueError: the queries do not share out the patches evenly, or there are too few heads, or too narrow ones.
+        ValueError: The grid does not divide the patches evenly, or there are too few heads, or too narrow ones.
     """
     edge = math.isqrt(encoder.config.vision.tokens - 1)
     layers = [layer.cross_attention for layer in encoder.qformer.layers if layer.cross_attention is not None]
-    looks = _looks(encoder, edge, layers)
+    patches_of_layers = _assign_patches(encoder, edge, layers)
     tokens = encoder.vision(pixel_values)[:, 1:]  # [B, edge^2, image width]
     keys = fit_location(tokens, edge)
-    for attention, patches in zip(layers, looks, strict=False):  # the later layers look where they like
-        queries = _queries_before(attention, encoder, pixel_values, words)  # [B, Q, width]
+    for attention, patches in zip(layers, patches_of_layers, strict=False):  # later layers keep their weights
+        queries = _attention_inputs(attention, encoder, pixel_values, words)  # [B, Q, width]
         for head, (down, right) in enumerate(patches):
             rows, columns = _patches_of_queries(encoder.config.qformer.query_tokens, edge, down, right)
-            asked = torch.cat([F.one_hot(rows, edge), F.one_hot(columns, edge)], dim=1).float()  # [Q, 2 * edge]
-            _turn_head(attention, head, queries, asked, keys)
-        for linear in (attention.value, attention.output):  # what is seen arrives whole
+            targets = torch.cat([F.one_hot(rows, edge), F.one_hot(columns, edge)], dim=1).float()  # [Q, 2 * edge]
+            _initialise_head(attention, head, queries, targets, keys)
+        for linear in (attention.value, attention.output):  # so that a patch's token reaches the query whole
             nn.init.orthogonal_(linear.weight)
 
 
 def fit_location(tokens: Tensor, edge: int) -> tuple[Tensor, Tensor]:
-    """The linear layer that tells a token's row and column: softmax regression, fitted by L-BFGS.
+    """Fit the linear layer that reads a token's row and column: softmax regression by L-BFGS.
 
     Args:
-        tokens: [B, edge^2, width]
+        tokens: Image tokens without the class token, of shape [B, edge^2, width].
+        edge: Number of patches along the image's edge.
 
     Returns:
-        Weight [2 * edge, width] and bias [2 * edge]: logits of the rows, then of the columns, zero on average.
+        Weight of shape [2 * edge, width] and bias of shape [2 * edge]: logits of the rows, then of the columns, each
+        zero on average.
     """
     head = nn.Linear(tokens.shape[-1], 2 * edge).to(tokens.device)
     nn.init.zeros_(head.weight)
     rows_and_columns = torch.cartesian_prod(*[torch.arange(edge, device=tokens.device)] * 2).repeat(len(tokens), 1)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
 
-    def loss() -> Tensor:
+    def closure() -> Tensor:
         optimizer.zero_grad()
-        logits = rearrange(head(tokens.flatten(0, 1)), "n (two place) -> (n two) place", two=2)
-        error = F.cross_entropy(logits, rows_and_columns.flatten()) + 1e-4 * head.weight.square().sum()
-        error.backward()
-        return error
+        logits = rearrange(head(tokens.flatten(0, 1)), "n (two edge) -> (n two) edge", two=2)
+        loss = F.cross_entropy(logits, rows_and_columns.flatten()) + WEIGHT_DECAY * head.weight.square().sum()
+        loss.backward()
+        return loss
 
     with torch.enable_grad():
-        optimizer.step(loss)
+        optimizer.step(closure)
     weight, bias = (
-        rearrange(each.detach(), "(two place) ... -> two place ...", two=2) for each in (head.weight, head.bias)
+        rearrange(each.detach(), "(two edge) ... -> two edge ...", two=2) for each in (head.weight, head.bias)
     )
     return (weight - weight.mean(1, keepdim=True)).flatten(0, 1), (bias - bias.mean(1, keepdim=True)).flatten()
 
 
-def _looks(encoder: SubjectEncoder, edge: int, layers: Sequence[QFormerAttention]) -> list[list[tuple[int, int]]]:
-    """The patches of a cell, as (row, column), that the first heads of each layer look at, till all have been."""
+def initialise_saved_model(source: Path, pairs: str, target: Path) -> None:
+    """Write a copy of a model with initialised queries, fitted to the first pairs of a stream.
+
+    Args:
+        source: The model's folder.
+        pairs: The pairs, see :class:`~blip_qformer.data.stream.PairStream`.
+        target: The folder to write.
+
+    Raises:
+        ValueError: The model or the pairs cannot be read, or the sizes do not fit each other.
+        OSError: The folder cannot be written to.
+    """
+    pipeline = load_pipeline(source)
+    size = pipeline.encoder.config.vision.image_size
+    batch = subject_batch(list(islice(PairStream(pairs), IMAGES)), size=size, resolution=size)
+    pipeline.encoder.eval().requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        initialise_queries(pipeline.encoder, batch["pixel_values"], batch["words"])
+    save_pipeline(pipeline, target)
+
+
+def _assign_patches(
+    encoder: SubjectEncoder, edge: int, layers: Sequence[QFormerAttention]
+) -> list[list[tuple[int, int]]]:
+    """Assign the patches of a cell, as (row, column), to the first heads of each layer until all have one.
+
+    Raises:
+        ValueError: The sizes do not fit each other.
+    """
     config = encoder.config.qformer
     side = math.isqrt(config.query_tokens)
     if side**2 != config.query_tokens or edge % side:
@@ -117,62 +142,53 @@ def _looks(encoder: SubjectEncoder, edge: int, layers: Sequence[QFormerAttention
             f"{len(layers) * heads} heads, each {config.width // heads} wide, cannot look at {cell**2} patches of a "
             f"cell by rows and columns of {edge}: choose fewer patches, or more and wider heads."
         )
-    patches = [divmod(number, cell) for number in range(cell**2)]
-    return [patches[first : first + heads] for first in range(0, len(patches), heads)]
+    patches = [divmod(index, cell) for index in range(cell**2)]
+    return [patches[start : start + heads] for start in range(0, len(patches), heads)]
 
 
 def _patches_of_queries(queries: int, edge: int, down: int, right: int) -> tuple[Tensor, Tensor]:
-    """The row and the column [Q] of the patch that each query looks at."""
+    """Return row [Q] and column [Q] of the patch that lies at (down, right) in each query's cell."""
     side = math.isqrt(queries)
     cells = torch.cartesian_prod(torch.arange(side), torch.arange(side)) * (edge // side)
     return cells[:, 0] + down, cells[:, 1] + right
 
 
-def _queries_before(
+def _attention_inputs(
     attention: QFormerAttention, encoder: SubjectEncoder, pixel_values: Tensor, words: Sequence[str]
 ) -> Tensor:
-    """What comes into a layer's cross-attention [B, Q, width]."""
-    seen: list[Tensor] = []
-    hook = attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    """Record the queries [B, Q, width] that a layer's cross-attention receives."""
+    inputs: list[Tensor] = []
+    hook = attention.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     try:
         qformer_output(encoder, pixel_values, words)
     finally:
         hook.remove()
-    return seen[0]
+    return inputs[0]
 
 
-def _turn_head(
-    attention: QFormerAttention, head: int, queries: Tensor, asked: Tensor, keys: tuple[Tensor, Tensor]
+def _initialise_head(
+    attention: QFormerAttention, head: int, queries: Tensor, targets: Tensor, keys: tuple[Tensor, Tensor]
 ) -> None:
-    """Let one head's keys tell rows and columns, and its queries [B, Q, width] ask for those in ``asked``."""
+    """Let one head's keys hold rows and columns, and fit its queries to those that they should attend to.
+
+    Args:
+        attention: The cross-attention, changed in place.
+        head: Index of the head.
+        queries: Inputs of the query layer, of shape [B, Q, width].
+        targets: One-hot row and column for each query, of shape [Q, 2 * edge].
+        keys: Weight and bias of the key layer, from :func:`fit_location`.
+    """
     width = attention.query.out_features // attention.heads
     inputs = F.pad(queries, (0, 1), value=1.0).flatten(0, 1)  # [B * Q, width + 1], a one for the bias
-    wanted = FOCUS * math.sqrt(width) * asked.repeat(len(queries), 1)  # [B * Q, 2 * edge]
+    outputs = FOCUS * math.sqrt(width) * targets.repeat(len(queries), 1)  # [B * Q, 2 * edge]
     ridge = RIDGE * len(inputs) * torch.eye(inputs.shape[1])
-    fitted = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ wanted)  # [width + 1, 2 * edge]
+    solution = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ outputs)  # [width + 1, 2 * edge]
     start, end = head * width, (head + 1) * width
-    place, rest = slice(start, start + asked.shape[1]), slice(start + asked.shape[1], end)
-    attention.query.weight[place], attention.query.bias[place] = fitted[:-1].T, fitted[-1]
-    attention.key.weight[place], attention.key.bias[place] = keys
+    fitted, rest = slice(start, start + targets.shape[1]), slice(start + targets.shape[1], end)
+    attention.query.weight[fitted], attention.query.bias[fitted] = solution[:-1].T, solution[-1]
+    attention.key.weight[fitted], attention.key.bias[fitted] = keys
     attention.query.weight[rest] *= REMAINING
     attention.key.weight[rest] *= REMAINING
-
-
-def place_model(model: Path, pairs: str, target: Path) -> None:
-    """Write a model whose queries look at their places, fitted to the first of a source's pairs.
-
-    Raises:
-        ValueError: the model or the pairs cannot be read, or the sizes do not fit each other.
-        OSError: the folder cannot be written to.
-    """
-    pipeline = load_pipeline(model)
-    size = pipeline.encoder.config.vision.image_size
-    batch = subject_batch(list(islice(PairStream(pairs), PICTURES)), size=size, resolution=size)
-    pipeline.encoder.eval().requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        place_queries(pipeline.encoder, batch["pixel_values"], batch["words"])
-    save_pipeline(pipeline, target)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -183,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", metavar="DST", type=Path, help="the folder to write")
     arguments = parser.parse_args(argv)
     try:
-        place_model(arguments.model, arguments.pairs, arguments.target)
+        initialise_saved_model(arguments.model, arguments.pairs, arguments.target)
     except (OSError, ValueError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 1

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from blip_qformer.data.collate import Batch, subject_batch
-from blip_qformer.pipeline.pipeline import Pipeline
+from blip_qformer.pipeline import Pipeline
 from blip_qformer.training.options import OptionGroup, PositiveCount, Probability
 from blip_qformer.training.stages.base import CollateFn, Stage, image_grid, make_generators
 from blip_qformer.training.stages.subject_vectors import qformer_output, replace_words

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from blip_qformer.data.pairs import Pair
-from blip_qformer.data.prepare import SkippedPair
+from blip_qformer.data.prepare import SkippedPairError
 
 from .artwork import SPLITS, Artwork, read_artwork
 from .places import Place, Random
@@ -93,7 +93,7 @@ class World:
         The input shows it somewhere, the target always at the same spot.
 
         Raises:
-            SkippedPair: the artwork's file is no picture, or part of one.
+            SkippedPairError: the artwork's file is no picture, or part of one.
         """
         random = np.random.default_rng((seed, index))
         choices = artwork_of_split(self.artwork, self.split)
@@ -109,7 +109,7 @@ class World:
             small = in_look(drawing, look, round(there.size * SUBJECT_EDGE))
             large = in_look(drawing, look, round(here.size * self.edge))
         except OSError as error:
-            raise SkippedPair("unreadable artwork", str(error)) from error
+            raise SkippedPairError("unreadable artwork", str(error)) from error
         return Pair(
             key=f"{index:08d}",
             subject=compose(small, other, there),

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from blip_qformer.cli.command_line import main as blip_qformer
-from blip_qformer.pipeline.pipeline import save_pipeline
+from blip_qformer.pipeline import save_pipeline
 from blip_qformer.subject import load_subject
 from tests import tiny
 

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from blip_qformer.cli.prepare import add_prepare_command
-from blip_qformer.data.photographs import Photographs, parse_line
-from blip_qformer.data.prepare import SkippedPair, prepare
+from blip_qformer.data.photographs import Photographs, parse_annotation
+from blip_qformer.data.prepare import SkippedPairError, prepare
 from blip_qformer.data.stream import PairStream
 from blip_qformer.imaging.segmentation import Segmenter
 from tests.clipseg import write_clipseg
@@ -145,7 +145,7 @@ def test_what_is_skipped_and_why(folder, changes, reason, detail):
     (photographs / "cut.png").write_bytes(content[: len(content) // 2])
     (photographs / "empty.png").write_bytes(b"")
     Image.new("RGB", (1, 1), "white").save(photographs / "tiny.png")
-    with pytest.raises(SkippedPair) as skipped:
+    with pytest.raises(SkippedPairError) as skipped:
         source(folder, {**LINE, **changes}).pair(0, 0)
     assert skipped.value.reason == reason
     assert detail in skipped.value.detail
@@ -153,13 +153,13 @@ def test_what_is_skipped_and_why(folder, changes, reason, detail):
 
 @pytest.mark.parametrize("text", [b"{", b"[]", b"7", b"\xff\xfe", b'{"word": "dog"}'])
 def test_bad_lines(text):
-    with pytest.raises(SkippedPair) as skipped:
-        parse_line(text)
+    with pytest.raises(SkippedPairError) as skipped:
+        parse_annotation(text)
     assert skipped.value.reason == "bad line"
 
 
 def test_a_missing_caption_is_the_word():
-    assert parse_line(b'{"file": "a.jpg", "word": "dog", "LabelName": "/m/0bt9lr"}').caption == "a dog"
+    assert parse_annotation(b'{"file": "a.jpg", "word": "dog", "LabelName": "/m/0bt9lr"}').caption == "a dog"
 
 
 def test_broken_backgrounds_are_passed_over(folder):
@@ -167,7 +167,7 @@ def test_broken_backgrounds_are_passed_over(folder):
         (folder / "backgrounds" / f"{number}.jpg").write_bytes(b"broken")
     assert colours(source(folder, LINE).pair(0, 0).subject) == coarse(RED, GREEN)
     (folder / "backgrounds" / "grass" / "green.png").write_bytes(b"")
-    with pytest.raises(SkippedPair, match="unreadable background"):
+    with pytest.raises(SkippedPairError, match="unreadable background"):
         source(folder, LINE).pair(0, 0)
 
 
@@ -181,7 +181,7 @@ def test_clipseg_finds_the_subject_where_there_is_no_mask(folder):
     pair = source(folder, line, segmentation=clipseg, thresholds=thresholds).pair(0, 0)
     from_background = (np.array(pair.subject) == GREEN).all(axis=-1)
     assert 0.05 < from_background.mean() < 0.9
-    with pytest.raises(SkippedPair, match="no subject found"):
+    with pytest.raises(SkippedPairError, match="no subject found"):
         source(folder, line, segmentation=clipseg, thresholds=(0.5, 1.0)).pair(0, 0)
 
 

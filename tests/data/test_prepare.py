@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from blip_qformer.data.prepare import Prepared, prepare
+from blip_qformer.data.prepare import PrepareResult, prepare
 from blip_qformer.data.stream import PairStream
 from tools.host import ROOT
 
@@ -22,8 +22,8 @@ SOURCE = '''
 import os, time
 import numpy as np
 from PIL import Image
-from blip_qformer.data.prepare import SkippedPair
-from blip_qformer.data.shards import Pair
+from blip_qformer.data.prepare import SkippedPairError
+from blip_qformer.data.pairs import Pair
 
 class Squares:
     """Random squares; every fifth and every seventh are skipped, ``fatal`` fails, and a negative one kills."""
@@ -41,9 +41,9 @@ class Squares:
         if index == -self.fatal:
             os.kill(os.getpid(), 9)
         if index % 5 == 0:
-            raise SkippedPair("too small", f"{index}\\n of 100")
+            raise SkippedPairError("too small", f"{index}\\n of 100")
         if index % 7 == 0:
-            raise SkippedPair("unreadable")
+            raise SkippedPairError("unreadable")
         pixels = np.random.default_rng((seed, index)).integers(0, 255, (2, 16, 16, 3), dtype=np.uint8)
         return Pair(f"{index:06d}", *map(Image.fromarray, pixels), "square", f"made by {type(self).__name__}")
 '''
@@ -87,7 +87,7 @@ def expected(squares, tmp_path) -> dict[str, bytes]:
 
 def test_all_pairs_are_made_and_what_was_skipped_is_listed(squares, tmp_path):
     made = prepare(squares(60), tmp_path, seed=3, pairs_per_shard=25, settings={"source": ("squares", 1)})
-    assert made == Prepared(len(KEPT), 3, {"too small": 12, "unreadable": 7})
+    assert made == PrepareResult(len(KEPT), 3, {"too small": 12, "unreadable": 7})
     index = json.loads((tmp_path / "index.json").read_text())
     assert index["complete"] is True
     assert index["pairs"] == len(KEPT) == sum(index["shards"].values())

@@ -21,10 +21,10 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from blip_qformer.data import shards as module
-from blip_qformer.data.pairs import Pair, Sample, encode_pair
-from blip_qformer.data.shards import LoosePairs, Shard, write_shard
-from blip_qformer.data.stream import PairStream, share_out, shuffled
+from blip_qformer.data import stream as stream_module
+from blip_qformer.data.pairs import EncodedPair, Pair, encode_pair
+from blip_qformer.data.shards import FileShard, TarShard, write_shard
+from blip_qformer.data.stream import PairStream, assign_shards, shuffled
 
 COUNT, SHARDS = 40, 5
 
@@ -143,16 +143,18 @@ def test_two_processes_with_two_workers_see_each_pair_once(request, kind):
     assert sorted(seen) == [f"{number:04d}" for number in range(COUNT)]
 
 
-@pytest.mark.parametrize(("parts", "streams"), itertools.product([1, 3, 8, 13], [1, 2, 5, 16]))
-def test_parts_are_shared_out_evenly_without_overlap_or_loss(parts, streams):
+@pytest.mark.parametrize(("shards", "readers"), itertools.product([1, 3, 8, 13], [1, 2, 5, 16]))
+def test_shards_are_assigned_evenly_without_overlap_or_loss(shards, readers):
     size = 32
-    everything = [LoosePairs([Sample(f"{part} {number}", {}, "") for number in range(size)]) for part in range(parts)]
-    read = [
-        [sample.key for share in share_out(everything, stream, streams) for sample in share.read()]
-        for stream in range(streams)
+    everything = [
+        FileShard([EncodedPair(f"{shard} {number}", {}, "") for number in range(size)]) for shard in range(shards)
     ]
-    assert Counter(itertools.chain(*read)) == Counter(f"{part} {n}" for part in range(parts) for n in range(size))
-    even = parts * size / streams
+    read = [
+        [encoded.key for each in assign_shards(everything, reader, readers) for encoded in each.read()]
+        for reader in range(readers)
+    ]
+    assert Counter(itertools.chain(*read)) == Counter(f"{shard} {n}" for shard in range(shards) for n in range(size))
+    even = shards * size / readers
     assert max(map(len, read)) <= math.ceil(even / size) * size
     assert min(map(len, read)) >= even / 2
 
@@ -173,8 +175,8 @@ def test_a_resumed_run_goes_on_in_the_same_order(request, tmp_path, kind, worker
 
 def test_skipping_decodes_nothing_and_steps_over_whole_epochs(shards, tmp_path, monkeypatch):
     decoded, read = [], []
-    monkeypatch.setattr(module, "decode_pair", lambda sample: decoded.append(sample.key) or sample)
-    monkeypatch.setattr(Shard, "read", lambda self, original=Shard.read: read.append(self.url) or original(self))
+    monkeypatch.setattr(stream_module, "decode_pair", lambda encoded: decoded.append(encoded.key) or encoded)
+    monkeypatch.setattr(TarShard, "read", lambda self, original=TarShard.read: read.append(self.url) or original(self))
     first(PairStream(indexed(shards, tmp_path), skip=100 * COUNT + 3), 1)
     assert len(decoded) == 1
     assert len(read) <= SHARDS

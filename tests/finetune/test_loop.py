@@ -15,7 +15,7 @@ from blip_qformer.diffusion.ddim import ddim_sample
 from blip_qformer.finetune.loop import FinetuneCancelledError, FinetuneSettings, SubjectTuning, finetune, sample_batch
 from blip_qformer.finetune.lora import LoRA
 from blip_qformer.finetune.validation import Validation
-from blip_qformer.pipeline.pipeline import SCHEDULER
+from blip_qformer.pipeline import SCHEDULER_CONFIG
 from tests import oracle, tiny
 
 WIDTH, LATENT = 32, (4, 8, 8)
@@ -62,7 +62,7 @@ def test_full_steps_are_those_of_a_plain_torch_loop(unet, vectors, latents):
     optimizer = torch.optim.AdamW(
         [*plain.parameters(), vectors_there], lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
     )
-    scheduler, losses = DDPMScheduler.from_config(SCHEDULER), []
+    scheduler, losses = DDPMScheduler.from_config(SCHEDULER_CONFIG), []
     for number in (1, 2, 3):
         batch = sample_batch(latents, settings, number)
         noisy = scheduler.add_noise(latents[batch.indices], batch.noise, batch.timesteps)
@@ -249,7 +249,7 @@ def test_ddim_is_diffusers_own(steps):
     noise = torch.randn(2, *LATENT, generator=torch.Generator().manual_seed(0))
     uncond, cond = torch.tensor([0.1, 0.3]), torch.tensor([0.2, -0.4])
     uncond, cond = uncond[:, None, None], cond[:, None, None]  # [2, 1, 1]
-    scheduler = DDIMScheduler.from_config(SCHEDULER, clip_sample=False, set_alpha_to_one=True)
+    scheduler = DDIMScheduler.from_config(SCHEDULER_CONFIG, clip_sample=False, set_alpha_to_one=True)
     scheduler.set_timesteps(steps)
     latents = (1 - scheduler.alphas_cumprod[scheduler.timesteps[0]]).sqrt() * noise
     for timestep in scheduler.timesteps:

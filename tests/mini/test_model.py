@@ -12,8 +12,8 @@ from PIL import Image
 
 from blip_qformer.checkpoint import open_checkpoint
 from blip_qformer.encoder import preprocess
-from blip_qformer.pipeline.pipeline import load_pipeline
-from blip_qformer.pipeline.sample import draw
+from blip_qformer.pipeline import load_pipeline
+from blip_qformer.pipeline.sample import sample_images
 from tools.host import ROOT
 
 MINI = ROOT / "mini"
@@ -41,8 +41,9 @@ def pictures(pipeline, given: torch.Tensor, word: str, places: list[str]) -> tor
     vectors = pipeline.encoder(preprocess(given, size=size), [word])[0]
     noise = torch.randn(1, 4, EDGE // 8, EDGE // 8, generator=torch.Generator().manual_seed(3))
     prompts = [f"a {word} {place}" for place in places]
-    inputs = {"steps": STEPS, "guidance": GUIDANCE, "negative": ""}
-    return draw(pipeline, prompts, [vectors] * len(places), noise=noise.expand(len(places), -1, -1, -1), **inputs)
+    inputs = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "negative_prompt": ""}
+    noise = noise.expand(len(places), -1, -1, -1)
+    return sample_images(pipeline, prompts, [vectors] * len(places), noise=noise, **inputs)
 
 
 def middle(picture: torch.Tensor) -> torch.Tensor:

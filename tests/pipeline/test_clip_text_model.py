@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
+import transformers
 
-from blip_qformer.pipeline.clip_text_model import TextEncoder, TextEncoderConfig, encode_prompts
+from blip_qformer.pipeline.clip_text_model import CLIPTextModel, CLIPTextModelConfig, encode_prompts
 from tests import oracle
 from tools.host import comfyui_path
 
@@ -26,10 +26,10 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def ours(reference) -> TextEncoder:
+def ours(reference) -> CLIPTextModel:
     """Ours with the same weights, read by their published names."""
-    encoder = TextEncoder(TextEncoderConfig.from_hub(reference.config.to_dict()))
-    encoder.load_published(reference.state_dict())
+    encoder = CLIPTextModel(CLIPTextModelConfig.from_hub(reference.config.to_dict()))
+    encoder.load_hub_state_dict(reference.state_dict())
     return encoder.eval()
 
 
@@ -39,12 +39,12 @@ def ids_of(tokenizer, texts: list[str]) -> list[list[int]]:
 
 def test_it_is_transformers_text_model(tokenizer):
     torch.manual_seed(0)
-    config = CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         vocab_size=49408, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4
     )
-    theirs = oracle.randomized(CLIPTextModel(config), seed=1)
-    encoder = TextEncoder(TextEncoderConfig.from_hub(config.to_dict()))
-    encoder.load_published(theirs.state_dict())
+    theirs = oracle.randomized(transformers.CLIPTextModel(config), seed=1)
+    encoder = CLIPTextModel(CLIPTextModelConfig.from_hub(config.to_dict()))
+    encoder.load_hub_state_dict(theirs.state_dict())
     padded = tokenizer(TEXTS, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
     expected = theirs(padded).last_hidden_state
     assert expected.std() > 0.1
@@ -97,6 +97,6 @@ def test_gradients_reach_the_vectors_and_the_words(ours, tokenizer):
 
 
 def test_the_config_comes_back(reference):
-    config = TextEncoderConfig.from_hub(reference.config.to_dict())
-    assert TextEncoderConfig.from_hub(config.to_hub()) == config
-    assert TextEncoderConfig.from_hub({}) == TextEncoderConfig()  # a published config leaves out what is CLIP-L's
+    config = CLIPTextModelConfig.from_hub(reference.config.to_dict())
+    assert CLIPTextModelConfig.from_hub(config.to_hub()) == config
+    assert CLIPTextModelConfig.from_hub({}) == CLIPTextModelConfig()  # a published config leaves out what is CLIP-L's

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from blip_qformer.encoder.tokenizer import bert_tokenizer
-from blip_qformer.pipeline.initial_weights import first_encoder, first_model, main
-from blip_qformer.pipeline.pipeline import load_pipeline
+from blip_qformer.pipeline import load_pipeline
+from blip_qformer.pipeline.initial_weights import initial_encoder, initial_pipeline, main
 from blip_qformer.training.losses import contrastive_mask
 from blip_qformer.training.stages.multimodal import run_qformer
 from tests import oracle
@@ -81,7 +81,7 @@ def stable_diffusion(tmp_path_factory) -> Path:
 
 
 def test_the_image_encoder_is_clips_without_its_last_block(clip, bert):
-    encoder = first_encoder(clip, bert)
+    encoder = initial_encoder(clip, bert)
     theirs = CLIPVisionModel.from_pretrained(clip)
     assert isinstance(theirs.config, CLIPVisionConfig)
     pixels = torch.randn(2, 3, 28, 28)
@@ -93,7 +93,7 @@ def test_the_image_encoder_is_clips_without_its_last_block(clip, bert):
 
 
 def test_the_text_reads_as_bert_does(clip, bert, reference_bert):
-    encoder = first_encoder(clip, bert)
+    encoder = initial_encoder(clip, bert)
     encodings = [bert_tokenizer().encode(text) for text in ("a dog in the snow", "a cat")]
     for encoding in encodings:
         encoding.pad(10)
@@ -109,7 +109,7 @@ def test_the_text_reads_as_bert_does(clip, bert, reference_bert):
 
 
 def test_what_is_new_is_new_and_what_is_shared_begins_alike(clip, bert):
-    encoder = first_encoder(clip, bert)
+    encoder = initial_encoder(clip, bert)
     deviation = 0.02 * (768 / 32) ** 0.5  # BERT's 0.02, at this width
     for layer in encoder.qformer.layers:
         for mine, texts in zip(
@@ -120,15 +120,15 @@ def test_what_is_new_is_new_and_what_is_shared_begins_alike(clip, bert):
     assert encoder.qformer.word_embedding.weight.shape == (30523, 32)
     assert encoder.qformer.word_embedding.weight[30522].std().item() == pytest.approx(deviation, rel=0.4)
     assert encoder.qformer.query_tokens.shape == (1, 16, 32)
-    assert torch.equal(encoder.qformer.query_tokens, first_encoder(clip, bert).qformer.query_tokens)
-    assert not torch.equal(encoder.qformer.query_tokens, first_encoder(clip, bert, seed=1).qformer.query_tokens)
+    assert torch.equal(encoder.qformer.query_tokens, initial_encoder(clip, bert).qformer.query_tokens)
+    assert not torch.equal(encoder.qformer.query_tokens, initial_encoder(clip, bert, seed=1).qformer.query_tokens)
 
 
 def test_the_command_writes_a_model_that_training_reads(clip, bert, stable_diffusion, tmp_path, capsys):
     folder = tmp_path / "first"
     assert main([str(clip), str(bert), str(stable_diffusion), str(folder)]) == 0
     assert capsys.readouterr().out == f"The model to begin with is in {folder}.\n"
-    expected, found = first_model(clip, bert, stable_diffusion), load_pipeline(folder)
+    expected, found = initial_pipeline(clip, bert, stable_diffusion), load_pipeline(folder)
     for name, network in expected.networks.items():
         for key, weight in network.state_dict().items():
             assert torch.equal(found.networks[name].state_dict()[key], weight)
@@ -141,9 +141,9 @@ def test_folders_that_lack_something_get_one_sentence(clip, bert, stable_diffusi
     assert capsys.readouterr().err == f"{tmp_path} has no config.json: choose a folder in transformers' layout.\n"
     (tmp_path / "config.json").write_bytes((clip / "config.json").read_bytes())
     with pytest.raises(ValueError, match="has no weights: choose a folder in transformers' layout"):
-        first_encoder(tmp_path, bert)
+        initial_encoder(tmp_path, bert)
     weights = load_file(clip / "model.safetensors")
     torch.save({k: v[:1] if k.endswith("pre_layrnorm.bias") else v for k, v in weights.items()}, tmp_path / "model.bin")
     with pytest.raises(ValueError, match="does not fit its own config .*pre_norm.bias"):
-        first_encoder(tmp_path, bert)
+        initial_encoder(tmp_path, bert)
     assert not (tmp_path / "a").exists()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from blip_qformer.encoder import preprocess
-from blip_qformer.pipeline.pipeline import save_pipeline
-from blip_qformer.pipeline.sample import NEGATIVE_PROMPT, draw
+from blip_qformer.pipeline import save_pipeline
+from blip_qformer.pipeline.sample import NEGATIVE_PROMPT, sample_images
 from tests import tiny
 
 SEED, STEPS, SIZE = 3, 10, (64, 96)  # the picture's height and width; 1000 is a multiple of the steps
@@ -26,7 +26,7 @@ def noise() -> torch.Tensor:
     return torch.randn(1, 4, SIZE[0] // 8, SIZE[1] // 8, generator=torch.manual_seed(SEED))
 
 
-def test_the_host_draws_the_same_picture_with_a_saved_model(host, pipeline, noise):
+def test_the_host_samples_the_same_image_with_a_saved_model(host, pipeline, noise):
     """Load BLIP-Diffusion, BLIP-2 Subject Encode, Subject Prompt Compose, the stock KSampler and VAE Decode."""
     save_pipeline(pipeline, host.base / "models" / "blip_diffusion" / "trained")
     model, clip, vae, qformer = host.run("BLIPDiffusionLoader", checkpoint="trained")
@@ -42,25 +42,28 @@ def test_the_host_draws_the_same_picture_with_a_saved_model(host, pipeline, nois
     with torch.no_grad():
         vectors = pipeline.encoder(preprocess(image, size=28), ["teddy bear"])
     torch.testing.assert_close(subject.vectors, vectors, atol=1e-4, rtol=0)
-    found = draw(pipeline, [text], list(vectors), noise=noise, steps=STEPS)
+    found = sample_images(pipeline, [text], list(vectors), noise=noise, num_inference_steps=STEPS)
     assert found.shape == (1, 3, *SIZE)
     assert expected.std() > 0.05
     torch.testing.assert_close(found.permute(0, 2, 3, 1), expected, atol=1e-3, rtol=0)
 
 
-def test_every_row_of_a_batch_is_a_picture_of_its_own(pipeline, noise):
+def test_every_row_of_a_batch_is_an_image_of_its_own(pipeline, noise):
     prompts = ["a dog in the snow", "a cat", "a dog in the snow"]
     vectors = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
-    inputs = {"steps": 2, "guidance": 3.0}
-    many = draw(pipeline, prompts, [vectors, None, None], noise=noise.expand(3, -1, -1, -1), **inputs)
+    inputs = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    many = sample_images(pipeline, prompts, [vectors, None, None], noise=noise.expand(3, -1, -1, -1), **inputs)
     for row, subject in enumerate([vectors, None, None]):
-        alone = draw(pipeline, prompts[row : row + 1], [subject], noise=noise, **inputs)
+        alone = sample_images(pipeline, prompts[row : row + 1], [subject], noise=noise, **inputs)
         torch.testing.assert_close(many[row], alone[0], atol=1e-4, rtol=0)
-    assert (many[0] - many[2]).abs().max() > 0.01  # the subject is heard
+    assert (many[0] - many[2]).abs().max() > 0.01  # the subject has an effect
 
 
-def test_without_guidance_the_negative_is_not_heard(pipeline, noise):
+def test_without_guidance_the_negative_prompt_has_no_effect(pipeline, noise):
     one, other = (
-        draw(pipeline, ["a dog"], [None], noise=noise, negative=text, steps=2, guidance=1.0) for text in ("ugly", "")
+        sample_images(
+            pipeline, ["a dog"], [None], noise=noise, negative_prompt=text, num_inference_steps=2, guidance_scale=1.0
+        )
+        for text in ("ugly", "")
     )
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)

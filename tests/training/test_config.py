@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from blip_qformer.pipeline.pipeline import new_pipeline
+from blip_qformer.pipeline import new_pipeline
 from blip_qformer.training.config import config_from, read_config
 from blip_qformer.training.stages import find_stage, read_options
 from mini.stages import STAGES

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from blip_qformer.data.collate import Batch
-from blip_qformer.pipeline.pipeline import load_pipeline
+from blip_qformer.pipeline import load_pipeline
 from blip_qformer.training import trainer
 from blip_qformer.training.checkpointing import find_latest, latest_checkpoint
 from blip_qformer.training.config import RunConfig

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from ...pipeline.pipeline import Pipeline, load_pipeline, new_pipeline, replace_network
+from ...pipeline import Pipeline, load_pipeline, new_pipeline, replace_network
 from ..config import RunConfig
 from ..options import read_settings
 from .base import Stage
@@ -69,7 +69,7 @@ def make_pipeline(config: RunConfig, initialise: Callable[[Pipeline], None] | No
         ValueError: It is not there, is damaged, or its networks do not fit each other.
     """
     model = config.model
-    pipeline = new_pipeline(model, config.seed) if isinstance(model, dict) else load_pipeline(Path(model))
+    pipeline = new_pipeline(model, config.seed, initialise) if isinstance(model, dict) else load_pipeline(Path(model))
     for name, folder in config.networks.items():
         replace_network(pipeline, name, Path(folder))
     pipeline.check_widths()

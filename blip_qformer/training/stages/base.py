@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...data.collate import Batch
 from ...data.pairs import Pair
-from ...pipeline.pipeline import Pipeline
+from ...pipeline import Pipeline
 from ..options import OptionGroup
 
 CollateFn = Callable[[Sequence[Pair]], Batch]

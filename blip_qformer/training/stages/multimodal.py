@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...data.collate import Batch, multimodal_batch
 from ...encoder.qformer import QFormer
 from ...encoder.tokenizer import DEC_TOKEN, bert_tokenizer
-from ...pipeline.pipeline import Pipeline
+from ...pipeline import Pipeline
 from ..losses import (
     contrastive_loss,
     contrastive_mask,

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ...data.collate import Batch, subject_batch
 from ...data.latent_cache import LatentCache
+from ...pipeline import SCHEDULER_CONFIG, Pipeline
 from ...pipeline.clip_text_model import encode_prompts
-from ...pipeline.pipeline import SCHEDULER, Pipeline
-from ...pipeline.sample import NEGATIVE_PROMPT, draw, tokenize_prompts
+from ...pipeline.sample import NEGATIVE_PROMPT, sample_images, tokenize_prompts
 from ..options import Flag, Fraction, LatentEdge, Number, OptionGroup, PositiveCount, Probability
 from .base import CollateFn, Stage, image_grid, make_generators
 from .subject_vectors import qformer_output, replace_words
@@ -103,7 +103,7 @@ class SubjectStage(Stage):
     def __init__(self, pipeline: Pipeline, options: Options, output: Path):
         super().__init__(pipeline, options, output)
         diffusion = options.diffusion
-        self.scheduler = DDPMScheduler.from_config(SCHEDULER)
+        self.scheduler = DDPMScheduler.from_config(SCHEDULER_CONFIG)
         self.timestep_weights = timestep_weights(
             self.scheduler.alphas_cumprod, diffusion.min_snr_gamma, diffusion.max_velocity_weight
         )
@@ -139,7 +139,7 @@ class SubjectStage(Stage):
         vectors = self._encode_subjects(batch["pixel_values"], batch["words"])
         height, width = (edge // 8 for edge in batch["targets"].shape[2:])
         noise = randn_tensor((len(vectors), 4, height, width), make_generators(range(len(vectors))), vectors.device)
-        sampled = draw(self.pipeline, batch["captions"], list(vectors), noise=noise)
+        sampled = sample_images(self.pipeline, batch["captions"], list(vectors), noise=noise)
         subjects = F.interpolate(batch["subjects"].float(), sampled.shape[2:])
         return image_grid([subjects, batch["targets"], sampled])
 

@@ -2,13 +2,14 @@
 
 import pytest
 
-from blip_qformer.pipeline.pipeline import new_pipeline
+from blip_qformer.pipeline import new_pipeline
+from mini.init import initialise
 from tests import tiny
 
 
 @pytest.fixture(scope="session")
 def tiny_parts():
-    pipeline = new_pipeline(tiny.SIZES, seed=0)
+    pipeline = new_pipeline(tiny.SIZES, seed=0, initialise=initialise)
     for network in pipeline.networks.values():
         network.eval().requires_grad_(False)
     return pipeline

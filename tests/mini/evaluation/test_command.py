@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from blip_qformer.cli import command_line as cli
-from blip_qformer.pipeline.pipeline import save_pipeline
+from blip_qformer.pipeline import save_pipeline
 from mini.evaluation import judges, tuned
 from mini.evaluation import report as mini
 from tests import tiny

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from blip_qformer.evaluation.intervals import Share
 from blip_qformer.data.collate import to_pixels
+from blip_qformer.evaluation.intervals import Share
 from mini.evaluation import report as mini
 from mini.evaluation.report import (
     BLEND_SHARES,
@@ -128,7 +128,7 @@ class Painter:
     def encode_references(self, pipeline, cases):
         return [to_pixels(case.reference)[:, 32, 32] for case in cases]
 
-    def draw(self, pipeline, prompts, subjects, *, noise, steps, guidance):
+    def sample(self, pipeline, prompts, subjects, *, noise, num_inference_steps, guidance_scale):
         self.asked += [
             (prompt, round(float(each[0, 0, 0]) * 1000)) for prompt, each in zip(prompts, noise, strict=True)
         ]
@@ -145,7 +145,7 @@ def test_a_whole_report(artwork, cases, monkeypatch):
     """Of a model that does everything right, each row answers its own question."""
     painter = Painter()
     monkeypatch.setattr(mini, "encode_references", painter.encode_references)
-    monkeypatch.setattr(mini, "draw", painter.draw)
+    monkeypatch.setattr(mini, "sample_images", painter.sample)
     report, sheet = evaluate(None, ColourJudges(), artwork, SETTINGS, progress=lambda line: None)
     counts = {name: (report.identity[name].successes, report.blending[name].successes) for name in report.identity}
     assert counts[mini.GENERATED] == (8, 2)

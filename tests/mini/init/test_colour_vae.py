@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from mini.init.colour_vae import LOG_VARIANCE, carry_colours
+from mini.init.colour_vae import LOG_VARIANCE, initialise_vae
 
 
 def new_vae(widths: list[int]) -> AutoencoderKL:
@@ -36,7 +36,7 @@ def pictures() -> torch.Tensor:
 @pytest.mark.parametrize("widths", [[96, 32, 96], [96, 96, 96], [128, 64, 128]])
 def test_it_begins_with_the_picture(pictures, widths):
     vae = new_vae(widths)
-    carry_colours(vae)
+    initialise_vae(vae)
     latents = vae.encode(pictures).latent_dist.mean
     small = F.avg_pool2d(pictures, 4)
     assert (latents[:, :3] - small).abs().mean() < 0.15
@@ -51,7 +51,7 @@ def test_brightness_is_not_forgotten(pictures):
     for carried in (False, True):
         vae = new_vae([96, 32, 96])
         if carried:
-            carry_colours(vae)
+            initialise_vae(vae)
         found = vae.decode(vae.encode(pictures).latent_dist.mean).sample.mean(dim=(2, 3))
         errors[carried] = (found - pictures.mean(dim=(2, 3))).abs().mean()
     assert errors[True] < 0.1
@@ -60,14 +60,14 @@ def test_brightness_is_not_forgotten(pictures):
 
 def test_it_begins_with_little_noise(pictures):
     vae = new_vae([96, 32, 96])
-    carry_colours(vae)
+    initialise_vae(vae)
     deviation = vae.encode(pictures).latent_dist.std
     assert deviation.mean().item() == pytest.approx(math.exp(LOG_VARIANCE / 2), rel=0.3)
 
 
 def test_it_still_has_random_weights_to_learn_with():
     vae, carried = new_vae([96, 32, 96]), new_vae([96, 32, 96])
-    carry_colours(carried)
+    initialise_vae(carried)
     for (name, before), after in zip(vae.named_parameters(), carried.parameters(), strict=True):
         if name.endswith(".weight") and before.ndim == 4:
             assert after.std() > 0, name

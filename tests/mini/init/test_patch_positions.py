@@ -9,11 +9,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-import blip_qformer
-from blip_qformer.pipeline.pipeline import new_pipeline
-from mini.init.patch_positions import place_patches
+import mini
+from blip_qformer.pipeline import new_pipeline
+from mini.init import initialise
+from mini.init.patch_positions import initialise_patch_positions
 
-SMALL_MODEL = Path(blip_qformer.__file__).parent / "training" / "runs" / "mini" / "model.yaml"
+SMALL_MODEL = Path(mini.__file__).parent / "runs" / "model.yaml"
 
 
 def linear_probe(tokens: Tensor, wanted: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def with_one(tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize(("edge", "width"), [(8, 128), (8, 130), (16, 128), (2, 32)])
 def test_row_and_column_are_linear_in_the_embedding(edge, width):
     embedding = nn.Parameter(torch.randn(1, 1 + edge**2, width))
-    place_patches(embedding)
+    initialise_patch_positions(embedding)
     patches = embedding[0, 1:].detach()
     places = torch.cartesian_prod(torch.arange(edge), torch.arange(edge))  # rows, columns
     told = with_one(patches) @ linear_probe(patches, places)
@@ -38,7 +39,9 @@ def test_row_and_column_are_linear_in_the_embedding(edge, width):
 
 def test_the_small_models_first_image_encoder_tells_where_a_patch_is():
     """After all of its blocks, though a picture shows other things; with random positions the probe tells nothing."""
-    vision = new_pipeline(yaml.safe_load(SMALL_MODEL.read_text()), seed=0).encoder.vision.requires_grad_(False)
+    vision = new_pipeline(
+        yaml.safe_load(SMALL_MODEL.read_text()), seed=0, initialise=initialise
+    ).encoder.vision.requires_grad_(False)
     pictures = torch.randn(64, 3, 112, 112, generator=torch.Generator().manual_seed(0))
     places = torch.cartesian_prod(torch.arange(8), torch.arange(8)).repeat(32, 1).float()
 

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip_qformer.encoder import QFormerConfig, SubjectEncoder, SubjectEncoderConfig, VisionConfig
-from blip_qformer.pipeline.pipeline import initialise, load_pipeline, new_pipeline, save_pipeline
+from blip_qformer.pipeline import load_pipeline, new_pipeline, save_pipeline
+from blip_qformer.pipeline.new import init_weights
 from mini.init import placed_queries
-from mini.init.patch_positions import place_patches
-from mini.init.placed_queries import fit_location, place_queries
+from mini.init.patch_positions import initialise_patch_positions
+from mini.init.placed_queries import fit_location, initialise_queries
 from tests import tiny
 
 WORDS = ["dog", "cat", "hat", "bowl"]
@@ -25,9 +26,9 @@ def new_encoder(queries: int = 4, heads: int = 2) -> SubjectEncoder:
     vision = VisionConfig(image_size=32, patch_size=8, width=32, layers=1, heads=2, feed_forward_width=64)
     qformer = QFormerConfig(width=48, layers=2, heads=heads, feed_forward_width=64, query_tokens=queries)
     encoder = SubjectEncoder(SubjectEncoderConfig(vision, qformer, 48)).requires_grad_(False)
-    initialise(encoder.vision, 32)
-    initialise(encoder.qformer, 48)
-    place_patches(encoder.vision.position_embedding)
+    init_weights(encoder.vision, 32)
+    init_weights(encoder.qformer, 48)
+    initialise_patch_positions(encoder.vision.position_embedding)
     return encoder
 
 
@@ -39,7 +40,7 @@ def pictures() -> Tensor:
 def attention_of(encoder: SubjectEncoder, pictures: Tensor, layer: int, head: int) -> Tensor:
     """How much each query looks at each patch [Q, 4, 4], for all pictures on average."""
     attention = encoder.qformer.layers[layer].cross_attention
-    queries = placed_queries._queries_before(attention, encoder, pictures, WORDS)
+    queries = placed_queries._attention_inputs(attention, encoder, pictures, WORDS)
     width = attention.query.out_features // attention.heads
     part = slice(head * width, (head + 1) * width)
     query, key = attention.query(queries)[..., part], attention.key(encoder.vision(pictures))[..., part]
@@ -49,7 +50,7 @@ def attention_of(encoder: SubjectEncoder, pictures: Tensor, layer: int, head: in
 
 def test_each_query_looks_at_the_patches_of_its_cell(pictures):
     encoder = new_encoder()
-    place_queries(encoder, pictures, WORDS)
+    initialise_queries(encoder, pictures, WORDS)
     for number, (layer, head) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
         looks = attention_of(encoder, pictures, layer, head)
         down, right = divmod(number, 2)
@@ -61,11 +62,11 @@ def test_each_query_looks_at_the_patches_of_its_cell(pictures):
 def test_the_vectors_tell_where_something_is(pictures):
     """What is seen of a corner reaches the query of that corner first, and most."""
     encoder = new_encoder()
-    place_queries(encoder, pictures, WORDS)
+    initialise_queries(encoder, pictures, WORDS)
     changed = pictures.clone()
     changed[..., 16:, 16:] = 2.0  # lower right
     layer = encoder.qformer.layers[0].cross_attention
-    queries = placed_queries._queries_before(layer, encoder, pictures, WORDS)
+    queries = placed_queries._attention_inputs(layer, encoder, pictures, WORDS)
     moved = (layer(queries, encoder.vision(changed)) - layer(queries, encoder.vision(pictures))).norm(dim=-1).mean(0)
     assert moved.argmax() == 3
     assert moved[3] > 2 * moved[0]
@@ -90,7 +91,7 @@ def test_rows_and_columns_are_read_off_tokens(pictures):
 )
 def test_sizes_that_do_not_fit_get_one_sentence(pictures, queries, heads, sentence):
     with pytest.raises(ValueError, match=sentence):
-        place_queries(new_encoder(queries, heads), pictures, WORDS)
+        initialise_queries(new_encoder(queries, heads), pictures, WORDS)
 
 
 def test_the_command_writes_a_model(tmp_path: Path, capsys):

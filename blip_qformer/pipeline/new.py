@@ -1,0 +1,87 @@
+"""A new, untrained BLIP-Diffusion model of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTokenizer
+
+from ..encoder import QFormerConfig, SubjectEncoder, SubjectEncoderConfig, VisionConfig
+from .clip_text_model import CLIPTextModel, CLIPTextModelConfig
+from .pipeline import Pipeline
+
+SIZES = ("vision", "qformer", "projection_width", "text_encoder", "unet", "vae", "tokenizer")
+
+#: Changes a new model's random weights in place.
+Initialiser = Callable[[Pipeline], None]
+
+
+def new_pipeline(sizes: Mapping[str, Any], seed: int, initialise: Initialiser | None = None) -> Pipeline:
+    """Make an untrained model.
+
+    Args:
+        sizes: ``vision``, ``qformer``, ``projection_width``, ``text_encoder``, ``unet`` and ``vae``, the fields of
+            their configs; and ``tokenizer``, a folder with CLIP's vocabulary.
+        seed: Seed of the random weights.
+        initialise: A function that changes the random weights in place; it runs under the same seed.
+
+    Returns:
+        The model, in float32 on the CPU.
+
+    Raises:
+        ValueError: A size is missing or unknown, or there is no vocabulary.
+    """
+    if differing := sorted(set(SIZES) ^ sizes.keys()):
+        raise ValueError(f"A new model is given by {', '.join(SIZES)}; look at {', '.join(map(str, differing))}.")
+    if not (Path(sizes["tokenizer"]) / "vocab.json").is_file():
+        raise ValueError(f"The folder {sizes['tokenizer']} of the tokenizer has no vocab.json: name CLIP's.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vision, qformer = _build("vision", VisionConfig, sizes), _build("qformer", QFormerConfig, sizes)
+        encoder = SubjectEncoder(SubjectEncoderConfig(vision, qformer, sizes["projection_width"]))
+        text_encoder = CLIPTextModel(_build("text_encoder", CLIPTextModelConfig, sizes))
+        init_weights(encoder.vision, vision.width)
+        init_weights(encoder.qformer, qformer.width)
+        init_weights(encoder.projection, qformer.width)
+        init_weights(text_encoder, text_encoder.config.width)
+        unet = _build("unet", UNet2DConditionModel, sizes)
+        vae = _build("vae", AutoencoderKL, sizes)
+        tokenizer = CLIPTokenizer.from_pretrained(sizes["tokenizer"], model_max_length=text_encoder.config.positions)
+        pipeline = Pipeline(encoder, text_encoder, unet, vae, tokenizer)
+        if initialise:
+            initialise(pipeline)
+    return pipeline
+
+
+def init_weights(network: nn.Module, width: int) -> None:
+    """Initialise weights as BERT and CLIP do, in place: normal, biases zero, norms neutral.
+
+    Their standard deviation, 0.02, suits a width of 768. Here it grows as a network gets narrower, so that the output
+    of a layer keeps its variance.
+
+    Args:
+        network: The network that is initialised.
+        width: Its width in numbers.
+    """
+    std = 0.02 * (768 / width) ** 0.5
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif not isinstance(module, nn.LayerNorm):
+            for parameter in module.parameters(recurse=False):  # such as query tokens and position embeddings
+                nn.init.normal_(parameter, std=std)
+
+
+def _build(name: str, kind: Callable[..., Any], sizes: Mapping[str, Any]) -> Any:
+    """Build the config or network that an entry of the sizes describes."""
+    try:
+        return kind(**sizes[name])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The sizes of the new model's {name} do not fit: {error}.") from error
