@@ -192,7 +192,8 @@ def _match_at(spans: Sequence[TokenSpan], start: int, wanted: Sequence[str]) -> 
 
 
 def _word_list(spans: Sequence[TokenSpan]) -> str:
-    return ", ".join(dict.fromkeys(word for span in spans if (word := readable(span.word)) not in ",;")) or "none"
+    words = (readable(span.word) for span in spans)
+    return ", ".join(dict.fromkeys(word for word in words if word not in ",;")) or "none"
 
 
 def _number(text: str) -> float | None:

@@ -221,38 +221,53 @@ def finetune(
     Raises:
         ValueError: If there is to be validation, but nothing to sample or score with.
     """
-    if validate_every and (sample is None or make_validation is None):
-        raise ValueError("Validation needs both sample and make_validation.")
-    samples: list[Tensor] = []
-    validation: Validation | None = None
-    best: list[Tensor] | None = None
+    validator: _Validator | None = None
     number = 0
-
-    def validate(validation: Validation) -> None:
-        nonlocal best
-        samples.append(sample(True))
-        if validation.add(number, samples[-1]) and number:  # before any step there is nothing to go back to
-            best = tuning.snapshot()
-
     try:
         if validate_every:
-            validation = make_validation(sample(False))
-            validate(validation)
+            if sample is None or make_validation is None:
+                raise ValueError("Validation needs both sample and make_validation.")
+            validator = _Validator(tuning, sample, make_validation(sample(False)))
+            validator.validate(0)
         for step in steps or tuning.steps():
             number = step.number
-            if validation and (number % validate_every == 0 or number == tuning.settings.steps):
-                validate(validation)
-            if not on_step(step, samples):
+            if validator and (number % validate_every == 0 or number == tuning.settings.steps):
+                validator.validate(number)
+            if not on_step(step, validator.samples if validator else []):
                 raise FinetuneCancelledError
-        if validation and validation.scores[-1].step < number:  # a loss that is not finite ended it between two
-            validate(validation)
+        if validator and validator.scores[-1].step < number:  # a loss that is not finite ended it between two
+            validator.validate(number)
     except FinetuneCancelledError:
-        return FinetuneResult(number, tuning.losses, validation.scores if validation else [], samples)
-    if validation is None:
-        return FinetuneResult(number, tuning.losses, [], [])
-    if best is not None:
-        tuning.restore(best)
-    return FinetuneResult(validation.best.step, tuning.losses, validation.scores, samples)
+        kept_step = number
+    else:
+        kept_step = validator.restore_best() if validator else number
+    scores, samples = (validator.scores, validator.samples) if validator else ([], [])
+    return FinetuneResult(kept_step, tuning.losses, scores, samples)
+
+
+class _Validator:
+    """Validates a fine-tuning on the way and keeps a copy of the best step's parameters."""
+
+    def __init__(self, tuning: SubjectTuning, sample: Callable[[bool], Tensor], validation: Validation) -> None:
+        self.tuning, self.sample, self.validation = tuning, sample, validation
+        self.samples: list[Tensor] = []
+        self._best: list[Tensor] | None = None
+
+    @property
+    def scores(self) -> list[Score]:
+        return self.validation.scores
+
+    def validate(self, number: int) -> None:
+        """Sample and score images after step ``number``; 0 is before any."""
+        self.samples.append(self.sample(True))
+        if self.validation.add(number, self.samples[-1]) and number:  # before any step there is nothing to go back to
+            self._best = self.tuning.snapshot()
+
+    def restore_best(self) -> int:
+        """Put the best step's parameters back; returns its number."""
+        if self._best is not None:
+            self.tuning.restore(self._best)
+        return self.validation.best.step
 
 
 def sample_batch(latents: Tensor, settings: FinetuneSettings, number: int) -> Batch:

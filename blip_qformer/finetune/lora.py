@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import cast
 from zlib import crc32
 
 import torch
@@ -102,9 +103,9 @@ class LoRA:
         return add_low_rank
 
 
-def attention_projections(network: nn.Module) -> dict[str, nn.Module]:
+def attention_projections(network: nn.Module) -> dict[str, nn.Linear]:
     """Find the layers that :class:`LoRA` adapts, by their names."""
-    return {name: module for name, module in network.named_modules() if PROJECTIONS.search(name)}
+    return {name: cast(nn.Linear, module) for name, module in network.named_modules() if PROJECTIONS.search(name)}
 
 
 def count_lora_parameters(network: nn.Module, rank: int) -> int:

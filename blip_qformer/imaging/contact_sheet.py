@@ -147,5 +147,5 @@ def render_label(text: str, height: int, width: int) -> Tensor:
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width) / 255
 
 
-def _font(size: float) -> ImageFont.FreeTypeFont:
+def _font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(max(1.0, size))

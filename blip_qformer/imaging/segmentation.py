@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class Segmenter(nn.Module):
         super().__init__()
         check_segmentation_folder(folder)
         try:
-            self.processor = CLIPSegProcessor.from_pretrained(folder, local_files_only=True)
+            self.processor: Any = CLIPSegProcessor.from_pretrained(folder, local_files_only=True)
             model = CLIPSegForImageSegmentation.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # depends on what the folder holds
             reason = " ".join(str(error).split())
