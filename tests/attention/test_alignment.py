@@ -1,4 +1,4 @@
-"""Alignments: swaps place by place, refinements by what both prompts have, inserted subjects exactly."""
+"""Alignments: swaps word by word, refinements by what both prompts have, inserted subjects exactly."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_swapped_word_takes_its_place():
 
 
 def test_a_swapped_word_of_other_length():
-    """Published code: the source's column is dealt out in equal parts; the words behind are shifted."""
+    """Published code: the source's column is dealt out in equal shares; the words behind are shifted."""
     alignment = align(prompt("a cat runs"), prompt("a lab/ra/dor runs"), TOKENS)
     expected = torch.zeros(TOKENS, TOKENS)
     expected[0, 0] = expected[1, 1] = expected[3, 5] = 1
@@ -70,7 +70,7 @@ def test_padding_that_the_source_does_not_have_shares_its_last_token():
 
 
 def test_an_inserted_subject():
-    """REFERENCE 4: m = 0, 1, none x 16, then the tokens after them in order."""
+    """The published code's mapper: m = 0, 1, none x 16, then the tokens after them in order."""
     alignment = align(prompt("a dog in the snow"), prompt("a <subject> dog in the snow"), TOKENS)
     assert sources(alignment) == [0, 1, *[None] * 16, *range(2, TOKENS - 16)]
 
@@ -120,9 +120,9 @@ def test_as_many_words_as_possible_have_a_source(one, other):
     if len(one) == len(other):
         assert found == list(range(1, 1 + len(one)))
         return
-    pairs = [(place, source) for place, source in enumerate(found) if source is not None]
+    pairs = [(index, source) for index, source in enumerate(found) if source is not None]
     assert [source for _, source in pairs] == sorted({source for _, source in pairs})
-    assert all(one[source - 1] == other[place] for place, source in pairs)
+    assert all(one[source - 1] == other[index] for index, source in pairs)
     assert len(pairs) == common_length(one, other)
 
 

@@ -38,7 +38,7 @@ def layers(draw, rows: int | None = None):
 
 
 def random_alignment(tokens: int, is_swap: bool) -> Alignment:
-    """Columns that hand over one source token, a part of it, or with a refinement nothing."""
+    """Columns that take over one source token, a share of it, or with a refinement nothing."""
     mapper = torch.zeros(tokens, tokens)
     mapper[torch.randint(tokens, (tokens,)), torch.arange(tokens)] = torch.rand(tokens)
     has_source = torch.ones(tokens, dtype=torch.bool) if is_swap else torch.rand(tokens) < 0.7
@@ -65,7 +65,7 @@ def explicit_step(query, key, values, heads, edits, rows, step, steps):
             copy = slice(start, start + tokens)
             mapped = original[rows.start, ..., copy] @ image.alignment.mapper
             a[rows.start + number, ..., copy] = mapped * alpha + a[rows.start + number, ..., copy] * (1 - alpha)
-        if alpha.any():  # then what other nodes append is looked at as the source looks at it
+        if alpha.any():  # then what other nodes append gets the attention that the source gives it
             a[rows.start + number, ..., behind:] = original[rows.start, ..., behind:]
     for edit in edits:
         if isinstance(edit, Reweight) and edit.steps.covers(step, steps):

@@ -35,7 +35,7 @@ def test_maps_are_sums_of_the_words_columns(batch, heads, queries, tokens, seed)
 @few
 @given(st.booleans(), st.booleans(), st.integers(0, 4), st.integers(0, 9999))
 def test_maps_are_those_of_the_edited_attention(has_source_words, has_edited_words, step, seed):
-    """Of the source's words in A_source, and of the edit's in the A that the edit is drawn with."""
+    """Of the source's words in A_source, and of the edit's in the A that the edit is sampled with."""
     torch.manual_seed(seed)
     tokens, heads = 77, 2
     source_query, query = torch.randn(2, 1, 12, 8)

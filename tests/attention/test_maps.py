@@ -1,4 +1,4 @@
-"""Maps of attention against the formula, and how they become pictures."""
+"""Maps of attention against the formula, and how they become images."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_an_area_is_put_where_it_belongs():
     expected = torch.zeros(1, 16, 24)
     expected[:, :, :12] = 0.5
     expected[:, 8:, 8:] = 0.2
-    expected[:, 8:, 8:12] = (0.5 + 0.2) / 2  # where both look, their mean; "dog" is one token here and two there
+    expected[:, 8:, 8:12] = (0.5 + 0.2) / 2  # where both attend, their mean; "dog" is one token here and two there
     torch.testing.assert_close(record.word_map("dog", 16, 24), expected)
 
 
@@ -120,7 +120,7 @@ def test_what_is_added_is_left_alone():
     assert torch.equal(maps, before)
 
 
-def test_heat_goes_from_0_to_1_in_every_picture():
+def test_heatmaps_go_from_0_to_1_in_every_image():
     maps = torch.rand(3, 5, 6) * torch.tensor([1, 0.01, 0]).view(3, 1, 1)
     heatmaps = to_heatmap(maps)
     assert heatmaps.amin((1, 2)).tolist() == [0, 0, 0]
@@ -129,7 +129,7 @@ def test_heat_goes_from_0_to_1_in_every_picture():
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_an_overlay_of_strength_0_is_the_picture(channels):
+def test_an_overlay_of_strength_0_is_the_image(channels):
     images = torch.rand(2, 3, 4, channels)
     images[..., 3:] = 1
     assert torch.equal(overlay_heatmap(images, torch.rand(2, 3, 4), 0.0), images[..., :3].expand(-1, -1, -1, 3))

@@ -17,8 +17,8 @@ def test_a_sigma_of_the_schedule_is_its_step():
 
 
 @given(st.integers(0, 4), st.floats(0.01, 0.99))
-def test_what_lies_between_belongs_to_the_higher(step, part):
-    assert step_of(SIGMAS[step + 1] + part * (SIGMAS[step] - SIGMAS[step + 1]), SIGMAS) == step
+def test_what_lies_between_belongs_to_the_higher(step, fraction):
+    assert step_of(SIGMAS[step + 1] + fraction * (SIGMAS[step] - SIGMAS[step + 1]), SIGMAS) == step
 
 
 def test_rounding_of_a_sampler_does_not_matter():

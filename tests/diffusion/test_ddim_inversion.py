@@ -27,39 +27,39 @@ def predicted_noise(model_input: torch.Tensor, timestep: int) -> torch.Tensor:
 @pytest.mark.parametrize("steps", [1, 4, 10, 50])
 def test_without_refinements_it_is_diffusers_scheduler(steps):
     scheduler, sigmas = schedule(steps)
-    picture = torch.randn(2, 4, 6, 10, generator=torch.manual_seed(0))
+    image = torch.randn(2, 4, 6, 10, generator=torch.manual_seed(0))
 
     def predictor_at(index):
         sigma, timestep = sigmas[index], scheduler.timesteps[steps - 1 - index]
         return lambda x: x - sigma * predicted_noise(x / (1 + sigma**2).sqrt(), timestep)
 
-    inverted = invert(predictor_at, picture, sigmas) / (1 + sigmas[0] ** 2).sqrt()
-    expected = picture
+    inverted = invert(predictor_at, image, sigmas) / (1 + sigmas[0] ** 2).sqrt()
+    expected = image
     for timestep in scheduler.timesteps:
         expected = scheduler.step(predicted_noise(expected, timestep), timestep, expected).prev_sample
     torch.testing.assert_close(inverted, expected, atol=1e-5, rtol=0)
 
 
-#: Of pictures drawn from a normal distribution, direction by direction.
+#: Of images sampled from a normal distribution, direction by direction.
 VARIANCES = torch.logspace(-1, 1, 12).view(1, 3, 2, 2).double()
 
 
 def ideal(sigma: torch.Tensor):
-    """x -> the mean of the pictures that it can be with this noise."""
+    """x -> the mean of the images that it can be with this noise."""
     return lambda x: x * VARIANCES / (VARIANCES + sigma**2)
 
 
-def test_refinements_find_the_latent_that_ddim_draws_the_picture_from():
+def test_refinements_find_the_latents_from_which_ddim_samples_the_image():
     sigmas = schedule(20)[1].double()
-    picture = torch.randn(1, 3, 2, 2, generator=torch.manual_seed(0)).double() * VARIANCES.sqrt()
+    image = torch.randn(1, 3, 2, 2, generator=torch.manual_seed(0)).double() * VARIANCES.sqrt()
     # A step of DDIM multiplies each direction by a number, so the whole way back is a division.
-    factor = torch.ones_like(picture)
+    factor = torch.ones_like(image)
     for sigma, lower in zip(sigmas, sigmas[1:], strict=False):
         factor *= 1 + (lower - sigma) * sigma / (VARIANCES + sigma**2)
 
     def error(refinements: int) -> float:
-        inverted = invert(lambda index: ideal(sigmas[index]), picture, sigmas, refinements)
-        return (inverted * factor - picture).abs().max().item()
+        inverted = invert(lambda index: ideal(sigmas[index]), image, sigmas, refinements)
+        return (inverted * factor - image).abs().max().item()
 
     errors = [error(refinements) for refinements in (0, 1, 2, 4, 8, 60)]
     assert errors == sorted(errors, reverse=True)
@@ -77,8 +77,8 @@ def test_the_model_is_asked_where_the_sampler_will_ask_it():
     assert asked == [2, 2, 1, 1, 0, 0]
 
 
-def test_the_first_guess_is_the_picture_as_the_model_reads_it():
-    guesses = []
+def test_the_first_estimate_is_the_image_as_the_model_reads_it():
+    estimates = []
     x = torch.randn(1, 4, 2, 2)
-    inverse_step(lambda y: guesses.append(y) or y, x, torch.tensor(1.0), torch.tensor(3.0), sigma_data=0.5)
-    torch.testing.assert_close(guesses[0] / (3**2 + 0.5**2) ** 0.5, x / (1**2 + 0.5**2) ** 0.5)
+    inverse_step(lambda y: estimates.append(y) or y, x, torch.tensor(1.0), torch.tensor(3.0), sigma_data=0.5)
+    torch.testing.assert_close(estimates[0] / (3**2 + 0.5**2) ** 0.5, x / (1**2 + 0.5**2) ** 0.5)

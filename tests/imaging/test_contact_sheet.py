@@ -1,4 +1,4 @@
-"""Pictures on a sheet: where they stand, that they stay as they are, and sizes nobody expected."""
+"""Images on a sheet: where they stand, that they stay as they are, and sizes nobody expected."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from blip_qformer.imaging.contact_sheet import contact_sheet, letterbox, make_layout, render_label
 
 
-def test_pictures_stay_bit_by_bit_in_reading_order():
+def test_images_stay_bit_by_bit_in_reading_order():
     images = torch.rand(4, 64, 128, 3)
     sheet = contact_sheet(images)
     assert sheet.shape == (1, 2 * 64 + 3, 2 * 128 + 3, 3)
@@ -37,7 +37,7 @@ def test_a_square_has_its_sources_at_the_corners():
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16])
 @pytest.mark.parametrize("sources", range(16))
 @pytest.mark.parametrize("columns", [0, 1, 3, 64])
-def test_no_two_pictures_share_a_cell(count, sources, columns):
+def test_no_two_images_share_a_cell(count, sources, columns):
     present = [bool(sources >> bit & 1) for bit in range(4)]
     layout = make_layout(count, present, columns)
     cells = [*layout.images, *(cell for cell, there in zip(layout.sources, present, strict=True) if there)]

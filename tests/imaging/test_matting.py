@@ -1,4 +1,4 @@
-"""Cutting out against a known alpha, degenerate trimaps, and what is asked of larger pictures."""
+"""Cutting out against a known alpha, degenerate trimaps, and what is asked of larger images."""
 
 from __future__ import annotations
 
