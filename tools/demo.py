@@ -1,7 +1,7 @@
-"""The whole path: a picture and a word go in, pictures of that thing come out of a real ComfyUI.
+"""The whole path in a real ComfyUI: an image and a word go in, images of that thing come out.
 
-``make demo`` takes the small model that lies in this repository and draws one thing in four places, in one row;
-``make demo ARGS="--checkpoint FOLDER"`` draws a photograph's subject with real weights.
+``make demo`` runs the small model of this repository: one thing in four contexts, in one row. ``make demo
+ARGS="--checkpoint FOLDER"`` runs a workflow on a photograph with real weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OUTPUT = ROOT / "output"
 WORKFLOW = ROOT / "workflows" / "subject-generation.json"
 LOADERS = ("BLIPDiffusionLoader", "BLIPDiffusionQFormerLoader")
 
-#: The small model, something that it has never seen, and where to draw it.
+#: The small model, a thing that it was never trained on, and the contexts to sample it in.
 SMALL_MODEL = ROOT / "mini" / "model"
 GIVEN, WORD = ROOT / "mini" / "inputs" / "buoy.png", "buoy"
 CONTEXTS = ("in the snow", "on the grass", "on the beach", "at night")
@@ -32,22 +32,22 @@ EDGE = 256
 ROW = "demo.png"
 
 
-def draw_row(given: Path = GIVEN, word: str = WORD) -> Path:
-    """Draw one thing in four places with the small model, by the workflow that people open first.
+def sample_row(given: Path = GIVEN, word: str = WORD) -> Path:
+    """Sample one thing in four contexts with the small model, by the workflow that people open first.
 
     Args:
-        given: a picture of the thing.
-        word: what it is.
+        given: Image of the thing.
+        word: Word for it.
 
     Returns:
-        The given picture and the four drawn ones in a row, in ``output/``.
+        Path of an image in ``output/``: the given image and the four sampled ones in a row.
     """
     base = make_base_directory(OUTPUT / "demo")
     shutil.copy(given, base / "input" / given.name)
-    name = place_checkpoint(base / "models" / "blip_diffusion", SMALL_MODEL)
+    name = link_checkpoint(base / "models" / "blip_diffusion", SMALL_MODEL)
     graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     print("Starting ComfyUI ...")
-    pictures = [Image.open(given)]
+    images = [Image.open(given)]
     with ComfyServer(base) as server:
         prompt = to_prompt(graph, server.object_info())
         for node, inputs in {
@@ -61,9 +61,9 @@ def draw_row(given: Path = GIVEN, word: str = WORD) -> Path:
             prompt = override(prompt, node, **inputs)
         for context in CONTEXTS:
             asked = override(prompt, "BLIPDiffusionPromptCompose", prompt=context, prompt_strength=0.2)
-            (picture,) = saved_pictures(_queue_with_bar(server, asked), base)
-            pictures.append(Image.open(picture))
-    in_a_row(pictures, EDGE).save(OUTPUT / ROW)
+            (path,) = saved_images(_queue_with_bar(server, asked), base)
+            images.append(Image.open(path))
+    in_a_row(images, EDGE).save(OUTPUT / ROW)
     return OUTPUT / ROW
 
 
@@ -71,11 +71,14 @@ def run_workflow(workflow: Path, checkpoint: Path) -> list[Path]:
     """Run a saved workflow on the sample photographs.
 
     Args:
-        workflow: A workflow as the browser saves it.
-        checkpoint: BLIP-Diffusion weights, a folder or a file.
+        workflow: Workflow as the browser saves it.
+        checkpoint: Folder or file with BLIP-Diffusion weights.
 
     Returns:
-        The pictures it drew, in ``output/``.
+        Paths of the images it saved, copied to ``output/``.
+
+    Raises:
+        FileNotFoundError: If there is no such workflow or checkpoint.
     """
     if not workflow.is_file():
         raise FileNotFoundError(f"No workflow is at '{workflow}': name a .json that the browser saved.")
@@ -83,7 +86,7 @@ def run_workflow(workflow: Path, checkpoint: Path) -> list[Path]:
     base = make_base_directory(OUTPUT / "demo")
     for photograph in sorted((ROOT / "workflows" / "inputs").iterdir()):
         shutil.copy(photograph, base / "input")
-    name = place_checkpoint(base / "models" / "blip_diffusion", checkpoint)
+    name = link_checkpoint(base / "models" / "blip_diffusion", checkpoint)
     print("Starting ComfyUI ...")
     with ComfyServer(base) as server:
         prompt = to_prompt(graph, server.object_info())
@@ -91,63 +94,71 @@ def run_workflow(workflow: Path, checkpoint: Path) -> list[Path]:
             if any(node["class_type"] == loader for node in prompt.values()):
                 prompt = override(prompt, loader, checkpoint=name)
         history = _queue_with_bar(server, prompt)
-    return [Path(shutil.copy(picture, OUTPUT / picture.name)) for picture in saved_pictures(history, base)]
+    return [Path(shutil.copy(path, OUTPUT / path.name)) for path in saved_images(history, base)]
 
 
 def main() -> int:
-    """Parse the command line, run the demo, and say where the picture is; 0 when there is one."""
+    """Run the demo as the command line asks, and print the paths of its images.
+
+    Returns:
+        The exit code: 0, or 1 with one line on stderr.
+    """
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="real BLIP-Diffusion weights, instead of the small model")
     parser.add_argument("--workflow", type=Path, default=WORKFLOW, help="what to run with them")
     chosen = parser.parse_args()
     try:
-        pictures = run_workflow(chosen.workflow, chosen.checkpoint) if chosen.checkpoint else [draw_row()]
+        paths = run_workflow(chosen.workflow, chosen.checkpoint) if chosen.checkpoint else [sample_row()]
     except (ServerError, WorkflowError, WorkflowFormatError, OSError, json.JSONDecodeError) as problem:
         print(f"The demo failed: {problem}", file=sys.stderr)
         return 1
-    if not pictures:
+    if not paths:
         print(f"The demo failed: '{chosen.workflow}' saves no picture, add a Save Image node.", file=sys.stderr)
         return 1
-    for picture in pictures:
-        print(picture)
+    for path in paths:
+        print(path)
     if not chosen.checkpoint:
         print(f"Left: the {WORD} that was given. Then: that {WORD} {', '.join(CONTEXTS)}, by the small model in mini/.")
     return 0
 
 
-def in_a_row(pictures: Sequence[Image.Image], height: int, gap: int = 0) -> Image.Image:
-    """Pictures beside each other, all scaled to one height; white lies between them where there is a gap."""
+def in_a_row(images: Sequence[Image.Image], height: int, gap: int = 0) -> Image.Image:
+    """Put images beside each other.
+
+    Args:
+        images: Images of any sizes.
+        height: Height that all are scaled to, in pixels.
+        gap: Width of the white gaps between them, in pixels.
+    """
     scaled = [
-        picture.convert("RGB").resize(
-            (round(picture.width * height / picture.height), height), Image.Resampling.LANCZOS
-        )
-        for picture in pictures
+        image.convert("RGB").resize((round(image.width * height / image.height), height), Image.Resampling.LANCZOS)
+        for image in images
     ]
     row = Image.new("RGB", (sum(each.width + gap for each in scaled) - gap, height), "white")
     left = 0
-    for picture in scaled:
-        row.paste(picture, (left, 0))
-        left += picture.width + gap
+    for image in scaled:
+        row.paste(image, (left, 0))
+        left += image.width + gap
     return row
 
 
-def place_checkpoint(models: Path, checkpoint: Path) -> str:
-    """Put the weights where the loader looks, and return the name they have in its list."""
+def link_checkpoint(models: Path, checkpoint: Path) -> str:
+    """Link weights into a folder of models, and return their name in the loader's list."""
     if not checkpoint.exists():
         raise FileNotFoundError(f"No checkpoint is at '{checkpoint}': name a BLIP-Diffusion folder or file.")
-    placed = models / checkpoint.name
-    placed.unlink(missing_ok=True)
-    placed.symlink_to(checkpoint.resolve())
-    return placed.name
+    link = models / checkpoint.name
+    link.unlink(missing_ok=True)
+    link.symlink_to(checkpoint.resolve())
+    return link.name
 
 
-def saved_pictures(history: History, base: Path) -> list[Path]:
-    """What a run's Save Image nodes wrote."""
+def saved_images(history: History, base: Path) -> list[Path]:
+    """List the files that a run's Save Image nodes wrote."""
     return [file for files in history.files.values() for file in files if base / "output" in file.parents]
 
 
 def _queue_with_bar(server: ComfyServer, prompt: Prompt) -> History:
-    """Queue the prompt; the bar shows the node at work and, where it tells, its steps."""
+    """Queue a prompt; a progress bar shows the node that runs, and its steps if it reports them."""
     with tqdm(unit="step") as bar:
         at_work = ""
 

@@ -1,4 +1,4 @@
-"""ComfyUI's real frontend in a headless browser: does a saved workflow open, and what would Run send?"""
+"""Open workflows in ComfyUI's real frontend in a headless browser, and read what its Run button would send."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BROWSER_ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
 )
-# A person who has been here before: no tutorial, no template browser, no news.
+# Settings of a returning user: no tutorial, no template browser, no news.
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Workflow.ShowMissingNodesWarning": False,
@@ -38,7 +38,7 @@ SETTINGS = {
     "Comfy.Graph.CanvasInfo": False,
 }
 DISMISSED = "localStorage.setItem('vueNodesBannerDismissed', 'true')"
-# The page loads a graph as a drop would, then tells what it has made of it and what Run would send.
+# Loads a graph as dropping its file would, and returns its nodes and the prompt that Run would send.
 OPEN_WORKFLOW = """async graph => {
     await window.app.loadGraphData(graph, true, true)
     const known = window.LiteGraph.registered_node_types
@@ -60,14 +60,14 @@ class BrowserError(RuntimeError):
 
 @dataclass(frozen=True)
 class OpenedWorkflow:
-    """What the frontend made of a workflow.
+    """A workflow after the frontend has opened it.
 
     Attributes:
-        node_count: How many nodes lie on the canvas.
-        missing_types: Classes of nodes the frontend does not know.
-        console_errors: What the page reported as errors while opening it.
-        messages: Pop-up messages a person would see, such as the frontend's repairs to a faulty graph.
-        prompt: What pressing Run would send.
+        node_count: Number of nodes on the canvas.
+        missing_types: Classes of nodes that the frontend does not know.
+        console_errors: Errors that the page reported while it opened it.
+        messages: Pop-up messages that a user would see, such as the frontend's repairs to a faulty graph.
+        prompt: Prompt that Run would send.
     """
 
     node_count: int
@@ -78,7 +78,11 @@ class OpenedWorkflow:
 
 
 def find_browser() -> str:
-    """The path of a Chromium: ``CHROMIUM`` if set, else the first of the usual names."""
+    """Return the path of a Chromium: ``CHROMIUM`` if set, else the first of the usual names.
+
+    Raises:
+        BrowserError: If there is none.
+    """
     for name in (os.environ.get("CHROMIUM", ""), *BROWSERS):
         path = shutil.which(name) if name else None
         if path:
@@ -87,7 +91,13 @@ def find_browser() -> str:
 
 
 class Frontend:
-    """The frontend of a running server, open in a browser as long as the ``with`` block lasts."""
+    """The frontend of a running server, open in a browser as long as the ``with`` block lasts.
+
+    Args:
+        server: Running server.
+        width: Width of the page in pixels.
+        height: Height of the page in pixels.
+    """
 
     def __init__(self, server: ComfyServer, width: int = 1600, height: int = 900):
         self.server = server
@@ -109,12 +119,12 @@ class Frontend:
         self._thread.shutdown()
 
     def open_workflow(self, graph: dict[str, Any]) -> OpenedWorkflow:
-        """Open a saved workflow in place of the one on the canvas."""
+        """Open a saved workflow, which replaces the one on the canvas."""
 
         def open_it() -> OpenedWorkflow:
             self._errors.clear()
             answer = self._page.evaluate(OPEN_WORKFLOW, graph)
-            self._page.wait_for_timeout(300)  # what the canvas reports while it draws
+            self._page.wait_for_timeout(300)  # for errors of the canvas while it renders
             messages = tuple(self._page.evaluate(READ_MESSAGES))
             self._page.wait_for_selector(".p-toast-message-text", state="detached")  # they fade out
             errors = tuple(self._errors)
@@ -123,19 +133,19 @@ class Frontend:
         return self._run(open_it)
 
     def screenshot(self, path: Path) -> Path:
-        """Write what the browser shows, zoomed to the whole graph, as a PNG."""
+        """Write a PNG of the page, zoomed to the whole graph, and return its path."""
 
-        def take() -> Path:
+        def write() -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._page.keyboard.press(".")  # the frontend's key for "fit the view"
             self._page.wait_for_timeout(1000)
             self._page.screenshot(path=path)
             return path
 
-        return self._run(take)
+        return self._run(write)
 
     def node_help(self, node_id: str, pack: str = PACK_NAME) -> str | None:
-        """The help page the frontend shows for a node of a pack, as Markdown; None when it is not served."""
+        """Return the Markdown of a node's help page, or None if the server has none."""
         response = requests.get(f"{self.server.url}/extensions/{quote(pack)}/docs/{quote(node_id)}.md", timeout=60)
         return response.text if response.status_code == 200 else None
 
@@ -152,7 +162,7 @@ class Frontend:
             self._page.add_init_script(DISMISSED)
             self._page.on("console", self._note_console)
             self._page.on("pageerror", lambda error: self._errors.append(str(error)))
-            # Nothing but the server is there to be asked; a request elsewhere fails at once instead of timing out.
+            # A request to anything but the server fails at once instead of timing out.
             self._page.route(
                 lambda url: not url.startswith((self.server.url, "data:", "blob:")), lambda route: route.abort()
             )
@@ -167,6 +177,6 @@ class Frontend:
         self._playwright.stop()
 
     def _note_console(self, message: ConsoleMessage) -> None:
-        # The frontend asks the project's own site for news; that this is refused here is no error of a workflow's.
+        # The frontend asks ComfyUI's own site for news; that this is refused here is no error of a workflow.
         if message.type == "error" and "Content Security Policy" not in message.text:
             self._errors.append(f"{message.text} [{message.location['url']}]")

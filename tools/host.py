@@ -1,4 +1,4 @@
-"""The real ComfyUI as a process: where it is, what it is given, starting it, queueing a prompt, stopping it."""
+"""Run the real ComfyUI as a process: find it, lay out its folders, start it, queue prompts, stop it."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ Prompt = dict[str, dict[str, Any]]
 
 
 class ServerError(RuntimeError):
-    """The host could not be started, or died."""
+    """The host could not be started, or ended on its own."""
 
 
 class WorkflowError(RuntimeError):
     """The host refused a prompt, or a node in it failed.
 
     Attributes:
-        node_id: The node it happened in, or "" when the prompt as a whole was refused.
-        class_type: That node's class, or "".
-        exception_type: The Python exception's name, or the host's name for the refusal.
-        message: What the node or the host said.
+        node_id: Id of the node that failed, or "" if the prompt as a whole was refused.
+        class_type: Class of that node, or "".
+        exception_type: Name of the Python exception, or the host's name for the refusal.
+        message: Message of the node or the host.
     """
 
     def __init__(self, node_id: str, class_type: str, exception_type: str, message: str):
@@ -67,15 +67,15 @@ class WorkflowError(RuntimeError):
 
 @dataclass
 class History:
-    """What one queued prompt did.
+    """The outcome of one queued prompt.
 
     Attributes:
-        prompt_id: The host's id for it.
+        prompt_id: Id that the host gave it.
         executed: Ids of the nodes that ran, in order.
-        cached: Ids of the nodes whose earlier results were taken.
-        files: Node id -> the files it wrote.
-        texts: Node id -> the texts it shows.
-        outputs: Node id -> everything it sent to the browser, as the host tells it.
+        cached: Ids of the nodes whose earlier results were used.
+        files: Files that each node wrote, by its id.
+        texts: Texts that each node shows, by its id.
+        outputs: Everything that each node sent to the browser, by its id, in the host's form.
     """
 
     prompt_id: str
@@ -87,7 +87,11 @@ class History:
 
 
 def comfyui_path() -> Path:
-    """The folder of the ComfyUI that development runs against: ``COMFYUI_PATH``, or what ``make env`` unpacked."""
+    """Return the folder of the ComfyUI to develop against: ``COMFYUI_PATH``, or the one that ``make env`` unpacked.
+
+    Raises:
+        ServerError: If there is no ComfyUI.
+    """
     chosen = os.environ.get("COMFYUI_PATH")
     path = Path(chosen).expanduser().resolve() if chosen else ROOT / ".host" / "ComfyUI"
     if not (path / "main.py").is_file():
@@ -97,14 +101,14 @@ def comfyui_path() -> Path:
 
 
 def make_base_directory(base: Path, pack: Path | None = ROOT) -> Path:
-    """Lay out what ComfyUI's ``--base-directory`` expects, with the pack in ``custom_nodes`` as users have it.
+    """Make the folders that ComfyUI's ``--base-directory`` expects, with the pack in ``custom_nodes``.
 
     Args:
-        base: The folder to fill; what is there already stays.
-        pack: The pack's folder, or None for a host with stock nodes only.
+        base: Folder to fill; existing files stay.
+        pack: Folder of the pack, or None for a host with stock nodes only.
 
     Returns:
-        ``base``, absolute.
+        The absolute path of ``base``.
     """
     base = Path(base).resolve()
     folders = ["custom_nodes", "input", "output", "temp", "user", *(f"models/{name}" for name in MODEL_FOLDERS)]
@@ -125,14 +129,14 @@ class ComfyServer:
     """A ComfyUI server that runs as long as the ``with`` block does.
 
     Everything it writes, its log included, stays in the base directory.
+
+    Args:
+        base: Folder made by :func:`make_base_directory`.
+        arguments: Further options for ComfyUI's ``main.py``.
+        start_timeout: Seconds after which a server that does not answer has failed.
     """
 
-    def __init__(self, base: Path, arguments: tuple[str, ...] = (), start_timeout: float = 300.0):
-        """Args:
-        base: What ``make_base_directory`` returned.
-        arguments: Further options for ComfyUI's ``main.py``.
-        start_timeout: Seconds after which a server that does not answer counts as failed.
-        """
+    def __init__(self, base: Path, arguments: tuple[str, ...] = (), start_timeout: float = 300.0) -> None:
         self.base = Path(base).resolve()
         self.arguments = arguments
         self.start_timeout = start_timeout
@@ -142,7 +146,7 @@ class ComfyServer:
 
     @property
     def url(self) -> str:
-        """Where the server and its frontend answer, such as ``http://127.0.0.1:50123``."""
+        """The address of the server and its frontend, such as ``http://127.0.0.1:50123``."""
         return f"http://{self.address}"
 
     def __enter__(self) -> ComfyServer:
@@ -174,7 +178,7 @@ class ComfyServer:
         self.stop()
 
     def stop(self) -> None:
-        """End the server: politely first, then with all it started."""
+        """Terminate the server, then kill whatever it started."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -186,15 +190,15 @@ class ComfyServer:
         process.wait()
 
     def log(self) -> str:
-        """What the server has printed so far."""
+        """Return what the server has printed so far."""
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     def object_info(self) -> dict[str, Any]:
-        """Every node the server knows: class name -> its inputs, outputs and texts."""
+        """Return the definition of every node that the server knows, by its class."""
         return self._get("/object_info")
 
     def add_input(self, file: Path) -> str:
-        """Put a file where Load Image looks, and return the name it has there."""
+        """Copy a file into the input folder, and return its name in Load Image's list."""
         shutil.copy(file, self.base / "input" / file.name)
         return file.name
 
@@ -207,12 +211,16 @@ class ComfyServer:
         """Run a prompt and wait for its end.
 
         Args:
-            prompt: What to run, in the API's form.
-            on_event: Called with the kind and data of each of the host's messages, ``"progress"`` at every step.
-            timeout: Seconds of silence after which the run counts as stuck.
+            prompt: Prompt in the API's form.
+            on_event: Function that is called with the kind and the data of each message of the host.
+            timeout: Seconds without a message after which the run has failed.
+
+        Returns:
+            The outcome.
 
         Raises:
-            WorkflowError: The prompt was refused, a node failed, or the run was interrupted.
+            WorkflowError: If the prompt was refused, a node failed, or the run was interrupted.
+            ServerError: If the connection to the server was lost.
         """
         client = uuid.uuid4().hex
         # The socket opens before the prompt is sent, or the first messages would be missed.
@@ -259,7 +267,7 @@ class ComfyServer:
         while True:
             message = connection.recv()
             if not isinstance(message, str):
-                continue  # a preview picture
+                continue  # a preview image
             event = json.loads(message)
             kind, data = event["type"], event["data"]
             if data.get("prompt_id", history.prompt_id) != history.prompt_id:
@@ -319,7 +327,7 @@ class ComfyServer:
 
 
 def _refusal(answer: dict[str, Any]) -> WorkflowError:
-    """The host's reasons for refusing a prompt, put under the first node it names."""
+    """Make an error of the host's reasons for refusing a prompt, at the first node that it names."""
     error = answer["error"]
     named = answer.get("node_errors") or {}
     reasons = [

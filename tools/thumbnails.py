@@ -1,6 +1,6 @@
-"""The workflows' thumbnails: each runs in a real ComfyUI, with the small model in place of the published one.
+"""Make the workflows' thumbnails in a real ComfyUI, with the small model in place of the published one.
 
-``python -m tools.thumbnails`` draws those of all workflows that the small model can run. The rest need a ControlNet or
+``python -m tools.thumbnails`` makes those of all workflows that the small model can run. The rest need a ControlNet or
 a checkpoint of Stable Diffusion's size; their thumbnails show the graph.
 """
 
@@ -15,25 +15,25 @@ from typing import Any
 
 from PIL import Image
 
-from tools.demo import SMALL_MODEL, in_a_row, place_checkpoint, saved_pictures
+from tools.demo import SMALL_MODEL, in_a_row, link_checkpoint, saved_images
 from tools.host import ROOT, ComfyServer, Prompt, make_base_directory
 from tools.workflow import override, to_prompt
 
 HEIGHT, GAP = 240, 12  # pixels
-HALVED = ("width", "height", "x", "y")  # the workflows draw 512 pixels, the small model 256
+HALVED = ("width", "height", "x", "y")  # the workflows sample at 512 pixels, the small model at 256
 SIZED = ("EmptyLatentImage", "ImageScale", "SolidMask", "MaskComposite")
 
-#: What the photographs and words of the workflows become in the small model's world.
-PICTURES = {
+#: Images and words of the workflows, and those of the small model's world that replace them.
+IMAGES = {
     "cat.jpg": "buoy.png",
     "cup.jpg": "pear.png",
     "cat-near.jpg": "buoy.png",
     "cat-evening.jpg": "buoy.png",
 }
 WORDS = {"cat": "buoy", "cup": "pear"}
-PLACE = "on the grass"
+CONTEXT = "on the grass"
 
-#: What a workflow changes beside that: node class -> inputs.
+#: Further changes to a workflow: node class -> inputs.
 CHANGES: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "attention-reweight": {
         "BLIPDiffusionAttentionReweight": {"weights": "grass:2.0, <subject>:0.8"},
@@ -53,7 +53,13 @@ CHANGES: dict[str, Mapping[str, Mapping[str, Any]]] = {
 
 
 def small_prompt(workflow: str, object_info: dict[str, Any], checkpoint: str) -> Prompt:
-    """A workflow as the small model, under the name ``checkpoint``, can run it."""
+    """Change a workflow so that the small model can run it.
+
+    Args:
+        workflow: Name of the workflow's file, without ``.json``.
+        object_info: Answer of the server at ``/object_info``.
+        checkpoint: Name of the small model in the loader's list.
+    """
     graph = json.loads((ROOT / "workflows" / f"{workflow}.json").read_text(encoding="utf-8"))
     prompt = to_prompt(graph, object_info)
     for node in prompt.values():
@@ -63,42 +69,49 @@ def small_prompt(workflow: str, object_info: dict[str, Any], checkpoint: str) ->
     return prompt
 
 
-def draw_thumbnail(server: ComfyServer, workflow: str, base: Path, checkpoint: str) -> Image.Image:
-    """What a workflow is given and what it draws, in one row."""
+def make_thumbnail(server: ComfyServer, workflow: str, base: Path, checkpoint: str) -> Image.Image:
+    """Run a workflow and put its given and its sampled images in one row.
+
+    Args:
+        server: Running server.
+        workflow: Name of the workflow's file, without ``.json``.
+        base: Base directory of the server.
+        checkpoint: Name of the small model in the loader's list.
+    """
     prompt = small_prompt(workflow, server.object_info(), checkpoint)
-    drawn = [Image.open(file) for file in saved_pictures(server.queue(prompt), base)]
+    sampled = [Image.open(file) for file in saved_images(server.queue(prompt), base)]
     given = dict.fromkeys(node["inputs"]["image"] for node in prompt.values() if node["class_type"] == "LoadImage")
     shown = [] if workflow == "subject-trajectory" else [Image.open(base / "input" / name) for name in given]
-    return in_a_row([*shown, *drawn], HEIGHT, GAP)
+    return in_a_row([*shown, *sampled], HEIGHT, GAP)
 
 
 def main() -> int:
-    """Draw all of them; 0 when every one is written."""
+    """Make the thumbnails that the command line names, all of them if it names none; return the exit code."""
     base = make_base_directory(ROOT / "output" / "thumbnails")
-    for picture in {*PICTURES.values()}:
-        shutil.copy(ROOT / "mini" / "inputs" / picture, base / "input")
-    checkpoint = place_checkpoint(base / "models" / "blip_diffusion", SMALL_MODEL)
+    for name in {*IMAGES.values()}:
+        shutil.copy(ROOT / "mini" / "inputs" / name, base / "input")
+    checkpoint = link_checkpoint(base / "models" / "blip_diffusion", SMALL_MODEL)
     with ComfyServer(base) as server:
         for workflow in sys.argv[1:] or CHANGES:
             target = ROOT / "workflows" / f"{workflow}.jpg"
-            draw_thumbnail(server, workflow, base, checkpoint).save(target, quality=88)
+            make_thumbnail(server, workflow, base, checkpoint).save(target, quality=88)
             print(f"Wrote {target.relative_to(ROOT)} ({target.stat().st_size / 1000:.0f} kB).")
     return 0
 
 
 def _make_small(node: str, inputs: dict[str, Any], checkpoint: str) -> None:
-    """Change one node's inputs in place, so that the small model draws something it knows."""
+    """Change one node's inputs in place, so that the small model can sample it."""
     if node in SIZED:
         inputs |= {name: inputs[name] // 2 for name in HALVED if name in inputs}
     elif node == "BLIPDiffusionLoader":
         inputs["checkpoint"] = checkpoint
     elif node == "LoadImage":
-        inputs["image"] = PICTURES[inputs["image"]]
+        inputs["image"] = IMAGES[inputs["image"]]
     elif node == "BLIPDiffusionSubjectEncode":
         inputs["subject_word"] = WORDS[inputs["subject_word"]]
     elif node == "BLIPDiffusionPromptCompose":
         target = WORDS.get(inputs["target_subject"], "")
-        inputs |= {"prompt": PLACE, "target_subject": target, "prompt_strength": 0.2}
+        inputs |= {"prompt": CONTEXT, "target_subject": target, "prompt_strength": 0.2}
     elif node == "CLIPTextEncode":
         inputs["text"] = ""  # the small model has not learned what "low quality" looks like
     elif node in ("KSampler", "KSamplerAdvanced"):

@@ -1,8 +1,8 @@
-"""From the workflow a person saves in the browser to the prompt the server executes.
+"""Translate a workflow as the browser saves it into the prompt that the server executes.
 
-The browser's form is a drawing: nodes with their widgets' values in a row, links between numbered sockets, nodes that
-only exist on the canvas. The server's form names every input. The frontend translates when a person presses Run;
-``to_prompt`` does the same without a browser.
+A saved workflow lists nodes with their widgets' values in order, links between numbered sockets, and nodes that only
+exist on the canvas. A prompt names every input. The frontend translates when a user presses Run; :func:`to_prompt` does
+the same without a browser.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Graph = dict[str, Any]
 Node = dict[str, Any]
 Prompt = dict[str, dict[str, Any]]
 Link = tuple[Any, int]
-"""Where a link starts: a node's id and the number of its output."""
+"""The origin of a link: a node's id and the number of its output."""
 
 MUTED, BYPASSED = 2, 4
 NOTES = ("Note", "MarkdownNote")
@@ -37,9 +37,9 @@ class Widget:
     """One value in a node's ``widgets_values``.
 
     Attributes:
-        name: The input it sets, or "" for one that only the browser uses (a seed's control, an upload button).
-        default: Its value when the saved row is too short to hold it, as in a graph older than the input.
-        has_comments: Whether the browser strips comments from it, and draws from ``{a|b}``.
+        name: Input that it sets, or "" for one that only the browser uses (a seed's control, an upload button).
+        default: Value if the saved list is too short, as in a graph older than the input.
+        has_comments: Whether the browser strips comments from it and chooses from ``{a|b}``.
     """
 
     name: str
@@ -50,18 +50,18 @@ class Widget:
 def to_prompt(graph: Graph, object_info: dict[str, Any]) -> Prompt:
     """Translate a saved workflow (version 0.4) as the frontend's ``graphToPrompt`` does.
 
-    What needs a browser is refused or left alone: subgraphs and ``{a|b}`` choices are errors, ``%date%`` in a file name
-    stays as it is, the players of audio and 3D nodes send nothing.
+    Whatever needs a browser is refused or left alone: subgraphs and ``{a|b}`` choices are errors, ``%date%`` in a file
+    name stays as it is, the players of audio and 3D nodes send nothing.
 
     Args:
-        graph: The saved workflow, with ``nodes`` and ``links``.
-        object_info: What the server answers at ``/object_info``.
+        graph: Saved workflow, with ``nodes`` and ``links``.
+        object_info: Answer of the server at ``/object_info``.
 
     Returns:
-        Node id -> class, inputs and title.
+        Class, inputs and title of each node, by its id.
 
     Raises:
-        WorkflowFormatError: Names the node that could not be translated.
+        WorkflowFormatError: If a node cannot be translated; the message names it.
     """
     if "nodes" not in graph or "links" not in graph:
         raise WorkflowFormatError(
@@ -91,7 +91,16 @@ def to_prompt(graph: Graph, object_info: dict[str, Any]) -> Prompt:
 
 
 def override(prompt: Prompt, class_type: str, /, **inputs: Any) -> Prompt:
-    """A copy of ``prompt`` with other inputs in every node of one class: ``override(prompt, "KSampler", steps=2)``."""
+    """Return a copy of a prompt with other inputs in every node of a class: ``override(prompt, "KSampler", steps=2)``.
+
+    Args:
+        prompt: Prompt, which is not changed.
+        class_type: Class of the nodes.
+        **inputs: Values by the names of their inputs.
+
+    Raises:
+        KeyError: If the prompt has no node of the class.
+    """
     changed = copy.deepcopy(prompt)
     found = [node for node in changed.values() if node["class_type"] == class_type]
     if not found:
@@ -103,10 +112,10 @@ def override(prompt: Prompt, class_type: str, /, **inputs: Any) -> Prompt:
 
 
 def widgets_of(definition: dict[str, Any]) -> list[Widget]:
-    """The widgets the frontend makes for a node, in the order of ``widgets_values``.
+    """List the widgets that the frontend makes for a node, in the order of ``widgets_values``.
 
     Args:
-        definition: The node's entry in ``/object_info``.
+        definition: Entry of the node in ``/object_info``.
     """
     widgets: list[Widget] = []
     has_upload = False
@@ -140,7 +149,7 @@ def _definition(node: Node, object_info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _widget_inputs(node: Node, definition: dict[str, Any]) -> dict[str, Any]:
-    """What the node's widgets say: input name -> value."""
+    """Return the values of a node's widgets by the names of their inputs."""
     saved = node.get("widgets_values") or []
     inputs: dict[str, Any] = {}
     for position, widget in enumerate(widgets_of(definition)):
@@ -167,7 +176,7 @@ def _plain_text(text: str, node: Node) -> str:
 
 
 def _follow(node: Node, socket: Node, nodes: dict[Any, Node], starts: dict[Any, Link]) -> Link | None:
-    """Go up from a node's input, past reroutes and bypassed nodes, to the output that feeds it; None when none does."""
+    """Follow a node's input past reroutes and bypassed nodes to the output that feeds it; None if nothing does."""
     wanted_type, link, seen = socket["type"], socket.get("link"), set()
     while link is not None:
         if link not in starts or starts[link][0] not in nodes:
@@ -188,7 +197,7 @@ def _follow(node: Node, socket: Node, nodes: dict[Any, Node], starts: dict[Any, 
 
 
 def _bypass_socket(node: Node, output: int, wanted_type: str) -> Node | None:
-    """The input a bypassed node passes through: the one beside the output if it fits, else the first that does."""
+    """Return the input that a bypassed node passes on: the one beside the output, else the first that fits."""
     sockets = node.get("inputs", [])
     output_type = node["outputs"][output]["type"]
 
@@ -205,7 +214,7 @@ def _bypass_socket(node: Node, output: int, wanted_type: str) -> Node | None:
 
 
 def _types_meet(one: Any, other: Any) -> bool:
-    """Whether two socket types may be linked: equal, a wildcard, or lists with a type in common."""
+    """Return whether two socket types may be linked: equal, a wildcard, or lists with a type in common."""
     one, other = str(one).lower(), str(other).lower()
     if one in ("*", "") or other in ("*", ""):
         return True
