@@ -1,4 +1,4 @@
-"""BLIP-Diffusion's subject encoder and all that belongs to it, without ComfyUI.
+"""BLIP-Diffusion as a library: subject encoder, prompts, attention edits and training, without ComfyUI.
 
 >>> from blip_qformer import load_subject_encoder
 >>> from blip_qformer.encoder import preprocess

@@ -1,22 +1,23 @@
-"""Packages that ComfyUI does not bring, imported where they are used."""
+"""Import optional packages, which ComfyUI does not bring, where they are used."""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
 
-#: Modules whose package has another name.
+#: Module -> package, if its name is another one.
 PACKAGES = {"yaml": "pyyaml"}
 
 
 def import_extra(name: str, purpose: str) -> ModuleType:
-    """An optional package, or a sentence that says what it is for and how to get it.
+    """Import a module of an optional package.
 
     Args:
-        name: of the module; ``purpose``: what needs it, as the sentence's subject.
+        name: The name of the module.
+        purpose: What needs it, as the subject of the error message.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: It is not installed; the message says what it is for and how to get it.
     """
     try:
         return importlib.import_module(name)

@@ -1,6 +1,6 @@
-"""The prompt as tokens: what it says, where the subject's vectors go, and which token is which word.
+"""A prompt as tokens: compose its text, insert the subject's vectors, fill blocks, and find the words again.
 
-A *block* is what a CLIP text encoder reads at once: ``<bos>``, at most 75 tokens, ``<eos>``, padding; 77 together.
+A *block* is the input of a CLIP text encoder: ``<bos>``, at most 75 tokens, ``<eos>`` and padding, 77 together.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ Overflow = Literal["truncate", "continue"]
 OVERFLOWS: tuple[str, ...] = get_args(Overflow)
 
 SUBJECT_WORD = "<subject>"
-EMBEDDING_WORD = "<embedding>"  # a textual inversion: a tokenizer hands over its vectors without its name
-SUBJECT_INDEX = 1  # among the tokens between <bos> and <eos>: behind "a", as the model was trained
+EMBEDDING_WORD = "<embedding>"  # a textual inversion, of which a tokenizer returns the vectors and not the name
+SUBJECT_INDEX = 1  # among the tokens between <bos> and <eos>: behind "a", as in training (arXiv 2305.14720, section 3)
 WORD_END = "</w>"  # how CLIP's vocabulary marks the last piece of a word
-LONG_GROUP = 8  # ComfyUI keeps shorter groups of tokens in one block
+MIN_SPLIT_GROUP = 8  # ComfyUI keeps groups of fewer tokens in one block (comfy/sd1_clip.py, max_word_length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +27,10 @@ class Token:
     """One token between ``<bos>`` and ``<eos>``.
 
     Args:
-        value: its id, or a vector [768] in place of one.
-        weight: ComfyUI's, as in ``(word:1.2)``.
-        group: tokens of one group were written with one weight; ComfyUI keeps short groups together.
-        piece: its text in CLIP's vocabulary, such as ``swim`` or ``ming</w>``; for a vector, the word it is part of.
+        value: Its id, or a vector [768] in place of one.
+        weight: Its weight in ComfyUI, as in ``(word:1.2)``.
+        group: The number of its group: a stretch of the prompt with one weight, kept in one block if short.
+        piece: Its text in CLIP's vocabulary, such as ``swim`` or ``ming</w>``; for a vector, the word it belongs to.
     """
 
     value: int | Tensor
@@ -41,45 +41,68 @@ class Token:
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """Where one word stands in a conditioning: positions on its token axis, counted over all blocks."""
+    """The positions of one word in a conditioning.
+
+    Args:
+        word: The word.
+        positions: Its indices on the conditioning's token axis, counted over all blocks.
+    """
 
     word: str
     positions: tuple[int, ...]
 
 
 def compose_prompt(prompt: str, target: str, strength: float = 1.0, repetitions: int = 20) -> str:
-    """``a {target} {prompt}``, said again and again: the authors' trick to make the prompt heard beside the subject.
+    """Compose ``a {target} {prompt}``, repeated so that the prompt counts beside the subject, as in the authors' code.
+
+    The authors' code is ``lavis/models/blip_diffusion_models/blip_diffusion.py`` (github.com/salesforce/LAVIS).
 
     Args:
-        target: the word for what is drawn; the subject's own word, or another one for style transfer.
-        strength, repetitions: the sentence is repeated ``int(strength * repetitions)`` times, at least once. The text
-            encoder reads 77 tokens, so more repetitions than fit change nothing.
+        prompt: What is said about the subject, such as "swimming underwater".
+        target: The word for what is generated: the subject's word, or another one for style transfer.
+        strength: The share of the repetitions that is used.
+        repetitions: The number of repetitions at strength 1. The sentence is repeated ``int(strength * repetitions)``
+            times, at least once; more than fit into 77 tokens change nothing.
     """
     sentence = f"a {target} {prompt.strip()}"
     return ", ".join([sentence] * max(1, int(strength * repetitions)))
 
 
 def insert_subject(tokens: Sequence[Token], vectors: Iterable[Tensor], weight: float = 1.0) -> list[Token]:
-    """Put a subject's vectors [16, 768] behind the first token of a prompt, all with one weight."""
+    """Insert a subject behind the first token of a prompt.
+
+    Args:
+        tokens: The tokens of the prompt.
+        vectors: The subject's vectors [16, 768].
+        weight: The weight of all of them.
+
+    Returns:
+        The tokens with the subject.
+    """
     group = tokens[0].group if tokens else 0
     subject = [Token(vector, weight, group, SUBJECT_WORD) for vector in vectors]
     return [*tokens[:SUBJECT_INDEX], *subject, *tokens[SUBJECT_INDEX:]]
 
 
 def fill_blocks(tokens: Iterable[Token], capacity: int, overflow: Overflow) -> list[list[Token]]:
-    """Tokens -> blocks of at most ``capacity`` tokens, broken where ComfyUI breaks them.
+    """Break tokens into blocks as ComfyUI does (``comfy/sd1_clip.py``).
 
     Args:
-        overflow: ``truncate`` keeps the first block, as the references do; ``continue`` keeps all.
+        tokens: The tokens of the prompt.
+        capacity: The most tokens of a block.
+        overflow: ``truncate`` keeps the first block, as the reference implementations do; ``continue`` keeps all.
+
+    Returns:
+        The blocks, at least one, which may be empty.
     """
     blocks: list[list[Token]] = [[]]
-    for _, group in groupby(tokens, key=lambda token: token.group):
-        group = list(group)
-        is_long = len(group) >= LONG_GROUP
+    for _, members in groupby(tokens, key=lambda token: token.group):
+        group = list(members)
+        may_split = len(group) >= MIN_SPLIT_GROUP
         while group:
             room = capacity - len(blocks[-1])
-            if len(group) > room and not is_long:
-                room = 0  # a short group is not torn apart
+            if len(group) > room and not may_split:
+                room = 0
             blocks[-1].extend(group[:room])
             group = group[room:]
             if group:
@@ -88,19 +111,21 @@ def fill_blocks(tokens: Iterable[Token], capacity: int, overflow: Overflow) -> l
 
 
 def find_words(blocks: Sequence[Sequence[Token]], block_length: int) -> list[TokenSpan]:
-    """The words of a prompt in order, the subject's vectors being the word ``<subject>``.
+    """Find the words of a prompt, in order; the subject's vectors are the word ``<subject>``.
 
     Args:
-        blocks: without ``<bos>``, ``<eos>`` and padding; ``block_length``: with them, 77.
+        blocks: The tokens of each block, without ``<bos>``, ``<eos>`` and padding.
+        block_length: The length of a block with them, 77.
     """
-    placed = [
+    positioned = [
         (index * block_length + 1 + offset, token)
         for index, block in enumerate(blocks)
         for offset, token in enumerate(block)
     ]
     spans: list[TokenSpan] = []
-    word, positions = "", []
-    for (position, token), following in zip(placed, [*(token for _, token in placed[1:]), None], strict=False):
+    word: str = ""
+    positions: list[int] = []
+    for (position, token), following in zip(positioned, [*(token for _, token in positioned[1:]), None], strict=False):
         positions.append(position)
         if isinstance(token.value, Tensor):  # the subject, or an embedding: all of its vectors are one word
             word, complete = token.piece, not _belong_together(token, following)
@@ -115,4 +140,5 @@ def find_words(blocks: Sequence[Sequence[Token]], block_length: int) -> list[Tok
 
 
 def _belong_together(token: Token, following: Token | None) -> bool:
+    """Return whether two vectors are of one subject or embedding."""
     return following is not None and (token.piece, token.group) == (following.piece, following.group)

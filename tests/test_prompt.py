@@ -1,4 +1,4 @@
-"""The prompt: what it says, where the subject goes, how it fills blocks, and which position is which word."""
+"""Prompts: their text, the subject in them, blocks of tokens, and the position of each word."""
 
 from __future__ import annotations
 

@@ -182,10 +182,11 @@ class Multiple(float):
     ComfyUI's networks take multiples of the first width and no widths.
     """
 
-    def __mul__(self, width: int) -> int:  # type: ignore[override]  # a width is whole, as float's product is not
+    def __mul__(self, width: float) -> int:
         return round(float(self) * width)
 
-    __rmul__ = __mul__  # type: ignore[assignment]
+    def __rmul__(self, width: float) -> int:
+        return self * width
 
 
 def _multiples(widths: Iterable[int], first: int) -> list[int | Multiple]:

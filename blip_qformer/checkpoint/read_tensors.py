@@ -14,7 +14,7 @@ from torch import Tensor
 SAFETENSORS = (".safetensors", ".sft")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 TENSOR_FILES = SAFETENSORS + PICKLES
-PICKLE_BEGINNINGS = (b"PK", b"\x80")  # torch.save writes a zip archive, and wrote a bare pickle before torch 1.6
+PICKLE_MAGIC = (b"PK", b"\x80")  # torch.save writes a zip archive, and wrote a bare pickle before torch 1.6
 
 
 class CheckpointError(ValueError):
@@ -44,6 +44,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors: choose a file of model weights.")
     return tensors
+
+
+def is_pickle(path: Path) -> bool:
+    """Return whether a file begins as torch's pickles do. A safetensors file can have the same first bytes."""
+    with path.open("rb") as file:
+        return file.read(4).startswith(PICKLE_MAGIC)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -82,7 +88,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open cannot be iterated over
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is no whole safetensors file ({error}): it is truncated or something else; download it again."
@@ -90,9 +96,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        if not file.read(4).startswith(PICKLE_BEGINNINGS):
-            raise CheckpointError(f"{path} is not a file of tensors: choose a .safetensors, .bin, .pt or .pth file.")
+    if not is_pickle(path):
+        raise CheckpointError(f"{path} is not a file of tensors: choose a .safetensors, .bin, .pt or .pth file.")
     try:
         content = _unpickle(path)
     except pickle.UnpicklingError as error:

@@ -35,7 +35,7 @@ def format_table(rows: Sequence[Sequence[str]], right_aligned: Collection[str] =
 
 
 @contextmanager
-def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+def byte_progress(title: str, total: int) -> Iterator[Callable[[int], object]]:
     """Show progress on stderr while bytes are written.
 
     Args:
@@ -55,7 +55,7 @@ def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
             yield bar.update
 
 
-def _progress_lines(title: str, total: int) -> Callable[[int], None]:
+def _progress_lines(title: str, total: int) -> Callable[[int], object]:
     done = tenths = 0
 
     def update(written: int) -> None:

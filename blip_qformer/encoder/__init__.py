@@ -1,4 +1,4 @@
-"""Picture and word -> 16 vectors."""
+"""BLIP-Diffusion's subject encoder: an image and a word -> 16 vectors of a prompt."""
 
 from .config import QFormerConfig, SubjectEncoderConfig, VisionConfig
 from .model import SubjectEncoder

@@ -1,4 +1,4 @@
-"""What the vision transformer and the Q-Former share: attention, an activation, and who makes their linear layers."""
+"""What the vision transformer and the Q-Former share: attention, an activation and the factory of their layers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ AttentionFunction = Callable[..., Tensor]
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None
 ) -> Tensor:
-    """Multi-head attention through torch's fused kernel.
+    """Compute multi-head attention with torch's fused kernel.
 
     Args:
-        query: [B, Q, width]; ``key`` and ``value``: [B, K, width].
-        mask: added to the scores, broadcast to [B, heads, Q, K].
+        query: Queries [B, Q, width].
+        key: Keys [B, K, width].
+        value: Values [B, K, width].
+        heads: The number of heads that the width is split into.
+        mask: Numbers added to the scores, broadcast to [B, heads, Q, K]; None adds nothing.
 
     Returns:
-        [B, Q, width]
+        The attended values [B, Q, width].
     """
     query, key, value = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (query, key, value))
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -34,10 +37,10 @@ def scaled_dot_product_attention(
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's cheap GELU, x * sigmoid(1.702 x) (github.com/openai/CLIP, ``clip/model.py``).
+    """Compute CLIP's approximate GELU, x * sigmoid(1.702 x) (github.com/openai/CLIP, ``clip/model.py``).
 
-    It works in one temporary instead of three as far as autograd allows: for 8 pictures each is 34 MB, and to get that
-    from the system costs more than the arithmetic.
+    It needs one temporary tensor instead of three as far as autograd allows: for 8 images each is 34 MB, and allocating
+    that costs more than the arithmetic.
     """
     gate = (1.702 * x).sigmoid_()
     return gate * x if gate.requires_grad else gate.mul_(x)
@@ -45,12 +48,14 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerFactory:
-    """Makes layers where, how precise, and of which kind a host wants them.
+    """Make layers of the dtype, on the device and of the classes that a host wants.
 
     Args:
-        operations: a namespace with ``Linear``, ``Conv2d``, ``LayerNorm``, ``Embedding``: ``torch.nn``, or a host's own
-            that casts and offloads weights.
-        attention: see :data:`AttentionFunction`.
+        dtype: The dtype of the weights; None is torch's default.
+        device: The device of the weights; None is torch's default.
+        operations: A namespace with ``Linear``, ``Conv2d``, ``LayerNorm`` and ``Embedding``: ``torch.nn``, or a host's
+            own that casts and offloads weights.
+        attention: The attention function, see :data:`AttentionFunction`.
     """
 
     dtype: torch.dtype | None = None
@@ -59,19 +64,23 @@ class LayerFactory:
     attention: AttentionFunction = scaled_dot_product_attention
 
     def linear(self, inputs: int, outputs: int) -> nn.Linear:
+        """Make a linear layer with bias."""
         return self.operations.Linear(inputs, outputs, dtype=self.dtype, device=self.device)
 
-    def patches(self, width: int, patch_size: int) -> nn.Conv2d:
-        """A convolution whose kernel is its stride: one linear layer on every patch."""
+    def patch_embedding(self, width: int, patch_size: int) -> nn.Conv2d:
+        """Make a convolution whose kernel size is its stride: one linear layer on every patch."""
         return self.operations.Conv2d(
             3, width, patch_size, stride=patch_size, bias=False, dtype=self.dtype, device=self.device
         )
 
     def layer_norm(self, width: int, eps: float) -> nn.LayerNorm:
+        """Make a layer norm."""
         return self.operations.LayerNorm(width, eps=eps, dtype=self.dtype, device=self.device)
 
     def embedding(self, entries: int, width: int) -> nn.Embedding:
+        """Make a table of vectors."""
         return self.operations.Embedding(entries, width, dtype=self.dtype, device=self.device)
 
     def parameter(self, *shape: int) -> nn.Parameter:
+        """Make a parameter of zeros."""
         return nn.Parameter(torch.zeros(*shape, dtype=self.dtype, device=self.device))

@@ -1,4 +1,4 @@
-"""(picture, word) -> 16 vectors: the three parts of the subject encoder in a row."""
+"""The subject encoder: vision transformer, Q-Former and projection in a row."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from .vision import VisionTransformer
 
 
 class SubjectEncoder(nn.Module):
-    """BLIP-Diffusion's subject encoder (arXiv 2305.14720, figure 2, left).
+    """BLIP-Diffusion's subject encoder, (image, word) -> 16 vectors (arXiv 2305.14720, figure 2, left).
 
     Args:
-        config: the sizes; the defaults are the published model's.
-        dtype, device, operations: as for ComfyUI's models. The result has the precision of the *pixels*: with
-            operations that cast, float16 weights and float32 pixels compute in float32.
-        attention: see :data:`~blip_qformer.encoder.layers.AttentionFunction`.
+        config: The sizes; those of the published model if None.
+        dtype: The dtype of the weights. The result has the dtype of the *pixels*: with operations that cast, float16
+            weights and float32 pixels compute in float32.
+        device: The device of the weights.
+        operations: The namespace that layers come from: ``torch.nn``, or a host's own that casts and offloads weights.
+        attention: The attention function, see :data:`~blip_qformer.encoder.layers.AttentionFunction`.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class SubjectEncoder(nn.Module):
         device: torch.device | str | None = None,
         operations: Any = nn,
         attention: AttentionFunction = scaled_dot_product_attention,
-    ):
+    ) -> None:
         super().__init__()
         self.config = config = config or SubjectEncoderConfig()
         make = LayerFactory(dtype, device, operations, attention)
@@ -42,15 +44,17 @@ class SubjectEncoder(nn.Module):
         self.projection = Projection(config.qformer.width, config.projection_width, config.qformer.layer_norm_eps, make)
 
     def forward(self, pixel_values: Tensor, words: Sequence[str]) -> Tensor:
-        """Args:
-            pixel_values: [B, 3, S, S] from :func:`~blip_qformer.encoder.preprocess`.
-            words: what each picture shows, B of them.
+        """Encode the subjects of a batch of images.
+
+        Args:
+            pixel_values: Images [B, 3, S, S] from :func:`~blip_qformer.encoder.preprocess`.
+            words: The word for the subject of each image, B of them.
 
         Returns:
-            [B, 16, 768]: vectors that sit in a prompt like words.
+            Vectors [B, 16, 768], which stand in a prompt like words.
 
         Raises:
-            ValueError: a wrong shape, or a word the Q-Former cannot read.
+            ValueError: The shape is wrong, or the Q-Former cannot read a word.
         """
         size = self.config.vision.image_size
         if pixel_values.shape[1:] != (3, size, size):
@@ -64,5 +68,6 @@ class SubjectEncoder(nn.Module):
             )
         input_ids, attention_mask = tokenize_subjects(words, self.config.qformer.text_positions)
         image_tokens = self.vision(pixel_values)  # [B, 257, 1024]
-        answer = self.qformer(image_tokens, input_ids.to(pixel_values.device), attention_mask.to(pixel_values.device))
-        return self.projection(answer)  # [B, 16, 768]
+        device = pixel_values.device
+        queries = self.qformer(image_tokens, input_ids.to(device), attention_mask.to(device))  # [B, 16, 768]
+        return self.projection(queries)  # [B, 16, 768]

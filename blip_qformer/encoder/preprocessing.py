@@ -1,4 +1,4 @@
-"""A picture of any size becomes the square the vision transformer reads."""
+"""Turn images of any size into the normalised square that the vision transformer reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PREPROCESSING_MODES: tuple[str, ...] = get_args(PreprocessingMode)
 
 WHITE = 1.0
 SUBJECT_MARGIN = 0.05  # of the subject's longer edge, left free on every side of it
-LONGEST_ASPECT = 4  # a centre crop never sees further than this many short edges
+MAX_ASPECT_RATIO = 4  # of an image that is cropped; a longer one loses its ends first
 
 
 def preprocess(
@@ -28,56 +28,66 @@ def preprocess(
     size: int = 224,
     background: float = WHITE,
 ) -> Tensor:
-    """Pictures as ComfyUI holds them become pixels as the vision transformer reads them.
+    """Turn images as ComfyUI holds them into pixel values as the vision transformer reads them.
 
     Args:
-        images: [B, H, W, C] in 0..1 with 1, 3 or 4 channels; a fourth channel is opacity.
-        mode: ``crop`` fits the short edge and keeps the centre, as the original does; ``squash`` fits both edges, as
-            diffusers does; ``pad`` fits the long edge and fills up with background.
-        mask: [B, H, W], [1, H, W] or [H, W], white where the subject is: it alone is kept, on a plain background.
-        size: edge of the square, in pixels.
-        background: brightness of the plain background, in 0..1.
+        images: Images [B, H, W, C] in 0..1 with 1, 3 or 4 channels; a fourth channel is opacity.
+        mode: One of :data:`PREPROCESSING_MODES`. ``crop`` fits the short edge and keeps the centre, as in the authors'
+            code; ``squash`` fits both edges, as in diffusers; ``pad`` fits the long edge and adds background.
+        mask: The subject's opacity [B, H, W], [1, H, W] or [H, W] in 0..1. With a mask, the subject alone is kept, on a
+            plain background, and ``mode`` is not used.
+        size: Edge of the square, in pixels.
+        background: Brightness of the plain background, in 0..1.
 
     Returns:
-        [B, 3, size, size], normalised with CLIP's mean and standard deviation.
+        Pixel values [B, 3, size, size], normalised with CLIP's mean and standard deviation.
 
     Raises:
-        ValueError: no picture, another number of channels, NaN, an unknown mode, or a mask that does not fit.
+        ValueError: There is no image, the number of channels is another one, a value is NaN, the mode is unknown, or
+            the mask does not fit.
     """
-    pictures = _to_8_bit(composite_alpha(_checked(images), background))  # [B, 3, H, W]
-    if mask is not None:
-        squares = [
-            _resize(isolate_subject(picture, subject_mask, background), "squash", size, background)
-            for picture, subject_mask in zip(pictures, fit_mask(mask, images), strict=True)
-        ]
-        pictures = torch.cat(squares)
+    rgb = _to_8_bit(composite_alpha(_checked(images), background))  # [B, 3, H, W]
+    if mask is None:
+        squares = _resize(rgb, mode, size, background)
     else:
-        pictures = _resize(pictures, mode, size, background)
-    mean, std = (pictures.new_tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
-    return (pictures - mean) / std
+        subjects = (
+            isolate_subject(image, subject_mask, background)
+            for image, subject_mask in zip(rgb, fit_mask(mask, images), strict=True)
+        )
+        squares = torch.cat([_resize(subject, "squash", size, background) for subject in subjects])
+    mean, std = (squares.new_tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
+    return (squares - mean) / std
 
 
 def composite_alpha(images: Tensor, background: float = WHITE) -> Tensor:
-    """[B, H, W, 1, 3 or 4] -> [B, 3, H, W]: grey becomes colour, what is transparent shows the background."""
-    pictures = rearrange(images, "b h w c -> b c h w").float().clamp(0, 1)
-    if pictures.shape[1] == 4:
-        colour, alpha = pictures.split([3, 1], dim=1)
-        return colour * alpha + background * (1 - alpha)
-    return pictures.expand(-1, 3, -1, -1)
+    """Put images with opacity on a plain background, and expand grey to three channels.
+
+    Args:
+        images: Images [B, H, W, 1, 3 or 4] in 0..1.
+        background: Brightness of the background, in 0..1.
+
+    Returns:
+        Images [B, 3, H, W].
+    """
+    channels_first = rearrange(images, "b h w c -> b c h w").float().clamp(0, 1)
+    if channels_first.shape[1] == 4:
+        rgb, alpha = channels_first.split([3, 1], dim=1)
+        return rgb * alpha + background * (1 - alpha)
+    return channels_first.expand(-1, 3, -1, -1)
 
 
 def fit_mask(mask: Tensor, images: Tensor) -> Tensor:
-    """A mask for each picture of a batch, each of its picture's size.
+    """Return a mask for each image of a batch, of the images' size.
 
     Args:
-        mask: [B, H, W], [1, H, W] or [H, W] in 0..1; one of another size but the same shape is scaled.
-        images: [B, H, W, C]
+        mask: A mask [B, H, W], [1, H, W] or [H, W] in 0..1. One of another size but the same aspect ratio is scaled.
+        images: Images [B, H, W, C].
 
     Returns:
-        [B, H, W], on the pictures' device.
+        Masks [B, H, W] on the images' device.
 
     Raises:
-        ValueError: another number of masks than pictures, or another shape.
+        ValueError: The number of masks is not that of the images, or the aspect ratio is another one.
     """
     mask = mask.to(images.device, torch.float32).clamp(0, 1)
     mask = mask[None] if mask.ndim == 2 else mask
@@ -98,14 +108,19 @@ def fit_mask(mask: Tensor, images: Tensor) -> Tensor:
     return mask.expand(count, -1, -1)
 
 
-def isolate_subject(picture: Tensor, mask: Tensor, background: float = WHITE) -> Tensor:
-    """Cut a subject out and put it into the middle of a plain square that it nearly fills.
+def isolate_subject(image: Tensor, mask: Tensor, background: float = WHITE) -> Tensor:
+    """Cut a subject out and centre it on a plain square that it nearly fills.
 
     Args:
-        picture: [3, H, W] in 0..1; ``mask``: [H, W] in 0..1, the subject's opacity.
+        image: An image [3, H, W] in 0..1.
+        mask: The subject's opacity [H, W] in 0..1.
+        background: Brightness of the square, in 0..1.
 
     Returns:
-        [1, 3, S, S]
+        The square [1, 3, S, S].
+
+    Raises:
+        ValueError: The mask is black everywhere.
     """
     rows, columns = ((mask > 0.1).any(dim=axis).nonzero() for axis in (1, 0))
     if not len(rows):
@@ -113,7 +128,7 @@ def isolate_subject(picture: Tensor, mask: Tensor, background: float = WHITE) ->
             "The mask is black everywhere, so it marks no subject: paint the subject white, invert the mask, "
             "or leave the mask unconnected."
         )
-    cutout = picture * mask + background * (1 - mask)
+    cutout = image * mask + background * (1 - mask)
     cutout = cutout[:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     height, width = cutout.shape[1:]
     edge = max(height, width)
@@ -122,53 +137,54 @@ def isolate_subject(picture: Tensor, mask: Tensor, background: float = WHITE) ->
     return F.pad(cutout, (left, edge - width - left, top, edge - height - top), value=background)[None]
 
 
-def _resize(pictures: Tensor, mode: str, size: int, background: float) -> Tensor:
-    """[B, 3, H, W] -> [B, 3, size, size]"""
+def _resize(images: Tensor, mode: str, size: int, background: float) -> Tensor:
+    """Resize images [B, 3, H, W] to squares [B, 3, size, size]."""
     if mode == "squash":
-        return _interpolate(pictures, size, size)
+        return _interpolate(images, size, size)
     if mode == "pad":
-        height, width = _scaled(pictures, size / max(pictures.shape[-2:]))
+        height, width = _scaled_size(images, size / max(images.shape[-2:]))
         top, left = (size - height) // 2, (size - width) // 2
         borders = (left, size - width - left, top, size - height - top)
-        return F.pad(_interpolate(pictures, height, width), borders, value=background)
+        return F.pad(_interpolate(images, height, width), borders, value=background)
     if mode == "crop":
-        pictures = _without_far_ends(pictures)
-        height, width = _scaled(pictures, size / min(pictures.shape[-2:]))
+        images = _limit_aspect_ratio(images)
+        height, width = _scaled_size(images, size / min(images.shape[-2:]))
         top, left = round((height - size) / 2), round((width - size) / 2)
-        return _interpolate(pictures, height, width)[..., top : top + size, left : left + size]
+        return _interpolate(images, height, width)[..., top : top + size, left : left + size]
     raise ValueError(f'There is no preprocessing mode "{mode}": choose one of {", ".join(PREPROCESSING_MODES)}.')
 
 
-def _scaled(pictures: Tensor, scale: float) -> tuple[int, int]:
-    """Height and width after scaling, cut to whole pixels as torchvision does, at least one."""
-    height, width = (max(1, int(edge * scale + 1e-6)) for edge in pictures.shape[-2:])
+def _scaled_size(images: Tensor, scale: float) -> tuple[int, int]:
+    """Return height and width after scaling, truncated to whole pixels as in torchvision, at least one."""
+    height, width = (max(1, int(edge * scale + 1e-6)) for edge in images.shape[-2:])
     return height, width
 
 
-def _without_far_ends(pictures: Tensor) -> Tensor:
-    """Cut a very long picture about its centre, so that a strip of 1 x 8000 is not blown up to 224 x 1792000."""
+def _limit_aspect_ratio(images: Tensor) -> Tensor:
+    """Crop very long images around the centre, so that a strip of 1 x 8000 is not scaled to 224 x 1792000."""
     for axis in (-2, -1):
-        longest = LONGEST_ASPECT * min(pictures.shape[-2:])
-        surplus = pictures.shape[axis] - longest
-        if surplus > 1:  # cut the same from both ends, so that the centre stays where it is
-            pictures = pictures.narrow(axis, surplus // 2, pictures.shape[axis] - 2 * (surplus // 2))
-    return pictures
+        longest = MAX_ASPECT_RATIO * min(images.shape[-2:])
+        surplus = images.shape[axis] - longest
+        if surplus > 1:  # the same at both ends, so that the centre stays where it is
+            images = images.narrow(axis, surplus // 2, images.shape[axis] - 2 * (surplus // 2))
+    return images
 
 
-def _interpolate(pictures: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic and antialiased, first along the rows and then along the columns, 8-bit after each, as PIL does it."""
-    for size in ((pictures.shape[-2], width), (height, width)):
-        if pictures.shape[-2:] != size:
-            pictures = _to_8_bit(F.interpolate(pictures, size=size, mode="bicubic", antialias=True))
-    return pictures
+def _interpolate(images: Tensor, height: int, width: int) -> Tensor:
+    """Resize with antialiased bicubic interpolation as PIL does: first rows, then columns, rounded after each."""
+    for size in ((images.shape[-2], width), (height, width)):
+        if images.shape[-2:] != size:
+            images = _to_8_bit(F.interpolate(images, size=size, mode="bicubic", antialias=True))
+    return images
 
 
-def _to_8_bit(pictures: Tensor) -> Tensor:
-    """The references resize 8-bit pictures; rounding where they do keeps our numbers theirs."""
-    return (pictures.clamp(0, 1) * 255).round() / 255
+def _to_8_bit(images: Tensor) -> Tensor:
+    """Round to 8 bits, as the references, which resize 8-bit images, do at the same points."""
+    return (images.clamp(0, 1) * 255).round() / 255
 
 
 def _checked(images: Tensor) -> Tensor:
+    """Return images that can be preprocessed, or raise ValueError."""
     if images.ndim != 4 or images.shape[-1] not in (1, 3, 4) or 0 in images.shape:
         raise ValueError(
             f"The pictures have the shape {list(images.shape)}, but [batch, height, width, channels] with 1, 3 or 4 "

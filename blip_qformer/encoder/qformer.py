@@ -1,7 +1,7 @@
-"""The Q-Former (arXiv 2301.12597, section 3.1): learned queries read a picture while they hear a word.
+"""The Q-Former (arXiv 2301.12597, section 3.1): learned queries attend to an image and to a word.
 
-Queries and text share self-attention. Only the queries look at the picture, and queries and text each have a
-feed-forward layer of their own. It is a BERT in all else: every step is added to its input and *then* normalised.
+Queries and text share self-attention. Only the queries attend to the image, and queries and text each have a
+feed-forward layer of their own. All else is BERT: each residual is added and *then* normalised (post-norm).
 """
 
 from __future__ import annotations
@@ -15,24 +15,35 @@ from .layers import LayerFactory
 
 
 class QFormer(nn.Module):
-    """Image tokens and a tokenized word -> the queries' answer [B, Q, width]."""
+    """A BERT with learned queries that attend to image tokens.
 
-    def __init__(self, config: QFormerConfig, image_width: int, make: LayerFactory):
+    Args:
+        config: The sizes.
+        image_width: Width of an image token.
+        make: The factory of the layers.
+    """
+
+    def __init__(self, config: QFormerConfig, image_width: int, make: LayerFactory) -> None:
         super().__init__()
         self.query_tokens = make.parameter(1, config.query_tokens, config.width)
         self.word_embedding = make.embedding(config.vocabulary_size, config.width)
         self.position_embedding = make.embedding(config.text_positions, config.width)
         self.embedding_norm = make.layer_norm(config.width, config.layer_norm_eps)
         self.layers = nn.ModuleList(
-            QFormerLayer(config, image_width, make, sees_image=index % config.cross_attention_frequency == 0)
+            QFormerLayer(config, image_width, make, has_cross_attention=index % config.cross_attention_frequency == 0)
             for index in range(config.layers)
         )
 
     def forward(self, image_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Args:
-        image_tokens: [B, N, image_width]
-        input_ids: [B, T], the word as ``[CLS] word [SEP]``, padded.
-        attention_mask: [B, T], 1 where there is a token, 0 where there is padding.
+        """Compute the queries of a batch of images and words.
+
+        Args:
+            image_tokens: Image tokens [B, N, image_width].
+            input_ids: Token ids [B, T], each row ``[CLS] word [SEP]`` and padding.
+            attention_mask: Numbers [B, T], 1 for a token and 0 for padding.
+
+        Returns:
+            The queries after the last layer [B, Q, width].
         """
         queries = self.query_tokens.to(image_tokens).expand(len(image_tokens), -1, -1)
         text = self.embed_text(input_ids, image_tokens.dtype)
@@ -44,14 +55,28 @@ class QFormer(nn.Module):
         return queries
 
     def embed_text(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, T] ids -> [B, T, width]; only text has positions, the queries are a set."""
+        """Embed token ids [B, T] as [B, T, width]. Only text has positions; the queries are a set.
+
+        Args:
+            input_ids: Token ids [B, T].
+            dtype: The dtype to compute in.
+        """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        # Each by itself: what a host may store weights in, it cannot always add in.
+        # Cast before the sum: a host may store weights in a dtype that has no addition.
         return self.word_embedding(input_ids).to(dtype) + self.position_embedding(positions).to(dtype)
 
 
 def padding_mask(attention_mask: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
-    """[B, T] of 1 and 0 -> [B, 1, Q + T, Q + T] to add to scores: nobody looks at padding."""
+    """Return the mask that keeps queries and text from attending to padding.
+
+    Args:
+        attention_mask: Numbers [B, T], 1 for a token and 0 for padding.
+        queries: The number of queries, which stand before the text.
+        dtype: The dtype of the scores.
+
+    Returns:
+        Numbers [B, 1, Q + T, Q + T] to be added to the scores.
+    """
     visible = F.pad(attention_mask.bool(), (queries, 0), value=True)  # [B, Q + T]
     hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     hidden = hidden.masked_fill(~visible, torch.finfo(dtype).min)
@@ -59,29 +84,53 @@ def padding_mask(attention_mask: Tensor, queries: int, dtype: torch.dtype) -> Te
 
 
 class QFormerLayer(nn.Module):
-    """One layer: self-attention over queries and text, cross-attention of the queries, two feed-forward layers."""
+    """One layer: self-attention over queries and text, cross-attention of the queries, two feed-forward layers.
 
-    def __init__(self, config: QFormerConfig, image_width: int, make: LayerFactory, sees_image: bool):
+    Args:
+        config: The sizes.
+        image_width: Width of an image token.
+        make: The factory of the layers.
+        has_cross_attention: Whether the queries attend to the image in this layer.
+    """
+
+    def __init__(self, config: QFormerConfig, image_width: int, make: LayerFactory, has_cross_attention: bool) -> None:
         super().__init__()
         self.self_attention = QFormerAttention(config, config.width, make)
-        self.cross_attention = QFormerAttention(config, image_width, make) if sees_image else None
+        self.cross_attention = QFormerAttention(config, image_width, make) if has_cross_attention else None
         self.query_feed_forward = QFormerFeedForward(config, make)
         self.text_feed_forward = QFormerFeedForward(config, make)
 
     def forward(self, queries: Tensor, text: Tensor, image_tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the layer.
+
+        Args:
+            queries: Queries [B, Q, width].
+            text: Text tokens [B, T, width].
+            image_tokens: Image tokens [B, N, image_width].
+            mask: See :func:`padding_mask`.
+
+        Returns:
+            Queries and text tokens, of the same shapes.
+        """
         tokens = torch.cat([queries, text], dim=1)
         tokens = self.self_attention(tokens, tokens, mask)
-        parts = tokens.split([queries.shape[1], text.shape[1]], dim=1)
-        queries, text = (part.contiguous() for part in parts)  # else linear layers go picture by picture
+        queries, text = tokens.split([queries.shape[1], text.shape[1]], dim=1)
+        queries, text = queries.contiguous(), text.contiguous()  # or linear layers would run once for each image
         if self.cross_attention is not None:
             queries = self.cross_attention(queries, image_tokens)
         return self.query_feed_forward(queries), self.text_feed_forward(text)
 
 
 class QFormerAttention(nn.Module):
-    """``tokens`` look at ``context``; what they saw is added to them and normalised."""
+    """Post-norm attention: norm(tokens + attention(tokens, context)).
 
-    def __init__(self, config: QFormerConfig, context_width: int, make: LayerFactory):
+    Args:
+        config: The sizes.
+        context_width: Width of a context token.
+        make: The factory of the layers.
+    """
+
+    def __init__(self, config: QFormerConfig, context_width: int, make: LayerFactory) -> None:
         super().__init__()
         self.heads = config.heads
         self.attend = make.attention
@@ -92,18 +141,34 @@ class QFormerAttention(nn.Module):
         self.norm = make.layer_norm(config.width, config.layer_norm_eps)
 
     def forward(self, tokens: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        seen = self.attend(self.query(tokens), self.key(context), self.value(context), self.heads, mask=mask)
-        return self.norm(tokens + self.output(seen))
+        """Let tokens attend to a context.
+
+        Args:
+            tokens: Tokens [B, N, width].
+            context: Context tokens [B, M, context_width].
+            mask: Numbers added to the scores, broadcast to [B, heads, N, M].
+
+        Returns:
+            Tokens [B, N, width].
+        """
+        attended = self.attend(self.query(tokens), self.key(context), self.value(context), self.heads, mask=mask)
+        return self.norm(tokens + self.output(attended))
 
 
 class QFormerFeedForward(nn.Module):
-    """Two linear layers with a GELU between; their result is added and normalised."""
+    """Post-norm feed-forward layer: norm(x + contract(GELU(expand(x)))).
 
-    def __init__(self, config: QFormerConfig, make: LayerFactory):
+    Args:
+        config: The sizes.
+        make: The factory of the layers.
+    """
+
+    def __init__(self, config: QFormerConfig, make: LayerFactory) -> None:
         super().__init__()
         self.expand = make.linear(config.width, config.feed_forward_width)
         self.contract = make.linear(config.feed_forward_width, config.width)
         self.norm = make.layer_norm(config.width, config.layer_norm_eps)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Compute the layer on tokens [B, N, width]."""
         return self.norm(tokens + self.contract(F.gelu(self.expand(tokens))))

@@ -1,6 +1,6 @@
-"""A subject word becomes BERT tokens, with the vocabulary that lies beside this file.
+"""Tokenize subject words with BERT's vocabulary, which lies beside this file.
 
-``vocabulary.txt`` is bert-base-uncased's (Apache-2.0, 30522 lines); the Q-Former knows one token more, ``[DEC]``, with
+``vocabulary.txt`` is bert-base-uncased's (Apache-2.0, 30522 lines). The Q-Former has one token more, ``[DEC]``, with
 which image-grounded text generation begins.
 """
 
@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from tokenizers import BertWordPieceTokenizer
+from tokenizers import Encoding
+from tokenizers.implementations import BertWordPieceTokenizer
 from torch import Tensor
 
 VOCABULARY = Path(__file__).with_name("vocabulary.txt")
@@ -23,24 +24,24 @@ log = logging.getLogger("blip_diffusion")
 
 @cache
 def bert_tokenizer() -> BertWordPieceTokenizer:
-    """The tokenizer, read from ``vocabulary.txt`` at its first use; nothing is ever downloaded."""
+    """Return the tokenizer, read from ``vocabulary.txt`` at its first use; nothing is downloaded."""
     tokenizer = BertWordPieceTokenizer(str(VOCABULARY), lowercase=True)
     tokenizer.add_special_tokens([DEC_TOKEN])
     return tokenizer
 
 
 def tokenize_subjects(words: Sequence[str], max_tokens: int = 512) -> tuple[Tensor, Tensor]:
-    """Subject words as a padded batch.
+    """Tokenize a batch of subject words.
 
     Args:
-        words: what the pictures show, one to a picture: ``["dog", "teddy bear"]``.
-        max_tokens: the most tokens the Q-Former has positions for, ``[CLS]`` and ``[SEP]`` included.
+        words: The word for the subject of each image: ``["dog", "teddy bear"]``.
+        max_tokens: The most tokens that the Q-Former has positions for, ``[CLS]`` and ``[SEP]`` included.
 
     Returns:
-        ``input_ids`` [B, T] and ``attention_mask`` [B, T], padded to the longest.
+        ``input_ids`` [B, T] and ``attention_mask`` [B, T], padded to the longest word.
 
     Raises:
-        ValueError: a word is empty, too long, or made of nothing the vocabulary knows.
+        ValueError: A word is empty, too long, or made of nothing that the vocabulary has.
     """
     encodings = [_tokenize(word, max_tokens) for word in words]
     length = max(len(encoding.ids) for encoding in encodings)
@@ -51,8 +52,8 @@ def tokenize_subjects(words: Sequence[str], max_tokens: int = 512) -> tuple[Tens
     return input_ids, attention_mask
 
 
-def _tokenize(word: str, max_tokens: int):
-    """One word's encoding, with the sentence a person needs if it cannot be understood."""
+def _tokenize(word: str, max_tokens: int) -> Encoding:
+    """Tokenize one word, or say in one sentence what is wrong with it."""
     if not word.strip():
         raise ValueError('The subject word is empty: name the thing in the picture, for example "dog".')
     encoding = bert_tokenizer().encode(word)

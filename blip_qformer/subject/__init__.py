@@ -1,4 +1,4 @@
-"""A subject: the vectors that stand for a thing in a prompt; blending them, keeping them."""
+"""Subjects: the vectors that stand for a thing in a prompt, their blends and their files."""
 
 from .blending import BLEND_MODES, blend, trajectory
 from .file import load_subject, save_subject

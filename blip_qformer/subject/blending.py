@@ -1,4 +1,4 @@
-"""Blending subjects: between them, among several, and beyond them (arXiv 2305.14720, section 4 and appendix)."""
+"""Blend subjects: between them, among several, and beyond them (arXiv 2305.14720, section 4 and appendix)."""
 
 from __future__ import annotations
 
@@ -15,90 +15,109 @@ from .weights import normalise_weights, slider_weights, trajectory_positions
 BlendMode = Literal["linear", "spherical", "norm-preserving"]
 BLEND_MODES: tuple[str, ...] = get_args(BlendMode)
 
-MOST_STEPS = 100  # of the search for a mean on the sphere; ten to thirty are enough for directions of one hemisphere
-SMALLEST_STEP = 1e-10
-SMALLEST_ANGLE = 1e-9
+MAX_ITERATIONS = 100  # for a mean on the sphere; 10 to 30 are enough for directions in one hemisphere
+TOLERANCE = 1e-10
+MIN_SINE = 1e-9  # of an angle that has a direction
 
 
 def blend(subjects: Sequence[Subject], weights: Sequence[float], mode: BlendMode = "linear", word: str = "") -> Subject:
-    """Several subjects -> one, somewhere between them or beyond.
+    """Blend several subjects into one, between them or beyond.
 
     Args:
-        subjects: of one encoder; each of N rows, or of one that serves all N.
-        weights: one a subject, of any positive sum. A subject that has all the weight comes back bit by bit.
-        mode: see :func:`blend_vectors`.
-        word: the word for the blend; empty: the heaviest subject's.
+        subjects: Subjects of one encoder, each of N rows or of one row that serves all N.
+        weights: A weight for each subject, of any positive sum. A subject with all the weight is returned bit by bit.
+        mode: The kind of mean, see :func:`blend_vectors`.
+        word: The word for the blend; that of the heaviest subject if empty.
+
+    Returns:
+        A subject of N rows.
 
     Raises:
-        ValueError: the weights or the mode cannot be used, or the subjects do not fit each other.
+        ValueError: The weights or the mode cannot be used, or the subjects do not fit each other.
     """
     check_same_encoder(subjects)
     normalised = normalise_weights(weights, len(subjects))
     vectors = blend_vectors(_same_rows(subjects), normalised, mode)
     heaviest = max(range(len(subjects)), key=lambda index: normalised[index])
     used = [subject for subject, weight in zip(subjects, normalised, strict=True) if weight]
-    return Subject(vectors, word.strip() or subjects[heaviest].word, _first(subjects, "encoder"), joined_sources(used))
+    return Subject(vectors, word.strip() or subjects[heaviest].word, _first_encoder(subjects), join_sources(used))
 
 
 def trajectory(subjects: Sequence[Subject], steps: int, mode: BlendMode = "linear", word: str = "") -> Subject:
-    """The way from one subject to another, or the square among four, as one subject with a row for each step.
+    """Blend along the line between two subjects, or over the square among four.
 
     Args:
-        subjects: two or four of one row; four are top left, top right, bottom left and bottom right.
-        steps: places along the line, both ends included, or along each side of the square, row after row.
-        word: the word for all of it; empty: the first subject's.
+        subjects: Two or four subjects of one row; four are top left, top right, bottom left and bottom right.
+        steps: The number of blends along the line, both ends included, or along each side of the square.
+        mode: The kind of mean, see :func:`blend_vectors`.
+        word: The word for all blends; that of the first subject if empty.
+
+    Returns:
+        A subject with a row for each blend; those of a square go from left to right and then from top to bottom.
 
     Raises:
-        ValueError: as for :func:`blend`; or another number of subjects or of their rows, or fewer than two steps.
+        ValueError: As for :func:`blend`; or the number of subjects, of their rows or of steps cannot be used.
     """
     check_same_encoder(subjects)
-    places = trajectory_positions(len(subjects), steps)
+    positions = trajectory_positions(len(subjects), steps)
     for number, subject in enumerate(subjects, start=1):
         if len(subject) != 1:
             raise ValueError(
                 f'subject_{number}, "{subject.word}", has {len(subject)} rows, but a trajectory goes between single '
                 'subjects: encode it as "one subject".'
             )
-    blends = [blend(subjects, slider_weights(len(subjects), *place), mode) for place in places]
+    blends = [blend(subjects, slider_weights(len(subjects), *position), mode) for position in positions]
     vectors = torch.cat([each.vectors for each in blends])
-    return Subject(vectors, word.strip() or subjects[0].word, _first(subjects, "encoder"), joined_sources(subjects))
+    return Subject(vectors, word.strip() or subjects[0].word, _first_encoder(subjects), join_sources(subjects))
 
 
-def blend_vectors(vectors: Sequence[Tensor], weights: Sequence[float], mode: BlendMode = "linear") -> Tensor:
-    """The mathematics of :func:`blend`: S tensors [N, 16, 768] and weights that sum to 1 -> [N, 16, 768].
+def blend_vectors(vectors: Sequence[Tensor] | Tensor, weights: Sequence[float], mode: BlendMode = "linear") -> Tensor:
+    """Compute the weighted mean of vectors, in float64 and independent of their order.
 
     Args:
-        mode: ``linear``, the weighted mean, as the authors do; ``spherical``, each vector on the shortest way between
-            the directions, slerp for two and the same mean for more; ``norm-preserving``, the direction of the linear
-            mean. The last two let the norms go linearly, where a linear mean is shorter than what it is made of. All
-            work in float64 and do not depend on the order.
+        vectors: S tensors [N, 16, 768].
+        weights: S weights that sum to 1.
+        mode: ``linear`` is the weighted mean, as in the authors' code. ``spherical`` is the mean on the sphere of the
+            directions: slerp (Shoemake 1985) for two vectors, the Karcher mean for more. ``norm-preserving`` is the
+            direction of the linear mean. The last two interpolate norms linearly, where a linear mean is shorter than
+            the vectors.
+
+    Returns:
+        Vectors [N, 16, 768].
 
     Raises:
-        ValueError: there is no such mode.
+        ValueError: There is no such mode.
     """
     if mode not in BLEND_MODES:
         raise ValueError(f'There is no blend mode "{mode}": choose one of {", ".join(BLEND_MODES)}.')
     used = [(each, weight) for each, weight in zip(vectors, weights, strict=True) if weight]
     if len(used) == 1:
-        return used[0][0]  # as it is: what comes out of arithmetic may differ in the last bit
+        return used[0][0]  # unchanged: the last bit may differ after arithmetic
     stacked = torch.stack([each.double() for each, _ in used])  # [S, N, 16, 768]
-    weight = stacked.new_tensor([weight for _, weight in used])
+    weight = stacked.new_tensor([weight for _, weight in used])  # [S]
     mean = torch.einsum("s, snqw -> nqw", weight, stacked)
     if mode != "linear":
-        # Beyond a short subject and away from a long one a norm would become negative, and the vector turn round.
-        norm = torch.einsum("s, snqw -> nqw", weight, stacked.norm(dim=-1, keepdim=True)).clamp_min(0)
+        # Extrapolated from a long subject beyond a short one, a norm would become negative and flip the vector.
+        norm = torch.einsum("s, snqw -> nqw", weight, stacked.norm(dim=-1, keepdim=True)).clamp_min(0)  # [N, 16, 1]
         direction = _spherical_mean(F.normalize(stacked, dim=-1), weight) if mode == "spherical" else mean
         mean = F.normalize(direction, dim=-1) * norm
     return mean.to(vectors[0].dtype)
 
 
 def is_extrapolation(weights: Sequence[float]) -> bool:
-    """Whether a blend lies beyond what it is made of."""
+    """Return whether a blend with these weights lies beyond the subjects."""
     return any(weight < 0 for weight in weights)
 
 
 def describe_blend(subjects: Sequence[Subject], weights: Sequence[float], mode: BlendMode, blended: Subject) -> str:
-    """In words, what was blended with which weights."""
+    """Describe in words what was blended.
+
+    Args:
+        subjects: The subjects.
+        weights: Their weights, of any positive sum.
+        mode: The kind of mean.
+        blended: The result.
+    """
     shares = [
         f'{weight:.0%} "{subject.word}" (subject_{number})'
         for number, (subject, weight) in enumerate(
@@ -110,10 +129,10 @@ def describe_blend(subjects: Sequence[Subject], weights: Sequence[float], mode: 
 
 
 def check_same_encoder(subjects: Sequence[Subject]) -> None:
-    """Refuse subjects whose vectors mean different things. One of which the encoder is not known may be anyone's.
+    """Refuse subjects of different encoders, whose vectors mean different things. An unknown encoder fits any other.
 
     Raises:
-        ValueError: two subjects name different encoders.
+        ValueError: Two subjects name different encoders.
     """
     known = [(number, subject) for number, subject in enumerate(subjects, start=1) if subject.encoder]
     for number, subject in known[1:]:
@@ -126,67 +145,21 @@ def check_same_encoder(subjects: Sequence[Subject]) -> None:
             )
 
 
-def joined_sources(subjects: Sequence[Subject]) -> str:
-    """The pictures behind several subjects, each once: ``12ab+34cd``."""
+def join_sources(subjects: Sequence[Subject]) -> str:
+    """Join the image hashes of several subjects, each once: ``12ab+34cd``."""
     return "+".join(dict.fromkeys(subject.source for subject in subjects if subject.source))
 
 
-def _spherical_mean(directions: Tensor, weight: Tensor) -> Tensor:
-    """Unit vectors [S, N, 16, 768] and weights that sum to 1 -> [N, 16, 768], their mean on the sphere.
-
-    The positive weights have their Karcher mean, the point from which the weighted ways to all cancel (Karcher 1977);
-    for two it lies on the great circle between them, where slerp puts it. From there negative weights lead away from
-    theirs. All of this happens in the span of the S vectors, so that S coefficients are searched and not 768 numbers.
-    """
-    gram = torch.einsum("snqw, rnqw -> nqsr", directions, directions)
-    towards, away = weight.clamp_min(0), weight.clamp_max(0)
-    mean = _to_unit(gram, towards.expand(gram.shape[:-1]))  # [N, 16, S]
-    towards = towards / towards.sum()
-    for _ in range(MOST_STEPS):
-        step = _way(gram, mean, towards)
-        mean = _walk(gram, mean, step)
-        if _length(gram, step).max() < SMALLEST_STEP:
-            break
-    mean = _walk(gram, mean, _way(gram, mean, away))
-    return torch.einsum("nqs, snqw -> nqw", mean, directions)
-
-
-def _way(gram: Tensor, start: Tensor, weight: Tensor) -> Tensor:
-    """The weighted sum of the ways on the sphere from ``start`` to each direction; all as coefficients [N, 16, S]."""
-    cosine = _apply(gram, start).clamp(-1, 1)
-    sine = ((1 - cosine) * (1 + cosine)).sqrt()
-    # A direction at hand is no way off, and one straight opposite has no one way to it.
-    pull = weight * torch.where(sine > SMALLEST_ANGLE, cosine.acos() / sine.clamp_min(SMALLEST_ANGLE), 1.0)
-    return pull - (pull * cosine).sum(dim=-1, keepdim=True) * start
-
-
-def _walk(gram: Tensor, start: Tensor, way: Tensor) -> Tensor:
-    """Where one arrives on the sphere."""
-    length = _length(gram, way)
-    return _to_unit(gram, start * length.cos() + way * torch.sinc(length / torch.pi))
-
-
-def _to_unit(gram: Tensor, coefficients: Tensor) -> Tensor:
-    """The coefficients of the unit vector; nothing where opposite directions cancel."""
-    length = _length(gram, coefficients)
-    return torch.where(length > SMALLEST_ANGLE, coefficients / length.clamp_min(SMALLEST_ANGLE), 0.0)
-
-
-def _length(gram: Tensor, coefficients: Tensor) -> Tensor:
-    """[N, 16, 1]"""
-    return (coefficients * _apply(gram, coefficients)).sum(dim=-1, keepdim=True).clamp_min(0).sqrt()
-
-
-def _apply(gram: Tensor, coefficients: Tensor) -> Tensor:
-    """The scalar product of every direction with a combination of them, [N, 16, S]."""
-    return (gram @ coefficients[..., None])[..., 0]
+def _first_encoder(subjects: Sequence[Subject]) -> str:
+    """Return the first encoder that is known, or an empty text."""
+    return next((subject.encoder for subject in subjects if subject.encoder), "")
 
 
 def _same_rows(subjects: Sequence[Subject]) -> list[Tensor]:
-    """The subjects' vectors, one row repeated for those that have several.
+    """Return the subjects' vectors, single rows expanded to the number of rows of the others.
 
     Raises:
-        ValueError: their vectors have different sizes, or their rows neither one nor one common number.
+        ValueError: The vectors have different sizes, or the numbers of rows do not fit each other.
     """
     shapes = {tuple(subject.vectors.shape[1:]) for subject in subjects}
     if len(shapes) > 1:
@@ -204,5 +177,60 @@ def _same_rows(subjects: Sequence[Subject]) -> list[Tensor]:
     return [subject.vectors.expand(rows, -1, -1) for subject in subjects]
 
 
-def _first(subjects: Sequence[Subject], name: str) -> str:
-    return next((getattr(subject, name) for subject in subjects if getattr(subject, name)), "")
+def _spherical_mean(directions: Tensor, weight: Tensor) -> Tensor:
+    """Compute the weighted mean of unit vectors on the sphere.
+
+    The positive weights have their Karcher mean, the point at which the weighted log maps of all directions sum to zero
+    (Karcher 1977, "Riemannian center of mass and mollifier smoothing"); for two it lies on the great circle between
+    them, as slerp does. From there, negative weights lead away from their directions. The mean lies in the span of the
+    S vectors, so points and tangents are S coefficients instead of 768 numbers.
+
+    Args:
+        directions: Unit vectors [S, N, 16, 768].
+        weight: Weights [S] that sum to 1.
+
+    Returns:
+        Unit vectors [N, 16, 768].
+    """
+    gram = torch.einsum("snqw, rnqw -> nqsr", directions, directions)
+    positive, negative = weight.clamp_min(0), weight.clamp_max(0)
+    mean = _normalise(gram, positive.expand(gram.shape[:-1]))  # [N, 16, S]
+    positive = positive / positive.sum()
+    for _ in range(MAX_ITERATIONS):
+        step = _log_map(gram, mean, positive)
+        mean = _exp_map(gram, mean, step)
+        if _norm(gram, step).max() < TOLERANCE:
+            break
+    mean = _exp_map(gram, mean, _log_map(gram, mean, negative))
+    return torch.einsum("nqs, snqw -> nqw", mean, directions)
+
+
+def _log_map(gram: Tensor, point: Tensor, weight: Tensor) -> Tensor:
+    """Sum the weighted log maps of all directions at a point, which gives a tangent; coefficients [N, 16, S]."""
+    cosine = _inner_products(gram, point).clamp(-1, 1)
+    sine = ((1 - cosine) * (1 + cosine)).sqrt()
+    # A direction at the point itself has a log map of zero, and an opposite one has none.
+    scale = weight * torch.where(sine > MIN_SINE, cosine.acos() / sine.clamp_min(MIN_SINE), 1.0)
+    return scale - (scale * cosine).sum(dim=-1, keepdim=True) * point
+
+
+def _exp_map(gram: Tensor, point: Tensor, tangent: Tensor) -> Tensor:
+    """Return the point of the sphere at the end of a tangent; coefficients [N, 16, S]."""
+    length = _norm(gram, tangent)
+    return _normalise(gram, point * length.cos() + tangent * torch.sinc(length / torch.pi))
+
+
+def _normalise(gram: Tensor, coefficients: Tensor) -> Tensor:
+    """Return the coefficients [N, 16, S] of the unit vector; zeros if opposite directions cancel."""
+    length = _norm(gram, coefficients)
+    return torch.where(length > MIN_SINE, coefficients / length.clamp_min(MIN_SINE), 0.0)
+
+
+def _norm(gram: Tensor, coefficients: Tensor) -> Tensor:
+    """Return the norm [N, 16, 1] of a combination of directions."""
+    return (coefficients * _inner_products(gram, coefficients)).sum(dim=-1, keepdim=True).clamp_min(0).sqrt()
+
+
+def _inner_products(gram: Tensor, coefficients: Tensor) -> Tensor:
+    """Return the inner product [N, 16, S] of every direction with a combination of them."""
+    return (gram @ coefficients[..., None])[..., 0]

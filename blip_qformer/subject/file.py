@@ -1,7 +1,7 @@
 """A subject as a file: one ``.safetensors`` that is also a textual-inversion embedding.
 
 It holds the tensor ``emb_params`` [16, 768] and nothing else, so that ComfyUI's ``embedding:name`` and other programs
-read it as sixteen words; what only we need stands as text in its header.
+read it as sixteen words. What only this library needs is text in its header.
 """
 
 from __future__ import annotations
@@ -13,30 +13,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..atomic import atomic_file
+from ..checkpoint.read_tensors import is_pickle
 from .subject import Subject
 
 ENDING = ".safetensors"
 TENSOR = "emb_params"
 FORMAT, VERSION = "blip-subject", 1
 PLAIN_VECTORS = 16  # as many as every published encoder gives
-PICKLE_BEGINNINGS = (b"PK", b"\x80")  # torch.save writes a zip archive, and wrote a bare pickle before torch 1.6
-LORA_SIGNS = ("lora_up", "lora_down", "lora_A", "lora_B", "lora_te", "lora_unet")
+LORA_KEYS = ("lora_up", "lora_down", "lora_A", "lora_B", "lora_te", "lora_unet")
 
 
 class SubjectFileError(ValueError):
-    """A file that is no subject; the message says which file, what it is instead, and what to do."""
+    """A file that is no subject. The message says which file, what it is instead, and what to do."""
 
 
 def save_subject(path: str | Path, subject: Subject, overwrite: bool = False) -> None:
-    """Write a subject of one row, all of it or nothing.
+    """Write a subject of one row, whole or not at all.
 
     Args:
-        overwrite: whether another file may be replaced; one that already holds this very subject is left as it is.
+        path: The file to write.
+        subject: The subject. A file that already holds the same subject is left as it is.
+        overwrite: Whether any other existing file may be replaced.
 
     Raises:
-        FileExistsError: the file is there and ``overwrite`` is False.
-        OSError: the folder cannot be written to.
-        ValueError: the subject has several rows.
+        FileExistsError: The file exists and ``overwrite`` is False.
+        OSError: The folder cannot be written to.
+        ValueError: The subject has several rows.
     """
     path = Path(path)
     if len(subject) != 1:
@@ -45,7 +47,7 @@ def save_subject(path: str | Path, subject: Subject, overwrite: bool = False) ->
             "or take one step of a trajectory with Subject Interpolate."
         )
     if _holds(path, subject):
-        return  # a graph that is queued again
+        return  # such as a graph that is queued again
     if path.is_dir() or (path.exists() and not overwrite):
         raise FileExistsError(f"{path} exists already: choose another name, or switch overwrite on.")
     metadata = {
@@ -62,14 +64,15 @@ def save_subject(path: str | Path, subject: Subject, overwrite: bool = False) ->
 def load_subject(path: str | Path, word: str = "") -> Subject:
     """Read a subject, or a plain textual inversion that can be one.
 
-    A textual inversion without our header is taken if it is one tensor of sixteen vectors, as another program leaves a
-    subject that it has saved anew. Fewer or more vectors are ordinary words of a prompt and belong there.
+    A textual inversion without our header is accepted if it is one tensor of sixteen vectors, which is what other
+    programs make of a subject when they save it again. Fewer or more vectors are ordinary words of a prompt.
 
     Args:
-        word: the word for it; empty: the word in the file.
+        path: The file.
+        word: The word for the subject; that of the file if empty.
 
     Raises:
-        SubjectFileError: the file is missing, not whole, or something else; or no word is known.
+        SubjectFileError: The file is missing, incomplete or something else, or no word is known.
     """
     path = Path(path)
     vectors, header = _read(path)
@@ -92,7 +95,7 @@ def load_subject(path: str | Path, word: str = "") -> Subject:
 
 
 def _read(path: Path) -> tuple[torch.Tensor, dict[str, str]]:
-    """The one tensor [n, width] of a file, and the text in its header."""
+    """Return the one tensor [n, width] of a file, and the metadata in its header."""
     if not path.is_file():
         raise SubjectFileError(f"There is no file {path}: check the name.")
     try:
@@ -103,7 +106,7 @@ def _read(path: Path) -> tuple[torch.Tensor, dict[str, str]]:
             vectors = file.get_tensor(names[0]).clone()  # a copy, so that the file is not kept open
             header = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        if _is_pickle(path):
+        if is_pickle(path):
             raise SubjectFileError(
                 f"{path} is a pickle ({path.suffix or 'no ending'}), which can run code and holds no word: choose a "
                 f".safetensors, or write embedding:{path.stem} into a prompt."
@@ -118,25 +121,19 @@ def _read(path: Path) -> tuple[torch.Tensor, dict[str, str]]:
     return vectors, header
 
 
-def _is_pickle(path: Path) -> bool:
-    """Asked only of what is no safetensors file, whose first bytes are a length and may be these."""
-    with path.open("rb") as file:
-        return file.read(4).startswith(PICKLE_BEGINNINGS)
-
-
 def _holds(path: Path, subject: Subject) -> bool:
-    """Whether a file holds this very subject."""
+    """Return whether a file holds the same subject."""
     try:
-        there = load_subject(path)
+        saved = load_subject(path)
     except ValueError:
         return False
-    told = (there.word, there.encoder, there.source) == (subject.word, subject.encoder, subject.source)
-    return told and torch.equal(there.vectors, subject.vectors)
+    same_text = (saved.word, saved.encoder, saved.source) == (subject.word, subject.encoder, subject.source)
+    return same_text and torch.equal(saved.vectors, subject.vectors)
 
 
 def _check_is_embedding(path: Path, shapes: dict[str, list[int]]) -> None:
-    """Refuse, by names and shapes alone, whatever else lies in a folder of embeddings."""
-    if any(sign in name for name in shapes for sign in LORA_SIGNS):
+    """Refuse, by names and shapes alone, other files that people keep in a folder of embeddings."""
+    if any(key in name for name in shapes for key in LORA_KEYS):
         raise SubjectFileError(f"{path} is a LoRA and no subject: load it with Load LoRA.")
     if len(shapes) != 1:
         listed = ", ".join(sorted(shapes)[:3]) + (", ..." if len(shapes) > 3 else "")
@@ -152,6 +149,6 @@ def _check_is_embedding(path: Path, shapes: dict[str, list[int]]) -> None:
 
 
 def _version(header: dict[str, str]) -> int:
-    """The version a header names; one that is no number was not written by us and counts as too new."""
+    """Return the version in a header; one that is no number was not written by this library and counts as too new."""
     text = header.get("version", "")
     return int(text) if text.isdecimal() else VERSION + 1

@@ -1,25 +1,28 @@
-"""Names for files that every file system and every prompt can hold."""
+"""File names that are valid on every file system and in every prompt."""
 
 from __future__ import annotations
 
 import unicodedata
 
-LONGEST_NAME = 120  # bytes: with an ending it fits every file system, encrypted ones included
+MAX_NAME_BYTES = 120  # with a suffix it fits every file system, encrypted ones included
 RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
 EXTRA_CHARACTERS = "-_."
 
 
 def checked_name(name: str) -> str:
-    """A name a person wrote, if it is safe: letters and digits of any script, ``-``, ``_`` and ``.``.
+    """Check a name that a person wrote: letters and digits of any script, ``-``, ``_`` and ``.``.
 
-    So it holds no folder, no control character, nothing that ends a word in a prompt, and is the same file on Linux,
-    macOS and Windows.
+    Such a name has no folder, no control character and nothing that ends a word in a prompt, and is the same file on
+    Linux, macOS and Windows.
+
+    Args:
+        name: The name, without suffix.
 
     Returns:
-        The name in one Unicode form, as file systems differ in it.
+        The name in Unicode's normal form C, as file systems differ in normalisation.
 
     Raises:
-        ValueError: says what is wrong with the name.
+        ValueError: The name cannot be used; the message says why and suggests another.
     """
     name = unicodedata.normalize("NFC", name.strip())
     if not name:
@@ -38,19 +41,20 @@ def checked_name(name: str) -> str:
     # Windows takes COM¹ for COM1, and "con.v2" for a device as well.
     if unicodedata.normalize("NFKC", name).split(".")[0].upper() in RESERVED:
         raise ValueError(f'The name "{name}" belongs to a device on Windows: write "{_suggestion("my_" + name)}".')
-    if len(name.encode()) > LONGEST_NAME:
+    if len(name.encode()) > MAX_NAME_BYTES:
         raise ValueError(
-            f"The name {name[:20]!r}... is {len(name.encode())} bytes long, and {LONGEST_NAME} fit every file system: "
-            "shorten it."
+            f"The name {name[:20]!r}... is {len(name.encode())} bytes long, and {MAX_NAME_BYTES} fit every file "
+            "system: shorten it."
         )
     return name
 
 
 def _is_allowed(character: str) -> bool:
-    """Letters, the marks on them, numbers; Unicode files them under L, M and N."""
+    """Return whether a character is a letter, a mark, a number (Unicode categories L, M, N) or one of ``-_.``."""
     return character in EXTRA_CHARACTERS or unicodedata.category(character)[0] in "LMN"
 
 
 def _suggestion(name: str) -> str:
+    """Return a valid name that resembles the given one."""
     kept = "".join(character if _is_allowed(character) else "_" for character in name)
     return kept.strip("._") or "my_subject"

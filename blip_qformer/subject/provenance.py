@@ -1,4 +1,4 @@
-"""Where a subject came from: short hashes that tell one encoder, and one picture, from another."""
+"""The provenance of a subject: short hashes that tell one encoder, and one image, from another."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from torch import Tensor
 
 from .subject import Subject
 
-HASH_LENGTH = 16  # hexadecimal digits: short enough to read, too many to meet by chance
+HASH_LENGTH = 16  # hexadecimal digits: short enough to read, long enough not to collide
 QUERIES, PROJECTION = "qformer.query_tokens", "projection.contract.weight"
 PROJECTION_ROWS = 16
 
 
-def encoder_hash(weights: Mapping[str, Tensor]) -> str:
-    """Which subject encoder these weights are; the same for the published float32 file and its float16 conversion.
+def encoder_hash(state_dict: Mapping[str, Tensor]) -> str:
+    """Hash the weights of a subject encoder, the same for the published float32 file and its float16 conversion.
 
-    It reads what training always changes, the queries and the first rows of the projection, and not the gigabyte around
-    them. Take the weights as the file has them: rounded to bfloat16 they are others.
+    Only what training always changes is read, the queries and the first rows of the projection, and not the gigabyte
+    around them.
 
     Args:
-        weights: in the encoder's own names, as ``SubjectEncoder.state_dict()`` has them.
+        state_dict: The weights, in the keys of ``SubjectEncoder.state_dict()`` and the dtype of the file: rounded to
+            bfloat16 they have another hash.
     """
     digest = hashlib.sha256()
-    for weight in (weights[QUERIES], weights[PROJECTION][:PROJECTION_ROWS]):
+    for weight in (state_dict[QUERIES], state_dict[PROJECTION][:PROJECTION_ROWS]):
         digest.update(_bytes(weight.detach().to("cpu", torch.float16)))
     return digest.hexdigest()[:HASH_LENGTH]
 
 
 def image_hash(images: Tensor) -> str:
-    """Which pictures [B, H, W, C] in 0..1 these are, in 8 bits a colour, as files hold them."""
+    """Hash images [B, H, W, C] in 0..1 as 8-bit values, which files hold."""
     digest = hashlib.sha256(str(tuple(images.shape)).encode())
     for image in images:  # one by one: a copy of all would double the memory
         digest.update(_bytes((image.clamp(0, 1) * 255).round().to("cpu", torch.uint8)))
@@ -39,7 +40,12 @@ def image_hash(images: Tensor) -> str:
 
 
 def encoder_mismatch(subject: Subject, encoder: str) -> str:
-    """A sentence that warns of a subject made by another encoder than this one; empty where there is no reason to."""
+    """Return a sentence that warns of a subject made by another encoder; empty if there is no reason to.
+
+    Args:
+        subject: The subject.
+        encoder: The :func:`encoder_hash` of the encoder in use; empty if not known.
+    """
     if not encoder or subject.encoder == encoder:
         return ""
     if not subject.encoder:

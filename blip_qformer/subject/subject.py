@@ -10,16 +10,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What the subject encoder saw.
+    """The vectors of a subject and the word for it.
 
     Args:
-        vectors: [N, 16, 768], kept as float32 on the CPU; N views of one thing, or N things.
-        word: what the encoder was asked about, "dog".
-        encoder: which encoder made it, :func:`~blip_qformer.provenance.encoder_hash`; empty where that is not known.
-        source: which picture it was made from, :func:`~blip_qformer.provenance.image_hash`; empty likewise.
+        vectors: Vectors [N, 16, 768] of N views of one thing, or of N things; kept in float32 on the CPU.
+        word: The word that the encoder was given, such as "dog".
+        encoder: The :func:`~blip_qformer.subject.provenance.encoder_hash` of its encoder; empty if not known.
+        source: The :func:`~blip_qformer.subject.provenance.image_hash` of its image; empty if not known.
 
     Raises:
-        ValueError: the vectors have another number of axes, or hold NaN.
+        ValueError: The vectors have another number of axes, or hold NaN.
     """
 
     vectors: Tensor
@@ -27,7 +27,7 @@ class Subject:
     encoder: str = ""
     source: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.vectors.ndim != 3:
             raise ValueError(
                 f"A subject's vectors have the shape [batch, 16, 768], but these have {list(self.vectors.shape)}: "
@@ -44,10 +44,10 @@ class Subject:
         return len(self.vectors)
 
     def average(self) -> Subject:
-        """One subject out of several views, the mean of their vectors (arXiv 2305.14720, section 3.3)."""
+        """Average several views into one row, the mean of their vectors (arXiv 2305.14720, section 3.3)."""
         return replace(self, vectors=self.vectors.mean(dim=0, keepdim=True))
 
 
-def split_rows(subject: Subject, most: int) -> list[Subject]:
-    """A subject of N rows as subjects of at most ``most`` rows, in order."""
-    return [replace(subject, vectors=vectors) for vectors in subject.vectors.split(most)]
+def split_rows(subject: Subject, size: int) -> list[Subject]:
+    """Split a subject of N rows into subjects of at most ``size`` rows, in order."""
+    return [replace(subject, vectors=vectors) for vectors in subject.vectors.split(size)]

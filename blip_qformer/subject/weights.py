@@ -1,4 +1,4 @@
-"""Blend weights: how a person writes them, what they must be, and where on a slider or in a square they lie."""
+"""Blend weights: parsed from text, normalised, and computed from positions on a slider or in a square."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ SMALLEST_SUM = 0.01  # of the largest weight: below it, normalising blows the ve
 
 
 def parse_weights(text: str) -> list[float]:
-    """``"1, 2, 0.5"`` -> [1.0, 2.0, 0.5]; an empty text is no weights at all.
+    """Parse ``"1, 2, 0.5"`` as [1.0, 2.0, 0.5], and an empty text as no weights.
+
+    Args:
+        text: Numbers with commas, semicolons or spaces between them.
 
     Raises:
-        ValueError: something in it is no number.
+        ValueError: Something in it is no number.
     """
     weights = []
     for number in filter(None, SEPARATORS.split(text)):
@@ -29,13 +32,17 @@ def parse_weights(text: str) -> list[float]:
 
 
 def normalise_weights(weights: Sequence[float], count: int) -> list[float]:
-    """Any weights with a positive sum -> weights that sum to 1. Negative ones are kept: they extrapolate.
+    """Scale weights so that they sum to 1. Negative ones are kept: they extrapolate.
 
     Args:
-        count: how many things are weighted.
+        weights: Weights with a positive sum.
+        count: The number of subjects or views that are weighted.
+
+    Returns:
+        The scaled weights, in the same order.
 
     Raises:
-        ValueError: the wrong number of weights, NaN or infinity among them, or a sum that is not clearly positive.
+        ValueError: The number of weights is wrong, one is NaN or infinite, or their sum is not clearly positive.
     """
     written = ", ".join(f"{weight:g}" for weight in weights)
     if len(weights) != count:
@@ -58,18 +65,28 @@ def normalise_weights(weights: Sequence[float], count: int) -> list[float]:
 
 
 def bilinear_weights(x: float, y: float) -> tuple[float, float, float, float]:
-    """Weights of a square's corners, top left, top right, bottom left, bottom right, at x to the right and y down."""
+    """Compute the weights of a square's corners, top left, top right, bottom left and bottom right.
+
+    Args:
+        x: The position from left to right, in 0..1.
+        y: The position from top to bottom, in 0..1.
+    """
     return (1 - x) * (1 - y), x * (1 - y), (1 - x) * y, x * y
 
 
 def slider_weights(count: int, x: float, y: float = 0.0) -> tuple[float, ...]:
-    """Weights of two, three or four subjects at one place of the sliders.
+    """Compute the weights of two, three or four subjects at one position of the sliders.
 
-    Two lie at the ends of x and leave y unused; four lie at the corners of the square; with three, x goes from the
+    Two are at the ends of x and leave y unused; four are at the corners of the square; with three, x goes from the
     first to the second and y from there to the third: the square's two lower corners are one.
 
+    Args:
+        count: The number of subjects.
+        x: The position of the first slider, in 0..1; outside it extrapolates.
+        y: The position of the second slider, likewise.
+
     Raises:
-        ValueError: another number of subjects.
+        ValueError: There are fewer than two or more than four subjects.
     """
     if count == 2:
         return 1 - x, x
@@ -81,11 +98,17 @@ def slider_weights(count: int, x: float, y: float = 0.0) -> tuple[float, ...]:
 
 
 def trajectory_positions(count: int, steps: int) -> list[tuple[float, ...]]:
-    """Where a trajectory stops: ``steps`` places (x,) between two subjects, or ``steps`` rows of as many places (x, y)
-    among four.
+    """Compute the slider positions of a trajectory.
+
+    Args:
+        count: The number of subjects, two or four.
+        steps: The number of positions from one subject to the next, both ends included.
+
+    Returns:
+        ``steps`` positions (x,) between two subjects, or ``steps`` rows of as many positions (x, y) among four.
 
     Raises:
-        ValueError: neither two nor four subjects, or fewer than two steps.
+        ValueError: There are neither two nor four subjects, or fewer than two steps.
     """
     if count not in (2, 4):
         raise ValueError(
@@ -94,5 +117,5 @@ def trajectory_positions(count: int, steps: int) -> list[tuple[float, ...]]:
         )
     if steps < 2:
         raise ValueError(f"A trajectory of {steps} steps has no two ends: give it at least 2.")
-    places = [step / (steps - 1) for step in range(steps)]  # exactly 0 and 1 at the ends
-    return [(x,) for x in places] if count == 2 else [(x, y) for y in places for x in places]
+    line = [step / (steps - 1) for step in range(steps)]  # exactly 0 and 1 at the ends
+    return [(x,) for x in line] if count == 2 else [(x, y) for y in line for x in line]

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import UNet2DConditionModel
 
 from blip_qformer.checkpoint.ldm_config import (
     departures_from_stock,
@@ -25,93 +24,17 @@ from blip_qformer.checkpoint.ldm_keys import (
     vae_to_ldm,
 )
 from blip_qformer.checkpoint.write_safetensors import write_safetensors
-
-# Sizes that differ in all that the walk counts: levels, resnets in a level, where attention is, how deep it is.
-UNETS = {
-    "two levels": dict(
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=2,
-    ),
-    "three levels, attention in the middle one": dict(
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=(1, 2, 3),
-    ),
-    "linear projections, two transformer blocks": dict(
-        block_out_channels=(32, 96),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        transformer_layers_per_block=2,
-        use_linear_projection=True,
-    ),
-}
-VAES = {
-    "one level": dict(block_out_channels=(32,), layers_per_block=1, latent_channels=4),
-    "three levels": dict(block_out_channels=(32, 64, 64), layers_per_block=2, latent_channels=4),
-    "eight latent channels": dict(block_out_channels=(32, 64), layers_per_block=3, latent_channels=8),
-}
-
-
-def small_unet(size: str) -> UNet2DConditionModel:
-    """A random U-Net, every weight and bias of it, with 4 heads and a context of 64."""
-    model = UNet2DConditionModel(**UNETS[size], cross_attention_dim=64, attention_head_dim=4, sample_size=8)
-    return shaken(model)
-
-
-def small_vae(size: str) -> AutoencoderKL:
-    """A random VAE with as many levels as the size has widths."""
-    levels = len(VAES[size]["block_out_channels"])
-    return shaken(
-        AutoencoderKL(
-            **VAES[size],
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            sample_size=16,
-        )
-    )
-
-
-def small_text_encoder(layers: int = 2) -> CLIPTextModel:
-    """A random CLIP text model. The host reads no vocabulary size, so it is CLIP's own."""
-    config = CLIPTextConfig(hidden_size=128, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4)
-    return shaken(CLIPTextModel(config))
-
-
-def shaken(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with nothing left at its initial 0 or 1, so that no two of its tensors could be exchanged unseen."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return model.eval()
-
-
-def full_unet() -> UNet2DConditionModel:
-    """Stable Diffusion 1.5's U-Net, without memory for its weights."""
-    with torch.device("meta"):
-        return UNet2DConditionModel(cross_attention_dim=768)
-
-
-def full_vae() -> AutoencoderKL:
-    """Stable Diffusion 1.5's VAE, without memory for its weights."""
-    with torch.device("meta"):
-        return AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-        )
-
-
-def full_text_encoder() -> CLIPTextModel:
-    """CLIP-L's text model, without memory for its weights."""
-    config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    with torch.device("meta"):
-        return CLIPTextModel(config)
+from tests.checkpoint.networks import (
+    UNETS,
+    VAES,
+    full_text_encoder,
+    full_unet,
+    full_vae,
+    small_controlnet,
+    small_text_encoder,
+    small_unet,
+    small_vae,
+)
 
 
 def host_unet(config: dict, device: str = "cpu") -> torch.nn.Module:
@@ -175,8 +98,8 @@ def test_a_converted_vae_encodes_and_decodes_the_same_in_the_host(host, size):
     target = host_vae(vae_config(source.state_dict()))
     target.load_state_dict(vae_to_ldm(source.state_dict()), strict=True)
 
-    picture, latent = torch.rand(2, 3, 16, 24), torch.randn(2, VAES[size]["latent_channels"], 8, 6)
-    torch.testing.assert_close(target.encode(picture), source.encode(picture).latent_dist.mode(), atol=1e-4, rtol=0)
+    image, latent = torch.rand(2, 3, 16, 24), torch.randn(2, VAES[size]["latent_channels"], 8, 6)
+    torch.testing.assert_close(target.encode(image), source.encode(image).latent_dist.mode(), atol=1e-4, rtol=0)
     torch.testing.assert_close(target.decode(latent), source.decode(latent).sample, atol=1e-4, rtol=0)
 
 
@@ -282,9 +205,9 @@ def test_the_stock_loader_takes_a_written_checkpoint_with_nothing_missing_or_lef
             up_block_types=("CrossAttnUpBlock2D",),
             cross_attention_dim=768,
         )
-    parts = [numbered(model.state_dict()) for model in (unet, full_text_encoder(), full_vae())]
-    assert departures_from_stock(*parts) == []
-    checkpoint = stable_diffusion_checkpoint(*parts)
+    networks = [numbered(model.state_dict()) for model in (unet, full_text_encoder(), full_vae())]
+    assert departures_from_stock(*networks) == []
+    checkpoint = stable_diffusion_checkpoint(*networks)
     path = tmp_path / "checkpoint.safetensors"
     write_safetensors(path, checkpoint, dtype=torch.float16, metadata={"format": "pt"})
 
@@ -313,20 +236,6 @@ def numbered(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def test_a_model_of_another_size_is_said_not_to_suit_the_stock_loader():
-    parts = small_unet("two levels"), small_text_encoder(), small_vae("three levels")
-    assert departures_from_stock(*(part.state_dict() for part in parts)) == [
-        "U-Net width 32 instead of 320",
-        "U-Net context 64 instead of 768",
-        "text encoder width 128 instead of 768",
-        "text encoder layers 2 instead of 12",
-        "VAE width 32 instead of 128",
-        "VAE levels [1, 2, 2] instead of [1, 2, 4, 4]",
-    ]
-    full = full_unet(), full_text_encoder(), full_vae()
-    assert departures_from_stock(*(part.state_dict() for part in full)) == []
-
-
 def test_conversion_shares_the_tensors_memory():
     source = small_vae("three levels").state_dict()
     addresses = {tensor.data_ptr() for tensor in source.values()}
@@ -334,15 +243,6 @@ def test_conversion_shares_the_tensors_memory():
     source = small_unet("two levels").state_dict()
     addresses = {tensor.data_ptr() for tensor in source.values()}
     assert {tensor.data_ptr() for tensor in unet_to_ldm(source).values()} == addresses
-
-
-def small_controlnet() -> ControlNetModel:
-    return ControlNetModel(
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        cross_attention_dim=64,
-        attention_head_dim=8,
-    )
 
 
 CONVERSIONS = {
@@ -353,23 +253,23 @@ CONVERSIONS = {
 }
 
 
-@pytest.mark.parametrize("part", CONVERSIONS)
-def test_unknown_tensors_are_named_up_to_five(part):
-    convert, source = CONVERSIONS[part]
+@pytest.mark.parametrize("network", CONVERSIONS)
+def test_unknown_tensors_are_named_up_to_five(network):
+    convert, source = CONVERSIONS[network]
     weights = source().state_dict() | {f"stranger.{number}.weight": torch.zeros(1) for number in range(7)}
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match="has no place for") as raised:
         convert(weights)
     assert str(raised.value) == (
-        f'The {part} holds tensors that Stable Diffusion 1.5 has no place for ("stranger.0.weight", '
+        f'The {network} holds tensors that Stable Diffusion 1.5 has no place for ("stranger.0.weight", '
         '"stranger.1.weight", "stranger.2.weight", "stranger.3.weight", "stranger.4.weight" and 2 more): use weights '
         "of that architecture, in diffusers' names."
     )
 
 
-@pytest.mark.parametrize("part", CONVERSIONS)
-def test_every_missing_tensor_is_named(part):
+@pytest.mark.parametrize("network", CONVERSIONS)
+def test_every_missing_tensor_is_named(network):
     """Weight or bias: what the host's classes do not get stays random memory."""
-    convert, source = CONVERSIONS[part]
+    convert, source = CONVERSIONS[network]
     whole = {name: tensor for name, tensor in source().state_dict().items() if not name.endswith("position_ids")}
     for lost in whole:
         weights = {name: tensor for name, tensor in whole.items() if name != lost}
@@ -377,31 +277,15 @@ def test_every_missing_tensor_is_named(part):
             convert(weights)
 
 
-@pytest.mark.parametrize("part", CONVERSIONS)
-def test_missing_levels_are_told_by_the_config(part):
-    _, source = CONVERSIONS[part]
-    network = source()
-    name = {"U-Net": "unet", "VAE": "vae", "text encoder": "text_encoder", "ControlNet": "controlnet"}[part]
-    config = network.config.to_dict() if part == "text encoder" else dict(network.config)
-    check_depth(name, network.state_dict(), config)
-    check_depth(name, network.state_dict(), {})  # nothing to hold it against
-    layer = {"text encoder": "encoder.layers.1.", "VAE": "decoder.up_blocks.2."}.get(part, "down_blocks.1.")
-    rest = {key: tensor for key, tensor in network.state_dict().items() if layer not in key}
+@pytest.mark.parametrize("network", CONVERSIONS)
+def test_missing_levels_are_told_by_the_config(network):
+    _, source = CONVERSIONS[network]
+    model = source()
+    name = {"U-Net": "unet", "VAE": "vae", "text encoder": "text_encoder", "ControlNet": "controlnet"}[network]
+    config = model.config.to_dict() if network == "text encoder" else dict(model.config)
+    check_depth(name, model.state_dict(), config)
+    check_depth(name, model.state_dict(), {})  # nothing to hold it against
+    layer = {"text encoder": "encoder.layers.1.", "VAE": "decoder.up_blocks.2."}.get(network, "down_blocks.1.")
+    rest = {key: tensor for key, tensor in model.state_dict().items() if layer not in key}
     with pytest.raises(ValueError, match=r"holds \d \S+ and its config tells of \d: download its file again"):
         check_depth(name, rest, config)
-
-
-@pytest.mark.parametrize("configure", [unet_config, vae_config, text_encoder_config])
-def test_a_config_of_other_weights_says_which_tensor_it_looked_for(configure):
-    with pytest.raises(ValueError, match=r"^The weights hold no \S+, which tells the model's size: use .*\.$"):
-        configure({"x": torch.zeros(1)})
-
-
-def test_a_level_that_is_no_multiple_of_the_first_comes_to_its_width():
-    """The host multiplies from either side, and makes layers of what it gets."""
-    weights = full_unet().state_dict()
-    weights["down_blocks.1.resnets.0.conv1.weight"] = torch.empty(500, 320, 3, 3, device="meta")
-    multiples = unet_config(weights)["channel_mult"]
-    for widths in ([320 * each for each in multiples], [each * 320 for each in multiples]):
-        assert widths == [320, 500, 1280, 1280]
-        assert all(type(width) is int for width in widths)

@@ -61,14 +61,14 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_vectors_are_the_references(layouts, pipeline, layout):
-    pictures, words = torch.randn(2, 3, SIZES.image_size, SIZES.image_size), ["dog", "teddy bear"]
-    expected = pipeline.qformer(image_input=pictures, text_input=words, return_dict=False)
+    images, words = torch.randn(2, 3, SIZES.image_size, SIZES.image_size), ["dog", "teddy bear"]
+    expected = pipeline.qformer(image_input=images, text_input=words, return_dict=False)
     encoder = load_subject_encoder(layouts[layout])
-    torch.testing.assert_close(encoder(pictures, words), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(encoder(images, words), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_other_parts_are_found(layouts, pipeline, layout):
+def test_other_components_are_found(layouts, pipeline, layout):
     checkpoint = open_checkpoint(layouts[layout])
     if layout == "our single file":
         with pytest.raises(CheckpointError, match=r"has no unet: choose a whole"):
@@ -112,18 +112,18 @@ def test_short_config_is_the_full_one(tmp_path):
     full = open_checkpoint(tmp_path / "hub").encoder_config
     shorten_config(tmp_path / "hub")
     assert open_checkpoint(tmp_path / "hub").encoder_config == full
-    pictures = torch.randn(1, 3, sizes.image_size, sizes.image_size)
-    expected = reference(image_input=pictures, text_input=["dog"], return_dict=False)
-    torch.testing.assert_close(load_subject_encoder(tmp_path / "hub")(pictures, ["dog"]), expected, atol=1e-4, rtol=0)
+    images = torch.randn(1, 3, sizes.image_size, sizes.image_size)
+    expected = reference(image_input=images, text_input=["dog"], return_dict=False)
+    torch.testing.assert_close(load_subject_encoder(tmp_path / "hub")(images, ["dog"]), expected, atol=1e-4, rtol=0)
 
 
 def test_a_float16_file_computes_in_float32_unless_asked(layouts, tmp_path):
     checkpoint = open_checkpoint(layouts["LAVIS folder"])
     save_qformer(tmp_path / "half.safetensors", checkpoint.encoder_state_dict, checkpoint.encoder_config)
-    pictures = torch.randn(1, 3, SIZES.image_size, SIZES.image_size)
-    expected = load_subject_encoder(checkpoint)(pictures, ["dog"])
+    images = torch.randn(1, 3, SIZES.image_size, SIZES.image_size)
+    expected = load_subject_encoder(checkpoint)(images, ["dog"])
     single = load_subject_encoder(tmp_path / "half.safetensors")
-    torch.testing.assert_close(single(pictures, ["dog"]), expected, atol=2e-2, rtol=0)  # rounding to float16
+    torch.testing.assert_close(single(images, ["dog"]), expected, atol=2e-2, rtol=0)  # rounding to float16
     assert not any(w.requires_grad for w in single.parameters())
     as_stored = load_subject_encoder(tmp_path / "half.safetensors", dtype=None)
     assert {w.dtype for w in as_stored.parameters()} == {torch.float16}
@@ -135,8 +135,8 @@ def test_a_folder_of_mixed_precision_loads(pipeline, tmp_path):
     file = folder / "blip_model" / "blip_weight.pt"
     weights = torch.load(file, weights_only=True)
     torch.save({name: w.half() if name.startswith("visual") else w for name, w in weights.items()}, file)
-    pictures = torch.randn(1, 3, SIZES.image_size, SIZES.image_size)
-    assert torch.isfinite(load_subject_encoder(folder)(pictures, ["dog"])).all()
+    images = torch.randn(1, 3, SIZES.image_size, SIZES.image_size)
+    assert torch.isfinite(load_subject_encoder(folder)(images, ["dog"])).all()
 
 
 def test_weights_in_several_pieces_are_put_together(layouts, tmp_path):

@@ -206,7 +206,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
     needed = (tmp_path / "file").stat().st_size
     (tmp_path / "file").unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - needed + 1, needed - 1))
-    with pytest.raises(OSError) as raised:
+    with pytest.raises(OSError, match="bytes free") as raised:
         write_safetensors(tmp_path / "file", tensors)
     assert str(raised.value) == (
         f"{tmp_path} has {needed - 1} bytes free and {needed} are needed: make room there or choose another disk."
@@ -216,7 +216,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
 
 
 def test_a_value_too_large_for_the_dtype_is_named_and_not_made_infinite(tmp_path):
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match="too large") as raised:
         write_safetensors(tmp_path / "file", {"layer.bias": torch.tensor([1.0, -70000.0])}, dtype=torch.float16)
     assert str(raised.value) == (
         "The tensor layer.bias holds 70000, too large for torch.float16: write bfloat16 or float32."

@@ -37,9 +37,9 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> list[Path]:
-    """Three picture files."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory) -> list[Path]:
+    """Three image files."""
+    folder = tmp_path_factory.mktemp("images")
     paths = [folder / f"{number}.png" for number in range(3)]
     for number, path in enumerate(paths):
         pixels = np.random.default_rng(number).integers(0, 255, (EDGE, EDGE, 3), dtype=np.uint8)
@@ -47,20 +47,20 @@ def pictures(tmp_path_factory) -> list[Path]:
     return paths
 
 
-def finetune(model: Path, pictures: list[Path], output: Path, *options: str) -> int:
+def finetune(model: Path, images: list[Path], output: Path, *options: str) -> int:
     """Run the command."""
-    return blip_qformer(["finetune", str(model), *map(str, pictures), "--output", str(output), *OPTIONS, *options])
+    return blip_qformer(["finetune", str(model), *map(str, images), "--output", str(output), *OPTIONS, *options])
 
 
 @pytest.mark.parametrize("trains", ["low-rank", "full"])
-def test_it_does_what_the_node_does(host, model, pictures, tmp_path, trains):
-    assert finetune(model, pictures, tmp_path, "--validate-every", "0", "--trains", trains) == 0
+def test_it_does_what_the_node_does(host, model, images, tmp_path, trains):
+    assert finetune(model, images, tmp_path, "--validate-every", "0", "--trains", trains) == 0
     (host.base / "models" / "blip_diffusion" / "finetuned").unlink(missing_ok=True)
     (host.base / "models" / "blip_diffusion" / "finetuned").symlink_to(model)
     loaded = dict(
         zip(("model", "clip", "vae", "qformer"), host.run("BLIPDiffusionLoader", checkpoint="finetuned"), strict=True)
     )
-    image = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in pictures]) / 255
+    image = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in images]) / 255
     options = {"steps": STEPS, "resolution": EDGE, "learning_rate": RATE, "rank": 2, "look_every": 0}
     _, subject, weights, *_ = host.run(
         "BLIPDiffusionSubjectFinetune", **loaded, image=image, subject_word="dog", trains=trains, **options
@@ -82,8 +82,8 @@ def test_it_does_what_the_node_does(host, model, pictures, tmp_path, trains):
     torch.testing.assert_close(checkpoint[f"model.diffusion_model.{name}"].float(), expected, atol=5e-4, rtol=1e-3)
 
 
-def test_it_writes_pictures_of_how_it_went(model, pictures, tmp_path, capsys):
-    assert finetune(model, pictures, tmp_path, "--validate-every", "2", "--name", "rex") == 0
+def test_it_writes_images_of_how_it_went(model, images, tmp_path, capsys):
+    assert finetune(model, images, tmp_path, "--validate-every", "2", "--name", "rex") == 0
     assert Image.open(tmp_path / "rex-previews.png").size == (3 * EDGE, 3 * EDGE)  # before, after two and after three
     assert Image.open(tmp_path / "rex-curve.png").size == (768, 384)
     printed = capsys.readouterr().out
@@ -93,16 +93,16 @@ def test_it_writes_pictures_of_how_it_went(model, pictures, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"no picture", "is no picture that can be read: leave it out"), (b"", "is no picture that can be read")],
+    [(b"no image", "is no picture that can be read: leave it out"), (b"", "is no picture that can be read")],
 )
-def test_a_file_that_is_no_picture_is_named(model, pictures, tmp_path, capsys, content, message):
+def test_a_file_that_is_no_image_is_named(model, images, tmp_path, capsys, content, message):
     (tmp_path / "bad.png").write_bytes(content)
-    assert finetune(model, [*pictures, tmp_path / "bad.png"], tmp_path) == 2
+    assert finetune(model, [*images, tmp_path / "bad.png"], tmp_path) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-def test_a_tiny_picture_is_refused(model, tmp_path, capsys):
+def test_a_tiny_image_is_refused(model, tmp_path, capsys):
     Image.new("RGB", (40, 80)).save(tmp_path / "small.png")
     assert finetune(model, [tmp_path / "small.png"], tmp_path) == 2
     assert "The pictures are 40 x 80 pixels" in capsys.readouterr().err

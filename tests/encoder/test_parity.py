@@ -23,7 +23,7 @@ WORDS = {1: [["dog"], ["big teddy bear"]], 3: [["dog", "big teddy bear", "teapot
 
 @pytest.fixture(scope="module", params=SIZES, ids=lambda name: name.replace(" ", "-"))
 def pair(request, tmp_path_factory):
-    """The reference and ours with the same weights, and the edge of their pictures."""
+    """The reference and ours with the same weights, and the edge of their images."""
     folder = tmp_path_factory.mktemp("parity")
     sizes = SIZES[request.param]
     reference = oracle.qformer(sizes, folder / "bert")
@@ -46,16 +46,16 @@ def test_words_of_different_length_do_not_disturb_each_other(pair):
     pixel_values = torch.randn(3, 3, size, size)
     words = ["dog", "big red teddy bear", "umbrella"]
     together = encoder(pixel_values, words)
-    one_by_one = torch.cat([encoder(picture[None], [word]) for picture, word in zip(pixel_values, words, strict=True)])
+    one_by_one = torch.cat([encoder(image[None], [word]) for image, word in zip(pixel_values, words, strict=True)])
     torch.testing.assert_close(together, one_by_one, atol=1e-5, rtol=0)
 
 
 def test_picture_and_word_both_matter(pair):
     _, encoder, size = pair
-    pictures = torch.randn(2, 3, size, size)
-    dog = encoder(pictures, ["dog", "dog"])
+    images = torch.randn(2, 3, size, size)
+    dog = encoder(images, ["dog", "dog"])
     assert (dog[0] - dog[1]).abs().mean() > 1e-2
-    assert (dog - encoder(pictures, ["cat", "cat"])).abs().mean() > 1e-2
+    assert (dog - encoder(images, ["cat", "cat"])).abs().mean() > 1e-2
 
 
 def test_published_sizes_are_the_default():

@@ -39,8 +39,8 @@ def test_crop_is_the_originals(size):
             transforms.Normalize(CLIP_MEAN, CLIP_STD),
         ]
     )
-    picture = photograph(*size)
-    difference = (preprocess(as_batch(picture)) - original(picture)).abs()
+    image = photograph(*size)
+    difference = (preprocess(as_batch(image)) - original(image)).abs()
     assert difference.max() <= ONE_LEVEL + 1e-5
     assert difference.mean() < 0.1 * ONE_LEVEL
 
@@ -48,16 +48,16 @@ def test_crop_is_the_originals(size):
 @pytest.mark.parametrize("size", [(512, 300), (100, 90), (1500, 1000)])
 def test_squash_is_diffusers(size):
     processor = BlipImageProcessor(size={"height": 224, "width": 224}, do_center_crop=False)
-    picture = photograph(*size)
-    expected = processor.preprocess(picture, return_tensors="pt")["pixel_values"]
-    difference = (preprocess(as_batch(picture), mode="squash") - expected).abs()
+    image = photograph(*size)
+    expected = processor.preprocess(image, return_tensors="pt")["pixel_values"]
+    difference = (preprocess(as_batch(image), mode="squash") - expected).abs()
     assert difference.max() <= ONE_LEVEL + 1e-5
     assert difference.mean() < 0.1 * ONE_LEVEL
 
 
 def test_pad_keeps_everything_on_white():
-    picture = torch.zeros(1, 100, 400, 3)
-    padded = plain(preprocess(picture, mode="pad"))[0]
+    image = torch.zeros(1, 100, 400, 3)
+    padded = plain(preprocess(image, mode="pad"))[0]
     assert torch.allclose(padded[:, :80], torch.ones(1), atol=1e-5)  # 224 x 56 in the middle of 224 x 224
     assert torch.allclose(padded[:, 84:140], torch.zeros(1), atol=1e-5)
     assert torch.allclose(padded[:, 144:], torch.ones(1), atol=1e-5)
@@ -95,21 +95,21 @@ def test_transparent_shows_the_background():
 
 
 def test_mask_puts_the_subject_on_white_and_fills_the_square():
-    picture, mask = torch.zeros(1, 200, 300, 3), torch.zeros(1, 200, 300)
-    picture[:, 20:60, 200:240] = torch.tensor([1.0, 0, 0])  # a red square 40 x 40, far from the centre
+    image, mask = torch.zeros(1, 200, 300, 3), torch.zeros(1, 200, 300)
+    image[:, 20:60, 200:240] = torch.tensor([1.0, 0, 0])  # a red square 40 x 40, far from the centre
     mask[:, 20:60, 200:240] = 1
-    found = plain(preprocess(picture, mask=mask))[0]
+    found = plain(preprocess(image, mask=mask))[0]
     red = (found[0] > 0.9) & (found[1] < 0.1)
     assert 0.75 < red.float().mean() < 0.9  # 40 of 44 pixels in both directions
     assert torch.allclose(found[:, 0, 0], torch.ones(3), atol=1e-5)
 
 
-def test_mask_of_a_smaller_picture_of_the_same_shape_is_scaled():
-    picture = torch.rand(2, 128, 256, 3)
+def test_mask_of_a_smaller_image_of_the_same_shape_is_scaled():
+    image = torch.rand(2, 128, 256, 3)
     mask = torch.zeros(1, 32, 64)
     mask[:, 8:24, 16:48] = 1
     large = torch.nn.functional.interpolate(mask[:, None], (128, 256), mode="bilinear", antialias=True)[:, 0]
-    assert torch.equal(preprocess(picture, mask=mask), preprocess(picture, mask=large))
+    assert torch.equal(preprocess(image, mask=mask), preprocess(image, mask=large))
 
 
 @pytest.mark.parametrize(

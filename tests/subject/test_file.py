@@ -16,7 +16,7 @@ from blip_qformer import Subject
 from blip_qformer.encoder import SubjectEncoder
 from blip_qformer.encoder.config import QFormerConfig, SubjectEncoderConfig, VisionConfig
 from blip_qformer.subject.file import SubjectFileError, load_subject, save_subject
-from blip_qformer.subject.file_name import LONGEST_NAME, checked_name
+from blip_qformer.subject.file_name import MAX_NAME_BYTES, checked_name
 from blip_qformer.subject.provenance import encoder_hash, encoder_mismatch, image_hash
 
 
@@ -161,7 +161,7 @@ def test_other_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["my_dog", "Dog-2.1", "小狗", "Müller", "कुत्ता", "x" * LONGEST_NAME, "console", "COM10"]
+    "name", ["my_dog", "Dog-2.1", "小狗", "Müller", "कुत्ता", "x" * MAX_NAME_BYTES, "console", "COM10"]
 )
 def test_safe_names_are_kept(name):
     assert checked_name(f" {name} ") == name
@@ -190,7 +190,7 @@ def test_safe_names_are_kept(name):
         ("nul.v2", "belongs to a device on Windows"),
         ("com1", "belongs to a device on Windows"),
         ("COM¹", "belongs to a device on Windows"),
-        ("x" * (LONGEST_NAME + 1), "is 121 bytes long"),
+        ("x" * (MAX_NAME_BYTES + 1), "is 121 bytes long"),
         ("犬" * 41, "is 123 bytes long"),
     ],
 )
@@ -241,7 +241,7 @@ def test_a_mismatch_in_words():
 
 
 def test_pictures_are_told_apart():
-    picture = torch.randint(0, 256, (1, 20, 30, 3)) / 255
-    assert image_hash(picture) == image_hash(picture + 1e-6)
-    others = [picture.flip(1), picture[:, :10], torch.cat([picture, picture]), picture.reshape(1, 30, 20, 3)]
-    assert len({image_hash(each) for each in (picture, *others)}) == 5
+    image = torch.randint(0, 256, (1, 20, 30, 3)) / 255
+    assert image_hash(image) == image_hash(image + 1e-6)
+    others = [image.flip(1), image[:, :10], torch.cat([image, image]), image.reshape(1, 30, 20, 3)]
+    assert len({image_hash(each) for each in (image, *others)}) == 5

@@ -24,7 +24,7 @@ def save_qformer(
     *,
     dtype: torch.dtype | None = torch.float16,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> None:
     """Write a subject encoder as one ``.safetensors`` file.
 
