@@ -32,7 +32,7 @@ NEEDS_THE_NETWORK = {
 RUN_BY_CI_AND_OTHER_TESTS = {"make test", "make demo"}  # .ci/run, tests/test_demo.py
 TAKES_A_DAY = {"make mini"}  # what it runs, and with what, is tested here
 
-QUICKLY = ["--steps", "2", "--resolution", "64", "--look-every", "0"]  # what takes a minute on a graphics card
+QUICKLY = ["--steps", "2", "--resolution", "64", "--validate-every", "0"]  # what takes a minute on a graphics card
 
 PUBLISHED = "../../models/blip_diffusion/blipdiffusion"
 
