@@ -55,18 +55,18 @@ MINI := output/mini
 MINI_RUNS := mini/runs
 LAUNCH ?= ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc_per_node 2
 mini: env
-	@test -f output/artwork/things.jsonl || $(RUN) -m mini.world.fetch output/artwork
-	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-256 --count 8000 --edge 256 --seed 0
-	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-128 --count 40000 --edge 128 --seed 1
-	@$(RUN) -m blip_qformer prepare output/artwork $(MINI)/pairs-alone --count 40000 --edge 32 --seed 2 --alone
-	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/1-autoencoder.yaml
-	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/2-vision.yaml
-	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/3-multimodal.yaml
-	@$(RUN) -m mini.init.placed_queries $(MINI)/3-multimodal/model $(MINI)/pairs-128 $(MINI)/3-placed/model
-	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/4-appearance.yaml
-	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/5-subject-128.yaml
-	@$(LAUNCH) -m blip_qformer pretrain $(MINI_RUNS)/6-subject-256.yaml
-	@$(RUN) -m blip_qformer evaluate mini $(MINI)/6-subject-256/model output/artwork $(MINI)/report
+	@test -f output/artwork/things.jsonl || $(RUN) -m mini artwork output/artwork
+	@$(RUN) -m mini prepare output/artwork $(MINI)/pairs-256 --count 8000 --edge 256 --seed 0
+	@$(RUN) -m mini prepare output/artwork $(MINI)/pairs-128 --count 40000 --edge 128 --seed 1
+	@$(RUN) -m mini prepare output/artwork $(MINI)/pairs-alone --count 40000 --edge 32 --seed 2 --alone
+	@$(LAUNCH) -m mini pretrain $(MINI_RUNS)/1-autoencoder.yaml
+	@$(LAUNCH) -m mini pretrain $(MINI_RUNS)/2-vision.yaml
+	@$(LAUNCH) -m mini pretrain $(MINI_RUNS)/3-multimodal.yaml
+	@$(RUN) -m mini place-queries $(MINI)/3-multimodal/model $(MINI)/pairs-128 $(MINI)/3-placed/model
+	@$(LAUNCH) -m mini pretrain $(MINI_RUNS)/4-appearance.yaml
+	@$(LAUNCH) -m mini pretrain $(MINI_RUNS)/5-subject-128.yaml
+	@$(LAUNCH) -m mini pretrain $(MINI_RUNS)/6-subject-256.yaml
+	@$(RUN) -m mini evaluate report $(MINI)/6-subject-256/model output/artwork $(MINI)/report
 
 lint: env
 	@$(RUN) -m ruff check .

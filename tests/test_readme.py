@@ -21,7 +21,7 @@ from tools.host import ROOT, comfyui_path
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
-MINI_RUNS = ROOT / "blip_qformer" / "training" / "runs" / "mini"
+MINI_RUNS = ROOT / "mini" / "runs"
 COMMANDS = [line for language, block in BLOCKS if not language for line in block.splitlines()]
 
 NEEDS_THE_NETWORK = {
@@ -54,7 +54,7 @@ def places(checkpoint, tmp_path_factory):
     (folder / "photographs" / "metadata.jsonl").write_text(json.dumps(line))
     tiny.write_pairs(folder / "given")
     run = {"stage": "vision", "model": tiny.SIZES, "pairs": str(folder / "given"), "output": str(folder / "trained")}
-    run |= {"steps": 1, "batch_size": 4, "learning_rate": 1e-4, "workers": 0}
+    run |= {"steps": 1, "batch_size": 4, "learning_rate": 1e-4, "num_workers": 0}
     (folder / "run.yaml").write_text(json.dumps(run))  # all JSON is YAML
     for number in (1, 2, 3):
         Image.effect_noise((512, 512), 60).convert("RGB").save(folder / f"rex-{number}.jpg")
@@ -90,18 +90,19 @@ def test_commands_run_in_the_packs_folder(command, places):
 
 def test_make_mini_runs_every_run_and_evaluates_the_last():
     dry = subprocess.run(["make", "--dry-run", "mini"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    names = re.findall(r"pretrain (\S+/runs/mini/\S+\.yaml)", dry)
+    names = re.findall(r"-m mini pretrain (mini/runs/\S+\.yaml)", dry)
     runs = [read_config(ROOT / name) for name in names]
     assert names == [str(file.relative_to(ROOT)) for file in sorted(MINI_RUNS.glob("[0-9]*.yaml"))]
     made = {ROOT / word for word in shlex.split(dry.replace(";", " ")) if "pairs-" in word}
-    ((placed_from, placed_pairs, placed),) = re.findall(r"placed_queries (\S+) (\S+) (\S+)", dry)
+    ((placed_from, placed_pairs, placed),) = re.findall(r"place-queries (\S+) (\S+) (\S+)", dry)
     models_made = {ROOT / each.output / "model" for each in runs}
-    assert ROOT / placed_from in models_made and ROOT / placed_pairs in made
+    assert ROOT / placed_from in models_made
+    assert ROOT / placed_pairs in made
     for run in runs:
         assert {ROOT / pairs.partition("/pairs-{")[0] for pairs in run.pairs} <= made
         models = [*run.networks.values(), *([run.model] if isinstance(run.model, str) else [])]
         assert {ROOT / model for model in models} <= models_made | {ROOT / placed}
-    assert f"evaluate mini {runs[-1].output / 'model'} " in dry
+    assert f"evaluate report {runs[-1].output / 'model'} " in dry
 
 
 def test_python_example_runs(checkpoint, monkeypatch):

@@ -1,4 +1,4 @@
-"""The small model's report: held-out things only, three questions, three baselines (``blip-qformer evaluate mini``).
+"""The small model's report: held-out things only, three questions, three baselines (``python -m mini evaluate report``).
 
 Identity: does a generated picture pick its reference out of twenty candidates? Context: is it where the prompt says?
 Blending: does the likeness move steadily from one subject to the other? The baselines answer the same questions with

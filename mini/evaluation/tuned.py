@@ -1,4 +1,4 @@
-"""What fine-tuning is worth on the small model, on held-out things (``blip-qformer evaluate tuned``).
+"""What fine-tuning is worth on the small model, on held-out things (``python -m mini evaluate tuned``).
 
 Each thing is learned from four views. At every look on the way the judges of :mod:`.mini` see the pictures: do they
 pick the thing out of twenty, are they where the prompt says, and how like the thing are they? The same pictures were

@@ -1,6 +1,6 @@
 """Initial attention of a Q-Former that is trained from nothing: each query attends to a region of its own.
 
-    python -m mini.init.placed_queries MODEL PAIRS DST
+    python -m mini place-queries MODEL PAIRS DST
 
 From random weights every query attends to all of an image alike, and thousands of steps pass before one attends to
 anything in particular; until then the vectors tell mean colours only. Here the keys of some heads begin as a linear
@@ -11,9 +11,7 @@ frozen: training goes on from there.
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -189,23 +187,3 @@ def _initialise_head(
     attention.key.weight[fitted], attention.key.bias[fitted] = keys
     attention.query.weight[rest] *= REMAINING
     attention.key.weight[rest] *= REMAINING
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit code is 0, or 1 with one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m mini.init.placed_queries", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", type=Path, help="a model's folder, its image encoder trained")
-    parser.add_argument("pairs", metavar="PAIRS", help="folder of shards, or their names")
-    parser.add_argument("target", metavar="DST", type=Path, help="the folder to write")
-    arguments = parser.parse_args(argv)
-    try:
-        initialise_saved_model(arguments.model, arguments.pairs, arguments.target)
-    except (OSError, ValueError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return 1
-    print(f"The model whose queries look at their places is in {arguments.target}.")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

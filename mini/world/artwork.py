@@ -3,7 +3,7 @@
 A folder holds ``things.jsonl``, for each thing a line
 ``{"code": "1f436", "word": "dog face", "category": "Animals & Nature"}``, and for each style that draws it
 ``<style>/<code>.png`` or ``.webp`` with a transparent background.
-``mini/world/fetch.py`` fills one from the npm registry.
+``python -m mini artwork`` fills one from the npm registry.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def read_artwork(folder: Path) -> list[Artwork]:
     """
     listing = folder / LISTING
     if not listing.is_file():
-        raise FileNotFoundError(f"No {LISTING} is in '{folder}': fill it with 'python -m mini.world.fetch {folder}'.")
+        raise FileNotFoundError(f"No {LISTING} is in '{folder}': fill it with 'python -m mini artwork {folder}'.")
     lines = enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1)
     things = [_read_thing(line, f"Line {number} of '{listing}'") for number, line in lines if line]
     styles = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())

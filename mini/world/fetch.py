@@ -1,4 +1,4 @@
-"""Fill an artwork folder from the npm registry: ``python -m mini.world.fetch FOLDER``.
+"""Fill an artwork folder from the npm registry: ``python -m mini artwork FOLDER``.
 
 Seven sets that draw the same things, so that a word alone does not say what its thing looks like (REFERENCE 8). Three
 are pictures, joined by code point; four are vector drawings in Iconify's format, joined by name and rendered here. Each
@@ -7,16 +7,13 @@ package is fetched at one version and held against its checksum.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
-import sys
 import tarfile
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 
 import resvg_py
@@ -224,21 +221,3 @@ def _code(name: str) -> str:
 def _word(name: str) -> str:
     """``DOG FACE`` -> ``dog face``; what follows a comma or stands in brackets says too much."""
     return name.lower().split(",")[0].split("(")[0].replace("-", " ").replace("’", "").strip()
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit code is 0, or 1 with one line on stderr if the artwork could not be fetched."""
-    parser = argparse.ArgumentParser(prog="python -m mini.world.fetch", description="Fill an artwork folder.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--registry", default=REGISTRY, help=f"npm's registry, or a mirror of it ({REGISTRY})")
-    arguments = parser.parse_args(argv)
-    try:
-        print(f"{fill(arguments.folder, registry=arguments.registry)} pictures in {arguments.folder}")
-    except (OSError, HTTPException, ValueError, tarfile.TarError) as problem:
-        print(f"The artwork could not be fetched: {problem}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

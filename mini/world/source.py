@@ -140,7 +140,7 @@ def artwork_of_split(folder: Path, split: str) -> list[Artwork]:
         raise ValueError(f'"{split}" is no split of the world: choose one of {", ".join(SPLITS)}.')
     chosen = SPLITS[split](read_artwork(folder))
     if not chosen:
-        raise ValueError(f'"{folder}" has no artwork in the split "{split}": fill it anew with mini.world.fetch.')
+        raise ValueError(f'"{folder}" has no artwork in the split "{split}": fill it anew with python -m mini artwork.')
     return chosen
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from blip_qformer.encoder import QFormerConfig, SubjectEncoder, SubjectEncoderConfig, VisionConfig
-from blip_qformer.pipeline import load_pipeline, new_pipeline, save_pipeline
 from blip_qformer.pipeline.new import init_weights
 from mini.init import placed_queries
 from mini.init.patch_positions import initialise_patch_positions
 from mini.init.placed_queries import fit_location, initialise_queries
-from tests import tiny
 
 WORDS = ["dog", "cat", "hat", "bowl"]
 
@@ -92,24 +88,3 @@ def test_rows_and_columns_are_read_off_tokens(pictures):
 def test_sizes_that_do_not_fit_get_one_sentence(pictures, queries, heads, sentence):
     with pytest.raises(ValueError, match=sentence):
         initialise_queries(new_encoder(queries, heads), pictures, WORDS)
-
-
-def test_the_command_writes_a_model(tmp_path: Path, capsys):
-    sizes = tiny.SIZES | {"vision": {**tiny.SIZES["vision"], "image_size": 56}}  # 4 x 4 patches for 16 queries
-    save_pipeline(new_pipeline(sizes, seed=0), tmp_path / "model")
-    pairs = tiny.write_pairs(tmp_path / "pairs")
-    assert placed_queries.main([str(tmp_path / "model"), str(pairs), str(tmp_path / "placed")]) == 0
-    assert "placed" in capsys.readouterr().out
-    before, after = (load_pipeline(tmp_path / name).encoder.state_dict() for name in ("model", "placed"))
-    changed = {key for key in before if not torch.equal(before[key], after[key])}
-    linear = ("query", "key", "value", "output")
-    assert {key.split(".")[-2] for key in changed} == set(linear)
-    assert all(key.startswith("qformer.") and ".cross_attention." in key for key in changed)
-
-
-def test_the_command_says_what_does_not_fit(tmp_path: Path, capsys):
-    save_pipeline(new_pipeline(tiny.SIZES, seed=0), tmp_path / "model")
-    pairs = tiny.write_pairs(tmp_path / "pairs")
-    assert placed_queries.main([str(tmp_path / "model"), str(pairs), str(tmp_path / "placed")]) == 1
-    assert capsys.readouterr().err.startswith("16 queries cannot share out 2 x 2 patches")
-    assert not (tmp_path / "placed").exists()

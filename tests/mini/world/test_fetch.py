@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from mini.world.artwork import HELD_OUT_STYLE, SPLITS, Artwork, is_held_out_word, read_artwork
-from mini.world.fetch import PACKAGES, Package, fill, main
+from mini.world.fetch import PACKAGES, Package, fill
 from mini.world.source import artwork_of_split
 from tests.artwork import HELD_OUT, STYLES, TRAINED, write_artwork
 
@@ -72,7 +72,7 @@ def drawn(word: str, category: str = "Objects") -> Artwork:
 
 
 def test_a_folder_that_is_not_whole_gets_one_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match="No things.jsonl is in .* fill it with 'python -m mini.world.fetch"):
+    with pytest.raises(FileNotFoundError, match="No things.jsonl is in .* fill it with 'python -m mini artwork"):
         read_artwork(tmp_path)
     (tmp_path / "things.jsonl").write_text('{"code": "1f436", "word": "dog", "category": "Objects"}\n')
     with pytest.raises(FileNotFoundError, match="lists 1 things and holds a picture of none: fill it anew"):
@@ -220,12 +220,6 @@ def test_a_set_without_a_list_is_refused(packages, tmp_path):
     first = dataclasses.replace(made[1], style="noto")
     with registry(files) as url, pytest.raises(ValueError, match="fluent-1.1.0.tgz has no package/emoji.json"):
         fill(tmp_path, [first], url)
-
-
-def test_the_command_says_in_one_line_what_went_wrong(tmp_path, capsys):
-    with registry({}) as url:
-        assert main([str(tmp_path), "--registry", url]) == 1
-    assert capsys.readouterr().err == "The artwork could not be fetched: HTTP Error 404: Not Found\n"
 
 
 def test_the_packages_are_told_by_their_checksums():
