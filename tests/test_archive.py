@@ -1,4 +1,4 @@
-"""What the Comfy registry gets: the archive of `comfy node pack` (what git tracks, without .comfyignore), and a version."""
+"""The archive of `comfy node pack`, which is what git tracks without .comfyignore, and the version."""
 
 from __future__ import annotations
 

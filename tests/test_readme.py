@@ -44,17 +44,22 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def places(checkpoint, tmp_path_factory):
-    """What the commands name, and where it is here: a small one of each."""
-    folder = tmp_path_factory.mktemp("places")
+def paths(checkpoint, tmp_path_factory):
+    """A small one of everything that the commands name, by its name there."""
+    folder = tmp_path_factory.mktemp("paths")
     for name in ("photographs", "backgrounds"):
         (folder / name).mkdir()
         Image.new("RGB", (64, 64), "green").save(folder / name / "one.png")
     line = {"file": "one.png", "word": "lawn"}
     (folder / "photographs" / "metadata.jsonl").write_text(json.dumps(line))
     tiny.write_pairs(folder / "given")
-    run = {"stage": "vision", "model": tiny.SIZES, "pairs": str(folder / "given"), "output": str(folder / "trained")}
-    run |= {"steps": 1, "batch_size": 4, "learning_rate": 1e-4, "num_workers": 0}
+    run = {
+        "stage": "multimodal",
+        "model": tiny.SIZES,
+        "pairs": str(folder / "given"),
+        "output": str(folder / "trained"),
+    }
+    run |= {"steps": 1, "batch_size": 4, "learning_rate": 1e-4, "num_workers": 0, "options": tiny.OPTIONS["multimodal"]}
     (folder / "run.yaml").write_text(json.dumps(run))  # all JSON is YAML
     for number in (1, 2, 3):
         Image.effect_noise((512, 512), 60).convert("RGB").save(folder / f"rex-{number}.jpg")
@@ -81,8 +86,8 @@ def test_every_command_is_accounted_for():
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m blip_qformer")])
-def test_commands_run_in_the_packs_folder(command, places):
-    words = [sys.executable, *(str(places.get(word, word)) for word in shlex.split(command)[1:])]
+def test_commands_run_in_the_packs_folder(command, paths):
+    words = [sys.executable, *(str(paths.get(word, word)) for word in shlex.split(command)[1:])]
     words += QUICKLY if "finetune" in words else []
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -108,13 +113,13 @@ def test_make_mini_runs_every_run_and_evaluates_the_last():
 def test_python_example_runs(checkpoint, monkeypatch):
     (example,) = [block for language, block in BLOCKS if language == "python"]
     names = {"images": torch.rand(1, 60, 80, 3)}
-    monkeypatch.setattr("blip_qformer.encoder.preprocess", small_pictures)  # the small model's, not the published
+    monkeypatch.setattr("blip_qformer.encoder.preprocess", preprocess_small)  # the small model's, not the published
     source = example.replace("models/blip_diffusion/blipdiffusion", str(checkpoint))
     exec(compile(source, "README.md", "exec"), names)  # noqa: S102 - the README's own text
     assert names["subject"].vectors.shape == (1, 16, oracle.SMALL.width)
 
 
-def small_pictures(images: torch.Tensor) -> torch.Tensor:
+def preprocess_small(images: torch.Tensor) -> torch.Tensor:
     from blip_qformer.encoder.preprocessing import preprocess
 
     return preprocess(images, size=oracle.SMALL.image_size)
