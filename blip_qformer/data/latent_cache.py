@@ -44,7 +44,7 @@ class LatentCache:
         for path, image in zip(paths, images, strict=True):
             if not path.is_file():
                 # One by one, so that latents are the same to the last bit whichever batch an image comes in first.
-                distribution = self.vae.encode(image[None] * 2 - 1).latent_dist
+                distribution = self.vae.encode(image[None] * 2 - 1, return_dict=False)[0]
                 with atomic_file(path) as temporary:
                     save_file({MEAN: _to_float(distribution.mean[0]), STD: _to_float(distribution.std[0])}, temporary)
         latents = [load_file(path, device=str(images.device)) for path in paths]

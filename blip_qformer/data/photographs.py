@@ -132,9 +132,9 @@ class Photographs:
         return Pair(f"{index:08d}", subject_image, target, word, annotation.caption, {"file": file})
 
     @cached_property
-    def _segmenter(self) -> Segmenter:
-        """CLIPSeg, loaded by each process when it is first needed."""
-        return Segmenter(self.segmentation)
+    def _segmenter(self) -> Segmenter | None:
+        """CLIPSeg if it was given, loaded by each process when it is first needed."""
+        return None if self.segmentation is None else Segmenter(self.segmentation)
 
     def _segment(self, annotation: Annotation, photograph: Tensor) -> Tensor:
         """Compute the subject's probability [H, W] from its mask or by CLIPSeg."""
@@ -145,7 +145,7 @@ class Photographs:
             except ValueError as error:
                 raise SkippedPairError("mask of another shape", f"{annotation.mask}: {error}") from error
             return blur_mask(mask, MASK_SOFTENING * max(mask.shape))
-        if self.segmentation is None:
+        if self._segmenter is None:
             raise SkippedPairError("no mask", f"{annotation.file}: give a folder with CLIPSeg, or a mask")
         return self._segmenter(photograph[None], annotation.word)[0]
 

@@ -67,13 +67,8 @@ class CLIPTextModel(nn.Module):
     def __init__(self, config: CLIPTextModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embeddings = nn.ModuleDict(
-            {
-                "token_embedding": nn.Embedding(config.vocabulary_size, config.width),
-                "position_embedding": nn.Embedding(config.positions, config.width),
-            }
-        )
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(_Layer(config) for _ in range(config.layers))})
+        self.embeddings = _Embeddings(config)
+        self.encoder = _Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.width, config.layer_norm_eps)
 
     def forward(self, token_embeddings: Tensor) -> Tensor:
@@ -85,15 +80,15 @@ class CLIPTextModel(nn.Module):
         Returns:
             The last hidden states, normalised, of shape [B, T, width].
         """
-        position_embeddings = self.embeddings["position_embedding"].weight[: token_embeddings.shape[1]]  # [T, width]
+        position_embeddings = self.embeddings.position_embedding.weight[: token_embeddings.shape[1]]  # [T, width]
         hidden = token_embeddings + position_embeddings
-        for layer in self.encoder["layers"]:
+        for layer in self.encoder.layers:
             hidden = layer(hidden)
         return self.final_layer_norm(hidden)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embed token ids of shape [B, T], without positions; the result has shape [B, T, width]."""
-        return self.embeddings["token_embedding"](input_ids)
+        return self.embeddings.token_embedding(input_ids)
 
     def hub_state_dict(self) -> dict[str, Tensor]:
         """Return the state dict with the published keys."""
@@ -112,8 +107,28 @@ class CLIPTextModel(nn.Module):
         self.load_state_dict({name: weight for name, weight in renamed.items() if not name.endswith("position_ids")})
 
 
+# The modules below are nested and named as in the published weights.
+
+
+class _Embeddings(nn.Module):
+    """Embeddings of tokens and of their positions."""
+
+    def __init__(self, config: CLIPTextModelConfig) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocabulary_size, config.width)
+        self.position_embedding = nn.Embedding(config.positions, config.width)
+
+
+class _Encoder(nn.Module):
+    """The transformer's layers."""
+
+    def __init__(self, config: CLIPTextModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
+
+
 class _Layer(nn.Module):
-    """Causal self-attention and a feed-forward layer, each behind its own norm; the names are the published ones."""
+    """Causal self-attention and a feed-forward layer, each behind its own norm."""
 
     def __init__(self, config: CLIPTextModelConfig) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ from ..checkpoint.key_map import KeyMap, qformer_keys
 from ..checkpoint.read_tensors import SAFETENSORS, TENSOR_FILES, read_config, read_tensors
 from ..encoder import QFormerConfig, SubjectEncoder, SubjectEncoderConfig, VisionConfig
 from .new import init_weights
-from .pipeline import COMPONENT_KINDS, Pipeline, build_network
+from .pipeline import COMPONENT_KINDS, Pipeline, build_text_encoder, build_unet, build_vae
 from .save import save_pipeline
 
 _CLIP_LAYER, _OUR_LAYER = "encoder.layers.{}", "blocks.{}"
@@ -78,10 +78,12 @@ def initial_pipeline(clip: Path, bert: Path, stable_diffusion: Path, seed: int =
     found, problems = find_components(stable_diffusion)
     if missing := [name for name, kind in COMPONENT_KINDS.items() if kind not in found]:
         raise ValueError(" ".join([f"{stable_diffusion} has no {', '.join(missing)}: choose a whole one.", *problems]))
-    networks = {name: build_network(name, found[kind]) for name, kind in COMPONENT_KINDS.items()}
+    text_encoder = build_text_encoder(found[COMPONENT_KINDS["text_encoder"]])
+    unet, vae = build_unet(found[COMPONENT_KINDS["unet"]]), build_vae(found[COMPONENT_KINDS["vae"]])
     if not (stable_diffusion / "tokenizer" / "vocab.json").is_file():
         raise ValueError(f"{stable_diffusion} has no tokenizer/vocab.json: choose a whole one.")
-    pipeline = Pipeline(encoder, **networks, tokenizer=CLIPTokenizer.from_pretrained(stable_diffusion / "tokenizer"))
+    tokenizer = CLIPTokenizer.from_pretrained(stable_diffusion / "tokenizer")
+    pipeline = Pipeline(encoder, text_encoder, unet, vae, tokenizer)
     pipeline.check_widths()
     return pipeline
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from ..encoder import QFormerConfig, SubjectEncoder, SubjectEncoderConfig, VisionConfig
@@ -72,8 +72,8 @@ def init_weights(network: nn.Module, width: int) -> None:
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
             nn.init.normal_(module.weight, std=std)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
+                nn.init.zeros_(bias)
         elif not isinstance(module, nn.LayerNorm):
             for parameter in module.parameters(recurse=False):  # such as query tokens and position embeddings
                 nn.init.normal_(parameter, std=std)

@@ -5,11 +5,13 @@ The U-Net and the VAE are diffusers' classes; the subject encoder and the CLIP t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from ..checkpoint import open_checkpoint
@@ -66,7 +68,7 @@ class Pipeline:
             ValueError: The widths differ.
         """
         vectors, words = self.encoder.config.qformer.width, self.text_encoder.config.width
-        read = self.unet.config.cross_attention_dim
+        read = self.unet.config["cross_attention_dim"]
         if not vectors == words == read:
             raise ValueError(
                 f"The Q-Former's vectors are {vectors} numbers wide, the text encoder's words {words}, and what the "
@@ -89,10 +91,12 @@ def load_pipeline(folder: Path) -> Pipeline:
     """
     checkpoint = open_checkpoint(folder)
     encoder = _build_encoder(checkpoint)
-    networks = {name: build_network(name, checkpoint.require(name)) for name in COMPONENT_KINDS}
+    text_encoder = build_text_encoder(checkpoint.require("text_encoder"))
+    unet = build_unet(checkpoint.require("unet"))
+    vae = build_vae(checkpoint.require("vae"))
     if not (folder / "tokenizer" / "vocab.json").is_file():
         raise ValueError(f"{folder} has no tokenizer/vocab.json: download the published folder as a whole.")
-    return Pipeline(encoder, **networks, tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"))
+    return Pipeline(encoder, text_encoder, unet, vae, CLIPTokenizer.from_pretrained(folder / "tokenizer"))
 
 
 def replace_network(pipeline: Pipeline, name: str, folder: Path) -> None:
@@ -112,16 +116,23 @@ def replace_network(pipeline: Pipeline, name: str, folder: Path) -> None:
     if name not in COMPONENT_KINDS:
         raise ValueError(f'"{name}" is no network of the model: choose encoder, {", ".join(COMPONENT_KINDS)}.')
     found, problems = find_components(folder)
-    if COMPONENT_KINDS[name] not in found:
+    if (kind := COMPONENT_KINDS[name]) not in found:
         raise ValueError(" ".join([f"{folder} has no {name}: name a folder in diffusers' layout.", *problems]))
-    setattr(pipeline, name, build_network(name, found[COMPONENT_KINDS[name]]))
+    build = {"text_encoder": build_text_encoder, "unet": build_unet, "vae": build_vae}[name]
+    setattr(pipeline, name, build(found[kind]))
 
 
-def build_network(name: str, component: Component) -> nn.Module:
-    """Build a network from its config and its published weights.
+def build_text_encoder(component: Component) -> CLIPTextModel:
+    """Build the CLIP text model; see :func:`build_unet`."""
+    text_encoder = CLIPTextModel(CLIPTextModelConfig.from_hub(component.config))
+    _load_weights(component, text_encoder.load_hub_state_dict)
+    return text_encoder
+
+
+def build_unet(component: Component) -> UNet2DConditionModel:
+    """Build the U-Net from its config and its published weights.
 
     Args:
-        name: ``text_encoder``, ``unet`` or ``vae``.
         component: The network's files.
 
     Returns:
@@ -130,21 +141,27 @@ def build_network(name: str, component: Component) -> nn.Module:
     Raises:
         ValueError: The weights do not fit the config.
     """
-    if name == "text_encoder":
-        network = CLIPTextModel(CLIPTextModelConfig.from_hub(component.config))
-        load_weights = network.load_hub_state_dict
-    else:
-        network = (UNet2DConditionModel if name == "unet" else AutoencoderKL).from_config(component.config)
-        load_weights = network.load_state_dict
-    try:
-        load_weights(dict(component.state_dict()))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{component.path} does not fit its own config ({reason}): download both again.") from error
-    return network
+    unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(component.config))
+    _load_weights(component, unet.load_state_dict)
+    return unet
+
+
+def build_vae(component: Component) -> AutoencoderKL:
+    """Build the VAE; see :func:`build_unet`."""
+    vae = cast(AutoencoderKL, AutoencoderKL.from_config(component.config))
+    _load_weights(component, vae.load_state_dict)
+    return vae
 
 
 def _build_encoder(checkpoint: Checkpoint) -> SubjectEncoder:
     encoder = SubjectEncoder(checkpoint.encoder_config)
     encoder.load_state_dict(dict(checkpoint.encoder_state_dict))
     return encoder
+
+
+def _load_weights(component: Component, load: Callable[[dict[str, Tensor]], Any]) -> None:
+    try:
+        load(dict(component.state_dict()))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{component.path} does not fit its own config ({reason}): download both again.") from error

@@ -64,7 +64,9 @@ def sample_images(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
     )  # [B, 4, h, w]
-    latents = latents / pipeline.vae.config.scaling_factor
+    latents = latents / pipeline.vae.config["scaling_factor"]
     # One by one: nothing else here needs as much memory as decoding.
-    images = torch.cat([pipeline.vae.decode(latent[None]).sample for latent in latents])  # [B, 3, H, W] in -1..1
+    images = torch.cat(
+        [pipeline.vae.decode(latent[None], return_dict=False)[0] for latent in latents]
+    )  # [B, 3, H, W] in -1..1
     return (images.float() / 2 + 0.5).clamp(0, 1)

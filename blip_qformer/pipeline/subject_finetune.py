@@ -183,8 +183,8 @@ class FinetuneRun:
         squares = torch.cat([_center_square(image, self.resolution) for image in images])  # [N, 3, H, W]
         squares = torch.cat([squares, squares.flip(3)]) if mirror else squares
         squares = squares.to(self.accelerator.device) * 2 - 1
-        means = [self.pipeline.vae.encode(square[None]).latent_dist.mean for square in squares]
-        return torch.cat(means) * self.pipeline.vae.config.scaling_factor
+        means = [self.pipeline.vae.encode(square[None], return_dict=False)[0].mean for square in squares]
+        return torch.cat(means) * self.pipeline.vae.config["scaling_factor"]
 
     def _sample(self, vectors: Tensor | None) -> Tensor:
         """Sample the validation prompts' images [P, 3, H, W] in 0..1, with subject vectors or without."""

@@ -9,6 +9,8 @@ In this module a *code* is a matrix of shape [channels, colours] that says how m
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ def initialise_vae(vae: AutoencoderKL) -> None:
     Args:
         vae: The VAE, with random weights.
     """
-    groups = vae.config.norm_num_groups
+    groups = vae.config["norm_num_groups"]
     for name, module in vae.named_modules():
         if name.endswith("conv2"):  # last in a residual block, which begins as almost nothing
             module.weight.mul_(RANDOM_SCALE / 2)
@@ -41,24 +43,24 @@ def initialise_vae(vae: AutoencoderKL) -> None:
             module.bias.zero_()
         if name.endswith("conv1"):
             module.bias.copy_(1 - 2 * (torch.arange(len(module.bias)) % 2))
-    for network in (vae.encoder, vae.decoder):
-        _map_code(
-            network.conv_in, _plain_code(network.conv_in.in_channels), _group_code(network.conv_in.out_channels, groups)
-        )
-        for block in network.down_blocks if network is vae.encoder else network.up_blocks:
+    for network, blocks in ((vae.encoder, vae.encoder.down_blocks), (vae.decoder, vae.decoder.up_blocks)):
+        conv_in = network.conv_in
+        _map_code(conv_in, _plain_code(conv_in.in_channels), _group_code(conv_in.out_channels, groups))
+        for block in cast(nn.ModuleList, blocks):
             _initialise_block(block, groups)
-        _initialise_output(network.conv_norm_out, network.conv_out, groups)
+        _initialise_output(cast(nn.GroupNorm, network.conv_norm_out), network.conv_out, groups)
     for conv in (vae.quant_conv, vae.post_quant_conv):
         if conv is not None:
             _map_code(conv, torch.eye(conv.in_channels), torch.eye(conv.out_channels))
-    vae.quant_conv.bias[vae.config.latent_channels :] = LOG_VARIANCE
+    if vae.quant_conv is not None:
+        _bias_of(vae.quant_conv)[vae.config["latent_channels"] :] = LOG_VARIANCE
 
 
 def _initialise_block(block: nn.Module, groups: int) -> None:
     """Let a block's shortcuts and resampling layers pass the colours on."""
-    for resnet in block.resnets:
-        if resnet.conv_shortcut is not None:
-            _keep_code(resnet.conv_shortcut, groups)
+    for resnet in cast(nn.ModuleList, block.resnets):
+        if (shortcut := getattr(resnet, "conv_shortcut", None)) is not None:
+            _keep_code(shortcut, groups)
     for sampler in getattr(block, "downsamplers", None) or []:
         _keep_code(sampler.conv, groups, HALVE)
     for sampler in getattr(block, "upsamplers", None) or []:
@@ -69,7 +71,7 @@ def _initialise_output(norm: nn.GroupNorm, conv: nn.Conv2d, groups: int) -> None
     """Read colours behind norm and SiLU: silu(a) - silu(-a) = a, once the mean that the norm removed is added again."""
     code = _group_code(conv.in_channels, groups)
     _map_code(conv, code, _plain_code(conv.out_channels))
-    conv.bias.zero_()
+    _bias_of(conv).zero_()
     if (is_constant := _constant_channels(code)).any():
         fraction = float(is_constant.float().mean())
         std = CONSTANT * (fraction * (1 - fraction)) ** 0.5  # of a group that holds its constant and no colour
@@ -98,7 +100,12 @@ def _map_code(conv: nn.Conv2d, in_code: Tensor, out_code: Tensor, kernel: Tensor
     colours = min(in_code.shape[1], out_code.shape[1])
     weights = out_code[:, :colours] @ torch.linalg.pinv(in_code[:, :colours])  # [out_channels, in_channels]
     conv.weight.mul_(RANDOM_SCALE).add_(weights[:, :, None, None] * kernel)
-    conv.bias.copy_(CONSTANT * _constant_channels(out_code))
+    _bias_of(conv).copy_(CONSTANT * _constant_channels(out_code))
+
+
+def _bias_of(conv: nn.Conv2d) -> Tensor:
+    assert conv.bias is not None  # every convolution of an AutoencoderKL has one
+    return conv.bias
 
 
 def _plain_code(channels: int) -> Tensor:

@@ -52,7 +52,8 @@ def initialise_queries(encoder: SubjectEncoder, pixel_values: Tensor, words: Seq
         ValueError: The grid does not divide the patches evenly, or there are too few heads, or too narrow ones.
     """
     edge = math.isqrt(encoder.config.vision.tokens - 1)
-    layers = [layer.cross_attention for layer in encoder.qformer.layers if layer.cross_attention is not None]
+    attentions = [layer.cross_attention for layer in encoder.qformer.layers]
+    layers = [attention for attention in attentions if isinstance(attention, QFormerAttention)]
     patches_of_layers = _assign_patches(encoder, edge, layers)
     tokens = encoder.vision(pixel_values)[:, 1:]  # [B, edge^2, image width]
     keys = fit_location(tokens, edge)
