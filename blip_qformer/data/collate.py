@@ -21,39 +21,6 @@ from .pairs import Pair
 Batch = dict[str, Any]
 
 
-def autoencoder_batch(pairs: Sequence[Pair], crop: int) -> Batch:
-    """Collate pairs for a VAE.
-
-    Args:
-        pairs: The pairs.
-        crop: Edge of the crops that will be made, in pixels; smaller targets are scaled up to it.
-
-    Returns:
-        ``keys``; ``pixels``, the targets, each of shape [3, H, W] of its own size in 0..1.
-    """
-    targets = [
-        pair.target if min(pair.target.size) >= crop else ImageOps.fit(pair.target, (crop, crop)) for pair in pairs
-    ]
-    return {"keys": [pair.key for pair in pairs], "pixels": [to_pixels(target) for target in targets]}
-
-
-def vision_batch(pairs: Sequence[Pair], size: int) -> Batch:
-    """Collate pairs for an image encoder that sees subject and target.
-
-    Args:
-        pairs: The pairs.
-        size: Edge of the encoder's images in pixels.
-
-    Returns:
-        ``keys``; ``subjects`` and ``targets``, pixel values of shape [B, 3, size, size].
-    """
-    return {
-        "keys": [pair.key for pair in pairs],
-        "subjects": _pixel_values([pair.subject for pair in pairs], size),
-        "targets": _pixel_values([pair.target for pair in pairs], size),
-    }
-
-
 def multimodal_batch(pairs: Sequence[Pair], size: int, tokens: int) -> Batch:
     """Collate photographs and their captions for the paper's first stage.
 
@@ -71,7 +38,7 @@ def multimodal_batch(pairs: Sequence[Pair], size: int, tokens: int) -> Batch:
     padding = [tokens - len(ids) for ids in captions]
     return {
         "keys": [pair.key for pair in pairs],
-        "pixel_values": _pixel_values([pair.target for pair in pairs], size),
+        "pixel_values": to_pixel_values([pair.target for pair in pairs], size),
         "input_ids": torch.tensor([ids + n * [pad] for ids, n in zip(captions, padding, strict=True)]),
         "attention_mask": torch.tensor([(tokens - n) * [1] + n * [0] for n in padding]),
     }
@@ -94,7 +61,7 @@ def subject_batch(pairs: Sequence[Pair], size: int, resolution: int) -> Batch:
         "keys": [pair.key for pair in pairs],
         "captions": [pair.caption for pair in pairs],
         "subjects": torch.stack([to_pixels(pair.subject.resize((size, size))) for pair in pairs]),
-        "pixel_values": _pixel_values([pair.subject for pair in pairs], size),
+        "pixel_values": to_pixel_values([pair.subject for pair in pairs], size),
         "words": [pair.word for pair in pairs],
         "targets": torch.stack([to_pixels(target) for target in targets]),
     }
@@ -105,7 +72,15 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
 
 
-def _pixel_values(images: Sequence[Image.Image], size: int) -> Tensor:
-    """Preprocess images of any sizes for the image encoder: [B, 3, size, size]."""
+def to_pixel_values(images: Sequence[Image.Image], size: int) -> Tensor:
+    """Preprocess images for the image encoder.
+
+    Args:
+        images: Images of any sizes.
+        size: Edge of the encoder's images in pixels.
+
+    Returns:
+        Pixel values of shape [B, 3, size, size].
+    """
     pixels = [torch.from_numpy(np.asarray(image, np.float32) / 255)[None] for image in images]  # each [1, H, W, 3]
     return torch.cat([preprocess(each, size=size) for each in pixels])

@@ -12,9 +12,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from blip_qformer.data.collate import Batch, autoencoder_batch
+from blip_qformer.data.collate import Batch
 from blip_qformer.training.options import LatentEdge, Number, OptionGroup
 from blip_qformer.training.stages.base import CollateFn, Stage, image_grid, make_generators
+
+from .collate import autoencoder_batch
 
 MAX_SAMPLES = 4
 

@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from blip_qformer.data.collate import Batch, vision_batch
+from blip_qformer.data.collate import Batch
 from blip_qformer.pipeline import Pipeline
 from blip_qformer.training.losses import contrastive_loss, gather_rows, process_index
 from blip_qformer.training.options import Number, OptionGroup, PositiveCount
 from blip_qformer.training.stages.base import CollateFn, Stage
+
+from .collate import vision_batch
 
 
 class VisionStage(Stage):

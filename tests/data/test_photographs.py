@@ -48,9 +48,9 @@ def source(folder: Path, *lines: dict | str, **inputs) -> Photographs:
     return Photographs(folder / "photographs", folder / "backgrounds", **inputs)
 
 
-def colours(picture: Image.Image) -> set[tuple[int, ...]]:
+def colours(image: Image.Image) -> set[tuple[int, ...]]:
     """Those of more than a twentieth of the pixels, coarsely."""
-    pixels = np.array(picture).reshape(-1, 3) // 16
+    pixels = np.array(image).reshape(-1, 3) // 16
     found, counts = np.unique(pixels, axis=0, return_counts=True)
     return {tuple(colour) for colour, count in zip(found.tolist(), counts, strict=True) if count > len(pixels) / 20}
 
@@ -202,7 +202,7 @@ def test_missing_folders_get_one_sentence(folder, break_it, sentence):
         Photographs(folder / "photographs", folder / "backgrounds", folder / "clipseg")
 
 
-def test_missing_pymatting_is_not_taken_for_a_bad_picture(folder, monkeypatch):
+def test_missing_pymatting_is_not_mistaken_for_a_bad_image(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "pymatting", None)
     with pytest.raises(ValueError, match="run pip install pymatting"):
         source(folder, LINE).pair(0, 0)

@@ -63,7 +63,7 @@ def test_what_comes_later_changes_nothing_before(ours):
 
 
 def test_vectors_among_the_words_are_the_references(reference, ours, tokenizer):
-    """At every length of prompt, too long ones too: the reference reserves the vectors' places, we cut behind them."""
+    """At every length of prompt, too long ones too: the reference reserves positions, we cut behind the vectors."""
     texts = ["a dog", *TEXTS[::2]]
     vectors = torch.randn(len(texts), 16, 64)
     short = tokenizer(
@@ -91,7 +91,7 @@ def test_gradients_reach_the_vectors_and_the_words(ours, tokenizer):
     vectors = torch.randn(16, 64, requires_grad=True)
     encode_prompts(ours, ids_of(tokenizer, ["a dog"]), [vectors]).square().sum().backward()
     assert (vectors.grad.abs().sum(dim=1) > 0).all()
-    seen = ours.embeddings["token_embedding"].weight.grad.abs().sum(dim=1).nonzero()[:, 0].tolist()
+    seen = ours.embeddings.token_embedding.weight.grad.abs().sum(dim=1).nonzero()[:, 0].tolist()
     assert set(seen) == {49406, 49407, *ids_of(tokenizer, ["a dog"])[0]}
     ours.requires_grad_(False).zero_grad()
 

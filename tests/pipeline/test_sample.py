@@ -10,7 +10,7 @@ from blip_qformer.pipeline import save_pipeline
 from blip_qformer.pipeline.sample import NEGATIVE_PROMPT, sample_images
 from tests import tiny
 
-SEED, STEPS, SIZE = 3, 10, (64, 96)  # the picture's height and width; 1000 is a multiple of the steps
+SEED, STEPS, SIZE = 3, 10, (64, 96)  # the image's height and width; 1000 is a multiple of the steps
 
 
 @pytest.fixture(scope="module")

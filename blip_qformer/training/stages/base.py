@@ -60,7 +60,7 @@ class Stage(nn.Module, ABC):
     @property
     @abstractmethod
     def collate_fn(self) -> CollateFn:
-        """Function of :mod:`blip_qformer.data.collate` that makes a batch of pairs; it runs in the workers."""
+        """Function that makes a batch of pairs; it runs in the workers."""
 
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A VAE's first weights: it begins as a picture made smaller and larger again."""
+"""A VAE's initial weights: it scales an image down and up again."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def new_vae(widths: list[int]) -> AutoencoderKL:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> torch.Tensor:
-    """Soft pictures of very different brightness and contrast [6, 3, 32, 32] in -1..1."""
+def images() -> torch.Tensor:
+    """Soft images of very different brightness and contrast [6, 3, 32, 32] in -1..1."""
     coarse = torch.rand(6, 3, 3, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
     soft = F.interpolate(coarse, (32, 32), mode="bicubic").clamp(-1, 1)
     contrast, brightness = (torch.linspace(*ends, 6)[:, None, None, None] for ends in ((1, 0.05), (-0.4, 0.4)))
@@ -34,40 +34,40 @@ def pictures() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("widths", [[96, 32, 96], [96, 96, 96], [128, 64, 128]])
-def test_it_begins_with_the_picture(pictures, widths):
+def test_it_begins_with_the_image(images, widths):
     vae = new_vae(widths)
     initialise_vae(vae)
-    latents = vae.encode(pictures).latent_dist.mean
-    small = F.avg_pool2d(pictures, 4)
+    latents = vae.encode(images).latent_dist.mean
+    small = F.avg_pool2d(images, 4)
     assert (latents[:, :3] - small).abs().mean() < 0.15
-    error = (vae.decode(latents).sample - pictures).abs().mean()
+    error = (vae.decode(latents).sample - images).abs().mean()
     assert error < 0.15
-    assert error < 0.5 * (pictures - pictures.mean()).abs().mean()
+    assert error < 0.5 * (images - images.mean()).abs().mean()
 
 
-def test_brightness_is_not_forgotten(pictures):
-    """The norms of random weights take it away."""
+def test_brightness_is_kept(images):
+    """The norms of random weights remove it."""
     errors = {}
-    for carried in (False, True):
+    for initialised in (False, True):
         vae = new_vae([96, 32, 96])
-        if carried:
+        if initialised:
             initialise_vae(vae)
-        found = vae.decode(vae.encode(pictures).latent_dist.mean).sample.mean(dim=(2, 3))
-        errors[carried] = (found - pictures.mean(dim=(2, 3))).abs().mean()
+        found = vae.decode(vae.encode(images).latent_dist.mean).sample.mean(dim=(2, 3))
+        errors[initialised] = (found - images.mean(dim=(2, 3))).abs().mean()
     assert errors[True] < 0.1
     assert errors[True] < 0.3 * errors[False]
 
 
-def test_it_begins_with_little_noise(pictures):
+def test_it_begins_with_little_noise(images):
     vae = new_vae([96, 32, 96])
     initialise_vae(vae)
-    deviation = vae.encode(pictures).latent_dist.std
-    assert deviation.mean().item() == pytest.approx(math.exp(LOG_VARIANCE / 2), rel=0.3)
+    std = vae.encode(images).latent_dist.std
+    assert std.mean().item() == pytest.approx(math.exp(LOG_VARIANCE / 2), rel=0.3)
 
 
 def test_it_still_has_random_weights_to_learn_with():
-    vae, carried = new_vae([96, 32, 96]), new_vae([96, 32, 96])
-    initialise_vae(carried)
-    for (name, before), after in zip(vae.named_parameters(), carried.parameters(), strict=True):
+    vae, initialised = new_vae([96, 32, 96]), new_vae([96, 32, 96])
+    initialise_vae(initialised)
+    for (name, before), after in zip(vae.named_parameters(), initialised.parameters(), strict=True):
         if name.endswith(".weight") and before.ndim == 4:
             assert after.std() > 0, name

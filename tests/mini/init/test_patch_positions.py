@@ -31,24 +31,24 @@ def test_row_and_column_are_linear_in_the_embedding(edge, width):
     embedding = nn.Parameter(torch.randn(1, 1 + edge**2, width))
     initialise_patch_positions(embedding)
     patches = embedding[0, 1:].detach()
-    places = torch.cartesian_prod(torch.arange(edge), torch.arange(edge))  # rows, columns
-    told = with_one(patches) @ linear_probe(patches, places)
-    assert (told - places).abs().max() < 0.2
+    positions = torch.cartesian_prod(torch.arange(edge), torch.arange(edge))  # rows, columns
+    told = with_one(patches) @ linear_probe(patches, positions)
+    assert (told - positions).abs().max() < 0.2
     assert embedding[0, 0].abs().max() == 0
 
 
 def test_the_small_models_first_image_encoder_tells_where_a_patch_is():
-    """After all of its blocks, though a picture shows other things; with random positions the probe tells nothing."""
+    """After all of its blocks, though an image shows other things; with random positions the probe tells nothing."""
     vision = new_pipeline(
         yaml.safe_load(SMALL_MODEL.read_text()), seed=0, initialise=initialise
     ).encoder.vision.requires_grad_(False)
-    pictures = torch.randn(64, 3, 112, 112, generator=torch.Generator().manual_seed(0))
-    places = torch.cartesian_prod(torch.arange(8), torch.arange(8)).repeat(32, 1).float()
+    images = torch.randn(64, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    positions = torch.cartesian_prod(torch.arange(8), torch.arange(8)).repeat(32, 1).float()
 
     def explained() -> float:
-        shown, asked = vision(pictures)[:, 1:].flatten(0, 1).chunk(2)
-        told = with_one(asked) @ linear_probe(shown, places)
-        return 1 - ((told - places).var() / places.var()).item()
+        shown, asked = vision(images)[:, 1:].flatten(0, 1).chunk(2)
+        told = with_one(asked) @ linear_probe(shown, positions)
+        return 1 - ((told - positions).var() / positions.var()).item()
 
     assert explained() > 0.3
     nn.init.normal_(vision.position_embedding, std=0.05)

@@ -1,4 +1,4 @@
-"""First weights with which each query looks at its own part of a picture."""
+"""Initial weights with which each query attends to its own part of an image."""
 
 from __future__ import annotations
 
@@ -29,49 +29,49 @@ def new_encoder(queries: int = 4, heads: int = 2) -> SubjectEncoder:
 
 
 @pytest.fixture
-def pictures() -> Tensor:
+def images() -> Tensor:
     return F.interpolate(torch.randn(len(WORDS), 3, 4, 4, generator=torch.Generator().manual_seed(0)), (32, 32))
 
 
-def attention_of(encoder: SubjectEncoder, pictures: Tensor, layer: int, head: int) -> Tensor:
-    """How much each query looks at each patch [Q, 4, 4], for all pictures on average."""
+def attention_of(encoder: SubjectEncoder, images: Tensor, layer: int, head: int) -> Tensor:
+    """How much each query attends to each patch [Q, 4, 4], for all images on average."""
     attention = encoder.qformer.layers[layer].cross_attention
-    queries = placed_queries._attention_inputs(attention, encoder, pictures, WORDS)
+    queries = placed_queries._attention_inputs(attention, encoder, images, WORDS)
     width = attention.query.out_features // attention.heads
-    part = slice(head * width, (head + 1) * width)
-    query, key = attention.query(queries)[..., part], attention.key(encoder.vision(pictures))[..., part]
-    looks = (query @ key.mT / width**0.5).softmax(dim=-1).mean(dim=0)  # [Q, 1 + N]
-    return looks[:, 1:].unflatten(1, (4, 4))
+    channels = slice(head * width, (head + 1) * width)
+    query, key = attention.query(queries)[..., channels], attention.key(encoder.vision(images))[..., channels]
+    attention_map = (query @ key.mT / width**0.5).softmax(dim=-1).mean(dim=0)  # [Q, 1 + N]
+    return attention_map[:, 1:].unflatten(1, (4, 4))
 
 
-def test_each_query_looks_at_the_patches_of_its_cell(pictures):
+def test_each_query_attends_to_the_patches_of_its_cell(images):
     encoder = new_encoder()
-    initialise_queries(encoder, pictures, WORDS)
+    initialise_queries(encoder, images, WORDS)
     for number, (layer, head) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
-        looks = attention_of(encoder, pictures, layer, head)
+        attention_map = attention_of(encoder, images, layer, head)
         down, right = divmod(number, 2)
         for query, (row, column) in enumerate([(0, 0), (0, 2), (2, 0), (2, 2)]):
-            assert divmod(looks[query].argmax().item(), 4) == (row + down, column + right)
-            assert looks[query].max() > 0.3  # of random weights 0.06
+            assert divmod(attention_map[query].argmax().item(), 4) == (row + down, column + right)
+            assert attention_map[query].max() > 0.3  # of random weights 0.06
 
 
-def test_the_vectors_tell_where_something_is(pictures):
+def test_the_vectors_tell_where_something_is(images):
     """What is seen of a corner reaches the query of that corner first, and most."""
     encoder = new_encoder()
-    initialise_queries(encoder, pictures, WORDS)
-    changed = pictures.clone()
+    initialise_queries(encoder, images, WORDS)
+    changed = images.clone()
     changed[..., 16:, 16:] = 2.0  # lower right
     layer = encoder.qformer.layers[0].cross_attention
-    queries = placed_queries._attention_inputs(layer, encoder, pictures, WORDS)
-    moved = (layer(queries, encoder.vision(changed)) - layer(queries, encoder.vision(pictures))).norm(dim=-1).mean(0)
+    queries = placed_queries._attention_inputs(layer, encoder, images, WORDS)
+    moved = (layer(queries, encoder.vision(changed)) - layer(queries, encoder.vision(images))).norm(dim=-1).mean(0)
     assert moved.argmax() == 3
     assert moved[3] > 2 * moved[0]
 
 
-def test_rows_and_columns_are_read_off_tokens(pictures):
+def test_rows_and_columns_are_read_off_tokens(images):
     encoder = new_encoder()
-    weight, bias = fit_location(encoder.vision(pictures)[:, 1:], edge=4)
-    logits = (encoder.vision(pictures)[:, 1:] @ weight.T + bias).unflatten(-1, (2, 4))  # [B, N, 2, 4]
+    weight, bias = fit_location(encoder.vision(images)[:, 1:], edge=4)
+    logits = (encoder.vision(images)[:, 1:] @ weight.T + bias).unflatten(-1, (2, 4))  # [B, N, 2, 4]
     assert torch.equal(logits.argmax(dim=-1)[0], torch.cartesian_prod(torch.arange(4), torch.arange(4)))
     assert logits.mean(dim=-1).abs().max() < 1e-4
 
@@ -85,6 +85,6 @@ def test_rows_and_columns_are_read_off_tokens(pictures):
         (4, 8, "16 heads, each 6 wide, cannot look at 4 patches"),
     ],
 )
-def test_sizes_that_do_not_fit_get_one_sentence(pictures, queries, heads, sentence):
+def test_sizes_that_do_not_fit_get_one_sentence(images, queries, heads, sentence):
     with pytest.raises(ValueError, match=sentence):
-        initialise_queries(new_encoder(queries, heads), pictures, WORDS)
+        initialise_queries(new_encoder(queries, heads), images, WORDS)
