@@ -1,4 +1,4 @@
-"""How fast and how close: ours side by side with a peer, in one process, on the same weights.
+"""Speed and accuracy side by side with a peer, in one process, on the same weights.
 
 As in the tests, the root must be off ``sys.path`` before a host is imported, or our ``nodes`` would hide its own.
 """
@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-import tests  # found through the root; what lies in them stays importable once the root is gone
+import tests  # found through the root; their modules stay importable after the root is removed
 import tools
 
 __all__ = ["ROOT", "tests", "tools"]

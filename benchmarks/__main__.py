@@ -30,8 +30,8 @@ FULL_SIZE = f"full size, but the sampled U-Net, which is SD1.5's with widths {'-
 
 
 def subjects() -> Iterator[str]:
-    """Subject Encode, Subject Prompt Compose and drawing with a subject."""
-    yield how(FULL_SIZE)
+    """Subject Encode, Subject Prompt Compose and sampling with a subject."""
+    yield method(FULL_SIZE)
     with models() as (host, pipeline, loaded):
         yield compared(
             chain(
@@ -47,7 +47,7 @@ def subjects() -> Iterator[str]:
 
 def editing() -> Iterator[str]:
     """Edits by attention."""
-    yield how(FULL_SIZE)
+    yield method(FULL_SIZE)
     with models() as (host, _, loaded):
         yield compared(chain(editing_rows(host, loaded), attention_rows()))
     yield "One self-attention layer that takes over another picture's, each in a process of its own:"
@@ -56,7 +56,7 @@ def editing() -> Iterator[str]:
 
 def finetune() -> Iterator[str]:
     """Fine-tuning on one subject."""
-    yield how(FULL_SIZE)
+    yield method(FULL_SIZE)
     with models() as (host, pipeline, loaded):
         yield compared(finetune_rows(host, loaded, pipeline.unet))
     yield "The same steps, each way in a process of its own:"
@@ -65,7 +65,7 @@ def finetune() -> Iterator[str]:
 
 def training() -> Iterator[str]:
     """Stage 2 of the small model."""
-    yield how("the small model's sizes")
+    yield method("the small model's sizes")
     yield compared(training_rows())
     yield "The same in several processes on this one machine:"
     yield markdown_table(SCALING_HEAD, scaling())
@@ -78,7 +78,7 @@ GROUPS: dict[str, Callable[[], Iterator[str]]] = {
 
 @contextmanager
 def models() -> Iterator[tuple[Host, oracle.BlipDiffusionPipeline, SimpleNamespace]]:
-    """The host, the reference's pipeline, and the same weights as the host loads them; inside inference mode."""
+    """Load the host, the reference's pipeline and the same weights in the host; the block runs in inference mode."""
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         host = load_host(Path(folder) / "host")
         with torch.inference_mode(False):  # one of the groups trains it
@@ -86,8 +86,8 @@ def models() -> Iterator[tuple[Host, oracle.BlipDiffusionPipeline, SimpleNamespa
         yield host, pipeline, hosted(host, pipeline)
 
 
-def how(sizes: str) -> str:
-    """What a group's ratios mean, and where they were measured."""
+def method(sizes: str) -> str:
+    """Describe what a group's ratios mean, and where they were measured."""
     return (
         f"{machine()}. Random weights, float32, both on the same tensors; {sizes}. Ours and the peer ran in turns; "
         "a ratio below 1 means ours is faster."
@@ -95,7 +95,7 @@ def how(sizes: str) -> str:
 
 
 def compared(rows: Iterable[Row]) -> str:
-    """A table of comparisons; each is shown when it is measured."""
+    """Format comparisons as a table, and print each once it is measured."""
     cells = []
     for row in rows:
         cells.append(row.cells())
@@ -104,7 +104,7 @@ def compared(rows: Iterable[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run some groups, and print or keep their sections."""
+    """Run the groups that the command line names, and print or keep their sections."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed against named peers, as ratios.")
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"{', '.join(GROUPS)} (all)")
     parser.add_argument("--write", action="store_true", help=f"put the tables into {RESULTS.name}")

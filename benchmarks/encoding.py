@@ -1,4 +1,4 @@
-"""A picture and a word become vectors, and vectors and a prompt become a conditioning."""
+"""From an image and a word to vectors, and from vectors and a prompt to a conditioning."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from blip_qformer.encoder import SubjectEncoder
 from tests.host import Host
 from tests.oracle import BlipDiffusionPipeline
 
-PAIRS = {1: 7, 8: 3}  # batch size -> how often
+PAIRS = {1: 7, 8: 3}  # timed runs by batch size
 AIM = {1: "0.85", 8: "0.95"}
 PROMPT = "swimming underwater"
 
 
 def encoder_rows(encoder: SubjectEncoder, pipeline: BlipDiffusionPipeline) -> Iterator[Row]:
-    """The subject encoder alone, 1 and 8 pictures."""
+    """Compare the subject encoder alone, on 1 and 8 images."""
     for batch, pairs in PAIRS.items():
         pixel_values = torch.randn(batch, 3, 224, 224, device=pipeline.device)
         words = ["dog"] * batch
@@ -35,7 +35,7 @@ def encoder_rows(encoder: SubjectEncoder, pipeline: BlipDiffusionPipeline) -> It
 
 
 def compose_rows(host: Host, loaded: SimpleNamespace, pipeline: BlipDiffusionPipeline) -> Iterator[Row]:
-    """From a photograph to a conditioning, through our nodes; the peer is what the reference's ``__call__`` does."""
+    """Compare our nodes from an image to a conditioning with what the reference's ``__call__`` does."""
     image = torch.rand(1, 512, 512, 3)
 
     def ours():

@@ -1,4 +1,4 @@
-"""Fine-tuning on one subject: seconds and memory, against the stock Train LoRA node and a plain diffusers loop."""
+"""Fine-tuning on one subject: time and memory, against the stock Train LoRA node and a plain diffusers loop."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ WAYS = ("low-rank", "low-rank, diffusers and peft", "low-rank, stock Train LoRA"
 
 
 def finetune_rows(host: Host, loaded: SimpleNamespace, unet: UNet2DConditionModel) -> Iterator[Row]:
-    """Seconds per step over a few steps each, on the same latents, with gradient checkpointing.
+    """Compare the seconds of a step on the same latents, with gradient checkpointing.
 
     The peers keep the caption's context; ours goes through the text encoder and back in every step, because the vectors
-    train. That encoder is full size, unlike the U-Net, and its share falls with the size of the pictures.
+    train. That encoder is full size, unlike the U-Net, and its share falls with the size of the images.
     """
     work = works(host, loaded, unet)
     where = f"a step of {BATCH} at {EDGE}x{EDGE}"
@@ -47,14 +47,14 @@ def finetune_rows(host: Host, loaded: SimpleNamespace, unet: UNet2DConditionMode
 
 
 def finetune_costs() -> Iterator[tuple[str, ...]]:
-    """The same in memory, each in a process of its own."""
+    """Measure the memory of the same, each in a process of its own."""
     for way in WAYS:
         cost = cost_in_own_process("finetune", way)
         yield way, f"{cost.seconds:.1f}", f"{cost.anonymous / 1e9:.2f}"
 
 
 def one_way(way: str) -> Callable[[], Any]:
-    """One of :data:`WAYS`, with models of its own."""
+    """Prepare one of :data:`WAYS`, with models of its own."""
     folder = Path(tempfile.mkdtemp())
     host = load_host(folder / "host")
     pipeline = reference_pipeline(folder / "reference")
@@ -62,7 +62,7 @@ def one_way(way: str) -> Callable[[], Any]:
 
 
 def works(host: Host, loaded: SimpleNamespace, unet: UNet2DConditionModel) -> dict[str, Callable[[], Any]]:
-    """What is measured, by its name."""
+    """Return the functions that are measured, by their names in :data:`WAYS`."""
     width = unet.config.cross_attention_dim
     vectors = torch.randn(16, width, generator=torch.Generator().manual_seed(0))
     latents = torch.randn(BATCH, 4, EDGE // 8, EDGE // 8, generator=torch.Generator().manual_seed(1))
@@ -89,16 +89,16 @@ def works(host: Host, loaded: SimpleNamespace, unet: UNet2DConditionModel) -> di
 
 
 def _ours(host: Host, loaded: SimpleNamespace, vectors: Tensor, latents: Tensor, trains: str) -> Any:
-    """The node's own way, without its pictures."""
-    bench = host.module("nodes.host.finetune")
+    """Fine-tune as the node does, without validation."""
+    module = host.module("nodes.host.finetune")
     settings = host.module("blip_qformer.finetune.loop").FinetuneSettings(STEPS, batch_size=BATCH)
     with torch.inference_mode(False):
-        workbench = bench.HostFinetuner(loaded.model, loaded.clip, None, loaded.qformer, WORD, trains, RANK, True)
-        return workbench.tune(vectors.clone(), latents.clone(), settings)
+        finetuner = module.HostFinetuner(loaded.model, loaded.clip, None, loaded.qformer, WORD, trains, RANK, True)
+        return finetuner.tune(vectors.clone(), latents.clone(), settings)
 
 
 def _plain(unet: UNet2DConditionModel, context: Tensor, latents: Tensor, low_rank: bool) -> None:
-    """As diffusers' own examples train: frozen text, noise prediction, AdamW."""
+    """Fine-tune as diffusers' own examples do: frozen text encoder, noise prediction, AdamW."""
     device = next(unet.parameters()).device
     with torch.inference_mode(False):
         unet.train()

@@ -1,6 +1,6 @@
-"""Everything once at the published sizes: ``python -m benchmarks.full_size [--write]``.
+"""Compare everything once at the published sizes: ``python -m benchmarks.full_size [--write]``.
 
-Random weights are written as a Hub folder (6.2 GB), loaded by the host's nodes, and each step is held against the
+Random weights are written as a Hub folder (6.2 GB), loaded by the host's nodes, and each step is compared with the
 reference on the same weights. Takes 24 GB of memory, 25 GB of disk and about ten minutes on two cores.
 """
 
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _parity(host: Host, pipeline: oracle.BlipDiffusionPipeline, edges: list[int]) -> Iterator[Row]:
-    """Our graph against the reference: vectors, conditioning, a DDIM run and its picture for each size."""
+    """Compare our graph with the reference: vectors, conditioning, a DDIM run and its image for each size."""
     model, clip, vae, qformer = host.run("BLIPDiffusionLoader", checkpoint="full")
     for batch in (2, 1):
         image = torch.rand(batch, 224, 224, 3, generator=torch.manual_seed(batch))
@@ -96,7 +96,7 @@ def _parity(host: Host, pipeline: oracle.BlipDiffusionPipeline, edges: list[int]
         yield _row(
             f"latents after 10 DDIM steps, guidance {GUIDANCE}, {edge}x{edge}", latents, expected, seconds, peer_seconds
         )
-        # Of the size a trained U-Net's latents have: beyond it a picture is all black and white.
+        # Scaled like a trained U-Net's latents: beyond that, an image is all black and white.
         latent = expected / expected.std()
         (image,), seconds = _timed(
             lambda latent=latent: host.run("VAEDecode", vae=vae, samples={"samples": latent / SCALING_FACTOR})
@@ -129,7 +129,7 @@ def _compose(host: Host, clip, subject):
 
 
 def _sample(host: Host, model, clip, positive, noise: Tensor, steps: int) -> Tensor:
-    """The stock KSampler's latents in the reference's scale; seed 7 makes the same noise in the host."""
+    """Return the stock KSampler's latents in the reference's scale; seed 7 makes the same noise in the host."""
     (negative,) = host.run("CLIPTextEncode", clip=clip, text=NEGATIVE)
     latent = host.ddim(model, positive, negative, {"samples": torch.zeros_like(noise)}, steps, GUIDANCE, seed=7)
     return latent["samples"] * SCALING_FACTOR
@@ -140,7 +140,7 @@ def _reference(pipeline: oracle.BlipDiffusionPipeline, noise: Tensor, prompt: Te
 
 
 def _costs(hub: Path, converted: Path) -> Iterator[Row]:
-    """Memory and time of loading the Hub folder and of converting it; leaves the float32 files in ``converted``."""
+    """Measure loading the Hub folder and converting it; leaves the float32 files in ``converted``."""
     encoder, whole = _size(hub / "qformer"), _size(hub)
     yield _cost_row("load the subject encoder", encoder, cost_in_own_process("load encoder", hub))
     yield _cost_row("Load BLIP-Diffusion", whole, cost_in_own_process("load through host", hub))
@@ -162,7 +162,7 @@ def _cost_row(what: str, weights: int, cost: Cost) -> Row:
 
 
 def _collect(rows: list[Row], new: Iterator[Row]) -> None:
-    """Keep rows as they come, and show them: the whole takes minutes."""
+    """Keep rows, and print each once it is measured: all of them take minutes."""
     for row in new:
         print(" | ".join(row), flush=True)
         rows.append(row)

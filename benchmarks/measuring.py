@@ -1,4 +1,4 @@
-"""Two things timed in turns, so that whatever else the machine does falls on both."""
+"""Time two functions in turns, so that other load on the machine affects both."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds of every run; ``ours[i]`` and ``peer[i]`` ran one after the other."""
+    """The times of two functions that ran in turns.
+
+    Attributes:
+        ours: Seconds of each of our runs.
+        peer: Seconds of the peer's run beside it.
+    """
 
     ours: list[float]
     peer: list[float]
 
     @property
     def ratios(self) -> list[float]:
-        """Ours over the peer's, pair by pair: below 1 we are faster."""
+        """Our time over the peer's for each pair of runs; below 1, ours is faster."""
         return [ours / peer for ours, peer in zip(self.ours, self.peer, strict=True)]
 
     @property
@@ -31,21 +36,21 @@ class Comparison:
 
     @property
     def ratio_of_fastest(self) -> float:
-        """Our fastest run over the peer's: what a busy machine disturbs least."""
+        """Our fastest run over the peer's, which other load on the machine affects least."""
         return min(self.ours) / min(self.peer)
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """How long one call takes."""
+    """Return the seconds that one call takes."""
     start = now()
     function()
     return now() - start
 
 
 def seconds_per_step(function: Callable[[], Any]) -> float:
-    """How long one step of training takes in a call that makes several; what comes before and after does not count.
+    """Return the seconds of one training step in a call that makes several, without set-up and clean-up.
 
-    The clock is read after each step of any optimizer of torch, so that peers are timed as they are.
+    The clock is read after each step of any torch optimizer, so that peers are timed without changes.
     """
     ends: list[float] = []
     handle = register_optimizer_step_post_hook(lambda *_: ends.append(now()))
@@ -62,23 +67,26 @@ def compare(
     pairs: int,
     timed: Callable[[Callable[[], Any]], float] = seconds,
 ) -> Comparison:
-    """Run both once to warm up, then ``pairs`` times in turns; who goes first changes from pair to pair.
+    """Run two functions once to warm up, then in turns; which of them goes first alternates.
 
     Args:
-        timed: runs one of them and says how long it took.
+        ours: Our function.
+        peer: Function to compare with.
+        pairs: Number of timed runs of each.
+        timed: Function that runs one of them and returns its seconds.
     """
     ours()
     peer()
     comparison = Comparison([], [])
     for pair in range(pairs):
         runs = [(ours, comparison.ours), (peer, comparison.peer)]
-        for function, taken in runs if pair % 2 == 0 else reversed(runs):
-            taken.append(timed(function))
+        for function, times in runs if pair % 2 == 0 else reversed(runs):
+            times.append(timed(function))
     return comparison
 
 
 def now() -> float:
-    """The time in seconds, when all that was begun is done: a GPU works on after Python's call has returned."""
+    """Return the time in seconds, after the GPU has finished what was queued."""
     _wait_for_device()
     return time.perf_counter()
 

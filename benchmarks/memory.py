@@ -1,6 +1,6 @@
-"""How much memory a piece of work takes at its peak, measured in a process of its own: ``python -m benchmarks.memory``.
+"""Measure the peak memory of a piece of work in a process of its own: ``python -m benchmarks.memory``.
 
-RssAnon is what a process cannot give back; VmHWM also counts the pages of mapped files it has touched.
+RssAnon is memory that the kernel cannot drop; VmHWM also counts the pages of mapped files that were read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from benchmarks import ROOT
 
 @dataclass(frozen=True)
 class Cost:
-    """What one piece of work took: bytes above what the process held before it, and seconds."""
+    """The cost of one piece of work.
+
+    Attributes:
+        anonymous: Peak of RssAnon above its value before, in bytes.
+        resident: Peak of VmHWM above its value before, in bytes.
+        seconds: Time that it took.
+    """
 
     anonymous: int
     resident: int
@@ -31,15 +37,15 @@ class Cost:
 
 
 def cost_in_own_process(work: str, *arguments: str | Path) -> Cost:
-    """The cost of one entry of :data:`WORK`."""
+    """Measure one entry of :data:`WORK` in a new process."""
     command = [sys.executable, "-m", "benchmarks.memory", work, *map(str, arguments)]
     answer = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     return Cost(**json.loads(answer.splitlines()[-1]))
 
 
 def measure(work: Callable[[], Any]) -> Cost:
-    """Do the work while a thread watches the process."""
-    _give_back_what_is_free()
+    """Run a function while a thread polls the memory of this process."""
+    _trim_heap()
     before = {field: _bytes(field) for field in ("RssAnon", "VmHWM")}
     peak, done = [0], threading.Event()
 
@@ -59,8 +65,8 @@ def measure(work: Callable[[], Any]) -> Cost:
     return Cost(anonymous, _bytes("VmHWM") - before["VmHWM"], seconds)
 
 
-def _give_back_what_is_free() -> None:
-    """Else work hides in memory that was freed while its models were made."""
+def _trim_heap() -> None:
+    """Return freed memory to the kernel, or the work would reuse it without being counted."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
@@ -69,7 +75,7 @@ def _load_encoder(path: str) -> Callable[[], Any]:
     from blip_qformer import load_subject_encoder
     from blip_qformer.encoder import SubjectEncoder
 
-    SubjectEncoder(device="meta")  # what torch itself loads to build without memory is not what is measured
+    SubjectEncoder(device="meta")  # torch's own imports are not to be measured
 
     def work():
         encoder = load_subject_encoder(path)
@@ -101,7 +107,7 @@ def _encode_views(path: str, views: str) -> Callable[[], Any]:
     link.symlink_to(path)
     (qformer,) = host.run("BLIPDiffusionQFormerLoader", checkpoint=link.name)
     inputs = {"qformer": qformer, "subject_word": "dog"}
-    host.run("BLIPDiffusionSubjectEncode", image=torch.rand(1, 512, 512, 3), **inputs)  # what the first run sets up
+    host.run("BLIPDiffusionSubjectEncode", image=torch.rand(1, 512, 512, 3), **inputs)  # set-up of the first run
     return lambda: host.run("BLIPDiffusionSubjectEncode", image=torch.rand(int(views), 512, 512, 3), **inputs)
 
 
@@ -128,12 +134,12 @@ def _finetune(way: str) -> Callable[[], Any]:
 
 
 def _bytes(field: str) -> int:
-    """A field of this process's status, such as ``VmHWM``."""
+    """Return a field of this process's status, such as ``VmHWM``, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
-#: name -> a function that prepares what is not measured and returns the work.
+#: Functions by name that prepare, unmeasured, and return the work to measure.
 WORK = {
     "load encoder": _load_encoder,
     "load through host": _load_through_host,

@@ -1,4 +1,4 @@
-"""The networks under the clock: the reference's, and ours on the very same tensors."""
+"""The networks that are measured: the reference's, and ours on the same tensors."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ SIZES = oracle.FULL if torch.cuda.is_available() else CPU_SIZES
 
 
 def reference_pipeline(folder: Path) -> oracle.BlipDiffusionPipeline:
-    """The reference at full size with random weights, on the device."""
+    """Make the reference at full size with random weights, on the device."""
     return oracle.pipeline(SIZES, folder, comfyui_path()).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def encoder_of(pipeline: oracle.BlipDiffusionPipeline) -> SubjectEncoder:
-    """Our encoder, made of the reference's own tensors: nothing is copied."""
+    """Make our encoder of the reference's own tensors, without a copy."""
     encoder = SubjectEncoder(device="meta")
     encoder.load_state_dict(KEY_MAP.to_encoder(pipeline.qformer.state_dict(), Path("reference")), assign=True)
     return encoder.eval().requires_grad_(False)
 
 
 def hosted(host: Host, pipeline: oracle.BlipDiffusionPipeline) -> SimpleNamespace:
-    """The same weights as Load BLIP-Diffusion gives them: ``model``, ``clip`` and ``qformer``."""
+    """Load the same weights as Load BLIP-Diffusion does: ``model``, ``clip`` and ``qformer``."""
     checkpoint, networks = host.module("blip_qformer.checkpoint"), host.module("nodes.host.networks")
     path = Path("reference")
 
-    def part(name: str):
+    def component(name: str):
         network = getattr(pipeline, name)
         return checkpoint.Component(path, dict(network.config), network.state_dict)
 
@@ -48,7 +48,7 @@ def hosted(host: Host, pipeline: oracle.BlipDiffusionPipeline) -> SimpleNamespac
         encoder_path=path,
     )
     return SimpleNamespace(
-        model=networks.build_model(part("unet"), part("vae")),
+        model=networks.build_model(component("unet"), component("vae")),
         clip=networks.build_clip(checkpoint.Component(path, {}, pipeline.text_encoder.state_dict)),
         qformer=host.module("nodes.host.managed").ManagedEncoder(opened),
     )

@@ -1,4 +1,4 @@
-"""What a subject costs the sampler: nothing, because to the U-Net it is 77 tokens like any prompt."""
+"""The cost of a subject in the sampler: none, because to the U-Net it is 77 tokens like any prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EDGE = 512 if torch.cuda.is_available() else 256  # pixels
 
 
 def sampling_rows(host: Host, loaded: SimpleNamespace) -> Iterator[Row]:
-    """The stock KSampler on one graph, with a subject in its positive conditioning and without."""
+    """Compare the stock KSampler with a subject in its positive conditioning and without."""
     image = torch.rand(1, 512, 512, 3)
     subject, *_ = host.run("BLIPDiffusionSubjectEncode", qformer=loaded.qformer, image=image, subject_word="dog")
     with_subject, text = host.run("BLIPDiffusionPromptCompose", clip=loaded.clip, subject=subject, prompt=PROMPT)

@@ -1,4 +1,4 @@
-"""Many subjects at once: a trajectory in one run, and the memory that a large batch of pictures takes."""
+"""Many subjects at once: the speed of a trajectory in one run, and the memory of a large batch of images."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ VIEWS = (8, 64)
 
 
 def trajectory_rows(host: Host, loaded: SimpleNamespace) -> Iterator[Row]:
-    """Sixteen steps between two subjects as one batch, against sixteen graphs one after the other."""
-    pictures = torch.rand(2, 1, 256, 256, 3)
+    """Compare sixteen subjects between two as one batch with sixteen graphs one after the other."""
+    images = torch.rand(2, 1, 256, 256, 3)
     ends = [
-        host.run("BLIPDiffusionSubjectEncode", qformer=loaded.qformer, image=picture, subject_word="dog")[0]
-        for picture in pictures
+        host.run("BLIPDiffusionSubjectEncode", qformer=loaded.qformer, image=image, subject_word="dog")[0]
+        for image in images
     ]
     subjects = {"subject_1": ends[0], "subject_2": ends[1]}
     (empty,) = host.run("EmptyLatentImage", width=EDGE, height=EDGE, batch_size=1)
     (negative,) = host.run("CLIPTextEncode", clip=loaded.clip, text="ugly")
 
-    def draw(subject, latent):
+    def sample(subject, latent):
         positive, _ = host.run("BLIPDiffusionPromptCompose", clip=loaded.clip, subject=subject, prompt=PROMPT)
         return host.ddim(loaded.model, positive, negative, latent, STEPS, guidance=7.5, seed=0)
 
@@ -40,12 +40,12 @@ def trajectory_rows(host: Host, loaded: SimpleNamespace) -> Iterator[Row]:
         (path,), (latent,), _ = host.run(
             "BLIPDiffusionSubjectTrajectory", **subjects, steps=TRAJECTORY, steps_at_once=TRAJECTORY, latent=empty
         )
-        draw(path, latent)
+        sample(path, latent)
 
     def one_by_one():
         for step in range(TRAJECTORY):
             blended, _ = host.run("BLIPDiffusionSubjectInterpolate", **subjects, x=step / (TRAJECTORY - 1))
-            draw(blended, empty)
+            sample(blended, empty)
 
     yield Row(
         f"Subject Trajectory, {TRAJECTORY} pictures of {EDGE}x{EDGE}, {STEPS} steps",
@@ -56,18 +56,18 @@ def trajectory_rows(host: Host, loaded: SimpleNamespace) -> Iterator[Row]:
 
 
 def view_costs(encoder: SubjectEncoder) -> Iterator[tuple[str, ...]]:
-    """What Subject Encode takes for a batch of views of 512x512, each in a process of its own: flat memory."""
+    """Measure the memory of Subject Encode for batches of views of 512x512, each in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "qformer.safetensors"
         save_qformer(file, encoder.state_dict(), encoder.config, dtype=torch.float32)
         for views in VIEWS:
             cost = cost_in_own_process("encode views", file, str(views))
-            pictures = views * 512 * 512 * 3 * 4
+            image_bytes = views * 512 * 512 * 3 * 4
             yield (
                 f"Subject Encode, {views} views",
                 f"{cost.seconds / views:.2f}",
-                f"{(cost.anonymous - pictures) / 1e9:.2f}",
-                f"{pictures / 1e9:.2f}",
+                f"{(cost.anonymous - image_bytes) / 1e9:.2f}",
+                f"{image_bytes / 1e9:.2f}",
             )
 
 

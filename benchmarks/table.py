@@ -1,4 +1,4 @@
-"""Results as Markdown, on the screen and in ``RESULTS.md``."""
+"""Print results as Markdown, and keep them in ``RESULTS.md``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ TITLE = "# Results\n\nWritten by the commands in the headings, never by hand.\n"
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: what was timed, against which peer, and the ratio that is aimed at."""
+    """One comparison as a row of a table.
+
+    Attributes:
+        what: Name of what was timed.
+        peer: Name of what it was compared with.
+        comparison: Measured times.
+        aim: Ratio to reach.
+    """
 
     what: str
     peer: str
@@ -28,6 +35,7 @@ class Row:
     aim: str
 
     def cells(self) -> tuple[str, ...]:
+        """Return the row's cells, in the order of :data:`HEAD`."""
         comparison = self.comparison
         return (
             self.what,
@@ -49,7 +57,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def machine() -> str:
-    """One line: where and when this was measured."""
+    """Describe in one line where and when this was measured."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     threads = torch.get_num_threads()
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
@@ -57,10 +65,10 @@ def machine() -> str:
 
 
 def write_section(command: str, text: str, results: Path = RESULTS) -> None:
-    """Put a text into the results under a heading that is its command, in place of what was there."""
+    """Replace or append the section of the results whose heading is a command."""
     content = results.read_text(encoding="utf-8") if results.exists() else TITLE
     heading = f"## `{command}`"
-    sections = [part for part in re.split(r"(?m)^(?=## )", content) if part.splitlines()[0] != heading]
+    sections = [each for each in re.split(r"(?m)^(?=## )", content) if each.splitlines()[0] != heading]
     sections.append(f"{heading}\n\n{text}\n")
     results.write_text("\n\n".join(section.strip() for section in sections) + "\n", encoding="utf-8")
 
