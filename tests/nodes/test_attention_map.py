@@ -50,7 +50,7 @@ class Explicit:
         return torch.einsum("bhpk,bhkd->bhpd", attention, v).transpose(1, 2).flatten(2)
 
     def word_map(self, positions, tokens: int, size: tuple[int, int]) -> torch.Tensor:
-        """The mean of all maps, enlarged to a picture; what the host repeats is added up."""
+        """The mean of all maps, enlarged to an image; what the host repeats is added up."""
         total = 0
         for maps in self.maps:
             repeated = [start + position for start in range(0, maps.shape[1], tokens) for position in positions]
@@ -93,7 +93,7 @@ def with_lora(host, loaded, positive, negative):
 
 
 def with_reweight(host, loaded, positive, negative):
-    """Words weighted on both sides; what is looked at in a later layer changes with them."""
+    """Words weighted on both sides; the attention of later layers changes with them."""
     (positive,) = host.run("BLIPDiffusionAttentionReweight", conditioning=positive, weights="<subject>:3, hat:-1")
     inputs = {"weights": "ugly:2", "clip": loaded.clip, "text": "ugly"}
     return positive, host.run("BLIPDiffusionAttentionReweight", conditioning=negative, **inputs)[0]
@@ -115,10 +115,10 @@ GRAPHS = [unchanged, with_controlnet, with_lora, with_reweight, with_long_negati
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("place", ["in front", "behind"])
-def test_the_picture_stays_to_the_last_bit(host, loaded, positive, negative, graph, place):
+@pytest.mark.parametrize("position", ["in front", "behind"])
+def test_the_image_stays_to_the_last_bit(host, loaded, positive, negative, graph, position):
     plain = sample(host, loaded.model, *graph(host, loaded, positive, negative))
-    if place == "in front":
+    if position == "in front":
         watched = graph(host, loaded, record(host, positive)[0], negative)
     else:
         changed, other = graph(host, loaded, positive, negative)
@@ -160,7 +160,8 @@ def test_a_batch_and_a_prompt_of_several_blocks(host, loaded, subject, negative)
     torch.testing.assert_close(
         found, explicit.word_map(positions_of(positive, "end"), 154, (12, 20)), atol=1e-5, rtol=0
     )
-    assert found.shape == (3, 12, 20) and not torch.allclose(found[0], found[1])
+    assert found.shape == (3, 12, 20)
+    assert not torch.allclose(found[0], found[1])
 
 
 def test_prompts_of_two_areas(host, loaded, positive, negative):
@@ -174,8 +175,10 @@ def test_prompts_of_two_areas(host, loaded, positive, negative):
     sample(host, loaded.model, both, negative)
     hats = [attention.word_map("hat", *SIZE) for attention in (left_attention, right_attention)]
     middle = SIZE[1] // 2
-    assert (hats[0][..., :middle] > 0).all() and (hats[0][..., middle:] == 0).all()
-    assert (hats[1][..., :middle] == 0).all() and (hats[1][..., middle:] > 0).all()
+    assert (hats[0][..., :middle] > 0).all()
+    assert (hats[0][..., middle:] == 0).all()
+    assert (hats[1][..., :middle] == 0).all()
+    assert (hats[1][..., middle:] > 0).all()
 
     (alone,) = host.run("ConditioningSetArea", conditioning=record(host, positive)[0], x=0, **half)
     explicit = Explicit(loaded.model)
@@ -195,7 +198,8 @@ def test_a_second_run_starts_afresh(host, loaded, positive, negative):
     fresh, fresh_attention = record(host, positive)
     sample(host, loaded.model, fresh, negative, seed=2)
     assert torch.equal(attention.word_map("hat", *SIZE), fresh_attention.word_map("hat", *SIZE))
-    assert first.shape[0] == 2 and not torch.allclose(first[:1], attention.word_map("hat", *SIZE))
+    assert first.shape[0] == 2
+    assert not torch.allclose(first[:1], attention.word_map("hat", *SIZE))
 
 
 def test_two_graphs_do_not_disturb_each_other(host, loaded, positive, negative):
@@ -228,45 +232,51 @@ def test_a_stock_prompt_needs_its_clip_and_text(host, loaded, negative):
 
 
 @pytest.fixture
-def drawn(host, loaded, positive, negative):
-    """A recorded run of two pictures, which are 96 x 160 pixels."""
+def sampled(host, loaded, positive, negative):
+    """A recorded run of two images of 96 x 160 pixels."""
     watched, attention = record(host, positive)
     sample(host, loaded.model, watched, negative, rows=2)
     return SimpleNamespace(attention=attention, image=torch.rand(2, 96, 160, 3))
 
 
-def test_every_word_gets_a_picture_with_its_label(host, drawn):
-    images, masks = show(host, drawn.attention, drawn.image)
+def test_every_word_gets_an_image_with_its_label(host, sampled):
+    images, masks = show(host, sampled.attention, sampled.image)
     words = ["a", "<subject>", "dog", "wearing", "red", "hat"]
     assert len(images) == len(masks) == 2 * len(words)
-    assert masks.shape[1:] == (96, 160) and masks.amin() == 0 and (masks.amax((1, 2)) == 1).all()
+    assert masks.shape[1:] == (96, 160)
+    assert masks.amin() == 0
+    assert (masks.amax((1, 2)) == 1).all()
     gap, strip = 1, 12  # the contact sheet's
     assert images.shape[1:] == (96 + strip + 2 * gap, 160 + 2 * gap, 3)
     labels = images[:, gap + 96 : gap + 96 + strip]
-    assert (labels.amin((1, 2, 3)) < 0.5).all() and not torch.equal(labels[0], labels[1])
+    assert (labels.amin((1, 2, 3)) < 0.5).all()
+    assert not torch.equal(labels[0], labels[1])
 
 
-def test_words_are_chosen_and_ordered(host, drawn):
-    images, masks = show(host, drawn.attention, drawn.image, words="Red hat, <subject>")
-    expected = [drawn.attention.word_map(word, 96, 160)[row] for row in (0, 1) for word in ("red hat", "<subject>")]
+def test_words_are_chosen_and_ordered(host, sampled):
+    images, masks = show(host, sampled.attention, sampled.image, words="Red hat, <subject>")
+    expected = [sampled.attention.word_map(word, 96, 160)[row] for row in (0, 1) for word in ("red hat", "<subject>")]
     for mask, each in zip(masks, expected, strict=True):
         torch.testing.assert_close(mask, (each - each.min()) / (each.max() - each.min()), atol=1e-5, rtol=0)
 
 
-def test_strength_0_is_the_picture(host, drawn):
-    images, _ = show(host, drawn.attention, drawn.image, words="dog", strength=0.0)
-    assert torch.equal(images[:, 1:97, 1:161], drawn.image)
+def test_strength_0_is_the_image(host, sampled):
+    images, _ = show(host, sampled.attention, sampled.image, words="dog", strength=0.0)
+    assert torch.equal(images[:, 1:97, 1:161], sampled.image)
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 64, 3), (2, 31, 77, 4), (2, 1, 1, 3)])
-def test_pictures_of_any_size(host, drawn, shape):
-    images, masks = show(host, drawn.attention, torch.rand(shape), words="dog")
-    assert masks.shape == shape[:3] and images.isfinite().all() and images.min() >= 0 and images.max() <= 1
+def test_images_of_any_size(host, sampled, shape):
+    images, masks = show(host, sampled.attention, torch.rand(shape), words="dog")
+    assert masks.shape == shape[:3]
+    assert images.isfinite().all()
+    assert images.min() >= 0
+    assert images.max() <= 1
 
 
-def test_a_word_that_is_not_there_is_named(host, drawn):
+def test_a_word_that_is_not_there_is_named(host, sampled):
     with pytest.raises(ValueError, match='There is no "cat" in this prompt; its words are: a, <subject>, dog, wearing'):
-        show(host, drawn.attention, drawn.image, words="cat")
+        show(host, sampled.attention, sampled.image, words="cat")
 
 
 def test_a_prompt_without_words_is_named(host, loaded, negative):
@@ -276,12 +286,12 @@ def test_a_prompt_without_words_is_named(host, loaded, negative):
         show(host, attention, torch.rand(1, 96, 160, 3))
 
 
-def test_other_pictures_are_refused(host, drawn, positive):
+def test_other_images_are_refused(host, sampled, positive):
     with pytest.raises(ValueError, match=r"The image holds 1 picture\(s\), but 2 were recorded"):
-        show(host, drawn.attention, drawn.image[:1])
+        show(host, sampled.attention, sampled.image[:1])
     _, unused = record(host, positive)
     with pytest.raises(ValueError, match="Nothing was recorded: connect Record Attention's conditioning"):
-        show(host, unused, drawn.image)
+        show(host, unused, sampled.image)
 
 
 def test_a_model_without_cross_attention_is_named(host):

@@ -20,9 +20,10 @@ class ExplicitAttention:
     """Attention with its probabilities.
 
     Args:
-        prompts: tensors [1, tokens, width], one for each picture that is edited together; their rows stand in a call
-            one behind the other, as often as there are groups.
-        cross, self_: what is done with the maps of such a group, [pictures, heads, N, T].
+        prompts: Tensors of shape [1, tokens, width], one for each image of a group; their rows stand in a call one
+            behind the other, as often as there are groups.
+        cross: What is done with the cross-attention of a group, of shape [images, heads, N, T].
+        self_: The same for its self-attention.
     """
 
     def __init__(self, prompts: list[Tensor], cross: EditMaps | None = None, self_: EditMaps | None = None) -> None:
@@ -92,7 +93,7 @@ def follow(mapper: Tensor, alpha: Callable[[int, int], Tensor], factors: Tensor 
         share = alpha(step, steps)
         for source, edited in zip(copies(maps[0]), copies(maps[1]), strict=True):
             edited.copy_(source @ mapper * share + edited * (1 - share))
-        if share.any():  # what other packs put behind the prompt is looked at as the source looks at it
+        if share.any():  # what other packs append to the prompt gets the source's attention
             behind = maps.shape[-1] // 77 * 77
             maps[1, ..., behind:] = maps[0, ..., behind:]
         if seen is not None:
