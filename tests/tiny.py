@@ -29,7 +29,7 @@ from tests.oracle import randomized
 from tools.host import comfyui_path
 
 WORDS = ("dog", "teddy bear", "red apple", "cat")
-PLACES = ("in the snow", "on the grass", "at night, under a sky full of stars")
+BACKGROUNDS = ("in the snow", "on the grass", "at night, under a sky full of stars")
 
 #: Like the small model that ships, only smaller.
 SIZES: dict[str, Any] = {
@@ -71,11 +71,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def make_pair(number: int) -> Pair:
-    """A pair of two random pictures, 32 pixels square."""
+    """A pair of two random images, 32 pixels square."""
     pixels = np.random.default_rng(number).integers(0, 255, (2, 4, 4, 3), dtype=np.uint8)
     subject, target = (Image.fromarray(each).resize((32, 32), Image.Resampling.BICUBIC) for each in pixels)
-    word, place = WORDS[number % len(WORDS)], PLACES[number % len(PLACES)]
-    return Pair(f"{number:04d}", subject, target, word, f"a {word} {place}")
+    word, background = WORDS[number % len(WORDS)], BACKGROUNDS[number % len(BACKGROUNDS)]
+    return Pair(f"{number:04d}", subject, target, word, f"a {word} {background}")
 
 
 def write_pairs(folder: Path, shards: int = 4, per_shard: int = 8) -> Path:
@@ -104,7 +104,7 @@ def make_config(stage: str = "subject", **changes: Any) -> RunConfig:
     return config_from(values | changes, "the test")
 
 
-def random_parts() -> Pipeline:
+def random_pipeline() -> Pipeline:
     """A whole model whose weights are all random."""
     pipeline = new_pipeline(SIZES, seed=0)
     for seed, network in enumerate(pipeline.networks.values()):
@@ -142,10 +142,10 @@ def collate_fn_of(stage: str, options: str) -> CollateFn:
     return make_stage(stage, options=json.loads(options)).collate_fn
 
 
-def run(config: RunConfig, stop_at: int | None = None) -> Path:
-    """Train in this process, as if none had been trained in it before."""
+def run(config: RunConfig, stop_at: int | None = None, **handed: Any) -> Path:
+    """Train in this process, as if none had been trained in it before, with what the small model hands in."""
     reset_accelerate()
-    return train(config, stop_at, **SMALL)
+    return train(config, stop_at, **(SMALL | handed))
 
 
 def reset_accelerate() -> None:

@@ -7,21 +7,21 @@ written, and write it under its final name: on a full disk, or killed meanwhile,
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from torch import Tensor
 
 from ..atomic import flush, remove_folder, remove_partial, shared_partial
 
 KEPT = 2  # the newest, and one before it
 
-NAME = re.compile(r"step-(\d+)")
+PREFIX = "step-"
 
 RUN_FILE = "run.json"
 
@@ -44,7 +44,8 @@ def find_latest(folder: Path, accelerator: Accelerator) -> Path | None:
         remove_partial(folder)
     accelerator.wait_for_everyone()
     latest = latest_checkpoint(folder)
-    seen = accelerator.gather(torch.tensor([_step(latest) if latest else 0], device=accelerator.device)).tolist()
+    step = torch.tensor([_step(latest) if latest else 0], device=accelerator.device)
+    seen = cast(Tensor, accelerator.gather(step)).tolist()
     if len(set(seen)) > 1:
         raise ValueError(
             f"The newest checkpoint in {folder} is that of step {max(seen)} for some processes and of step {min(seen)} "
@@ -75,7 +76,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, data_orde
     Raises:
         OSError: The disk is full, or the folder cannot be written to; the checkpoint before it stays.
     """
-    path = folder / f"step-{step:08d}"
+    path = folder / f"{PREFIX}{step:08d}"
     partial = shared_partial(path)
     problem: Exception | None = None
     try:
@@ -136,8 +137,8 @@ def _in_any_process(accelerator: Accelerator, here: bool) -> bool:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("step-*") if NAME.fullmatch(path.name)]
+    return [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
 
 
 def _step(path: Path) -> int:
-    return int(NAME.fullmatch(path.name)[1])
+    return int(path.name.removeprefix(PREFIX))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class RunLog:
         """Count one update of the weights."""
         self._bar.update()
 
-    def metrics(self, metrics: dict[str, float], step: int) -> None:
+    def metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log metrics of the steps since the last time.
 
         Args:
@@ -53,7 +53,7 @@ class RunLog:
         """
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()})
         with self._writing():
-            self._accelerator.log(metrics, step)
+            self._accelerator.log(dict(metrics), step)
 
     def image(self, image: Image.Image, step: int) -> None:
         """Log samples; the newest also lie beside the log as ``samples.png``.

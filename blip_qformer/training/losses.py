@@ -7,6 +7,7 @@ where the row may attend to the column; the first Q rows and columns are the que
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed
@@ -157,14 +158,14 @@ class _GatherRows(torch.autograd.Function):
     """Rows of all processes; a gradient finds its way back to the process that the row came from."""
 
     @staticmethod
-    def forward(context: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
+    def forward(context: Any, rows: Tensor) -> Tensor:
         context.count = len(rows)
         gathered = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(gathered, rows.contiguous())
         return torch.cat(gathered)
 
     @staticmethod
-    def backward(context: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+    def backward(context: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()
         torch.distributed.all_reduce(gradient)
         first = torch.distributed.get_rank() * context.count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -52,7 +53,7 @@ class MetricAverager:
         Returns:
             The averages by name, and ``samples_per_second``.
         """
-        sums = self._accelerator.reduce(torch.stack([*self._sums.values()]), "mean")
+        sums = cast(Tensor, self._accelerator.reduce(torch.stack([*self._sums.values()]), "mean"))
         averages = dict(zip(self._sums, (sums / self._count).tolist(), strict=True))
         speed = self._count * self._pairs_in_batch / (time.monotonic() - self._since)
         self._begin()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import (
     AllowInfNan,
@@ -18,7 +18,6 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
 
 Settings = TypeVar("Settings", bound="OptionGroup")
 
@@ -66,7 +65,7 @@ def needs(phrase: str) -> WrapValidator:
         try:
             return handler(value)
         except ValidationError:
-            raise PydanticCustomError("needed", "{phrase}", {"phrase": phrase}) from None
+            raise ValueError(phrase) from None
 
     return WrapValidator(validate)
 
@@ -97,7 +96,9 @@ LatentEdge = Annotated[
 ]
 
 
-def _sentence(errors: list[ErrorDetails], model: type[OptionGroup], source: str, owner: str, prefix: str) -> str:
+def _sentence(
+    errors: Sequence[Mapping[str, Any]], model: type[OptionGroup], source: str, owner: str, prefix: str
+) -> str:
     """The most telling of pydantic's errors: unknown names before missing ones before values."""
     if unknown := [error["loc"] for error in errors if error["type"] == "extra_forbidden"]:
         group, known = unknown[0][:-1], _names_in(model, unknown[0][:-1])
@@ -107,7 +108,7 @@ def _sentence(errors: list[ErrorDetails], model: type[OptionGroup], source: str,
     if missing := sorted(prefix + ".".join(map(str, error["loc"])) for error in errors if error["type"] == "missing"):
         return f"{source} does not set {', '.join(missing)}, which {owner} needs."
     first = errors[0]
-    phrase = first["msg"] if first["type"] == "needed" else "a mapping"
+    phrase = first["ctx"]["error"] if first["type"] == "value_error" else "a mapping"
     name = prefix + ".".join(map(str, first["loc"]))
     return f"{source} sets {name} to {first['input']!r}, where {phrase} is needed."
 
@@ -115,7 +116,7 @@ def _sentence(errors: list[ErrorDetails], model: type[OptionGroup], source: str,
 def _names_in(model: type[BaseModel], group: tuple[int | str, ...]) -> list[str]:
     """The names that a group of settings has."""
     for name in group:
-        model = model.model_fields[str(name)].annotation  # type: ignore[assignment]  # groups are models
+        model = cast(type[BaseModel], model.model_fields[str(name)].annotation)
     return list(model.model_fields)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,12 @@ class TrainState:
             ValueError: It does not fit this run.
         """
         self.step = load_checkpoint(self.accelerator, checkpoint, self.config.data_order)
+
+    def release(self) -> None:
+        """Let go of whatever wraps the stage while the processes are still connected: later, gloo may wait for ever."""
+        self.model = self.stage
+        self.accelerator.free_memory()
+        gc.collect()
 
     def state_dict(self) -> dict[str, Any]:
         """What accelerate does not save by itself."""

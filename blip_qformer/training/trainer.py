@@ -7,11 +7,11 @@ A run that was killed goes on from its last checkpoint, with the same pairs in t
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 
 from ..data.collate import Batch
 from ..data.stream import PairStream
-from ..pipeline import Pipeline, save_pipeline
+from ..pipeline import save_pipeline
+from ..pipeline.new import Initialiser
 from .checkpointing import find_latest
 from .config import RunConfig
 from .logging import RunLog
@@ -42,7 +43,7 @@ def train(
     stop_at: int | None = None,
     *,
     stages: Mapping[str, type[Stage]] = STAGES,
-    initialise: Callable[[Pipeline], None] | None = None,
+    initialise: Initialiser | None = None,
     step_context: StepContext = lambda device: nullcontext(),
 ) -> Path:
     """Run a stage to its end, from its last checkpoint if there is one.
@@ -95,10 +96,8 @@ def train(
             stage.finish(batches)
             save_pipeline(stage.pipeline, target, getattr(torch, config.save_dtype))
     accelerator.wait_for_everyone()
-    # Let go of whatever wraps the model while the processes are still connected: later, gloo may wait for ever.
-    del state, batches
-    accelerator.free_memory()
-    gc.collect()
+    del batches
+    state.release()
     accelerator.end_training()
     return target
 
@@ -142,7 +141,7 @@ def fit(
             averager.add(losses)
         norm = accelerator.clip_grad_norm_(stage.trainable_parameters(), config.max_grad_norm or math.inf)
         if config.mixed_precision != "fp16":  # there the gradient scaler leaves such a step out by itself
-            check_finite(norm, step, keys, "gradient")
+            check_finite(cast(Tensor, norm), step, keys, "gradient")
         optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             state.scheduler.step()  # not accelerate's, which would step once for each process
@@ -267,8 +266,8 @@ def log_samples(state: TrainState, run_log: RunLog) -> None:
 
 def _unreadable(accelerator: Accelerator, stream: PairStream) -> dict[str, int]:
     """How often something could not be read since the run was started, in all processes; nothing if that is 0."""
-    count = int(accelerator.reduce(torch.tensor(stream.unreadable, device=accelerator.device)))
-    return {"unreadable": count} if count else {}
+    count = cast(Tensor, accelerator.reduce(torch.tensor(stream.unreadable, device=accelerator.device)))
+    return {"unreadable": int(count)} if count else {}
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from blip_qformer.training.stages import STAGES as PAPER_STAGES
 from blip_qformer.training.stages import Stage
@@ -13,8 +12,9 @@ from .autoencoder import AutoencoderStage
 from .vision import VisionStage
 
 #: Stages by their names in a run's file, for :func:`blip_qformer.training.trainer.train`.
-STAGES: Mapping[str, type[Stage]] = MappingProxyType(
-    {**PAPER_STAGES, **{stage.name: stage for stage in (AutoencoderStage, VisionStage, AppearanceStage)}}
-)
+STAGES: Mapping[str, type[Stage]] = {
+    **PAPER_STAGES,
+    **{stage.name: stage for stage in (AutoencoderStage, VisionStage, AppearanceStage)},
+}
 
 __all__ = ["STAGES", "AppearanceStage", "AutoencoderStage", "VisionStage"]

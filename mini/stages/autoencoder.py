@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
+from typing import cast
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
 from blip_qformer.data.collate import Batch
 from blip_qformer.training.options import LatentEdge, Number, OptionGroup
-from blip_qformer.training.stages.base import CollateFn, Stage, image_grid, make_generators
+from blip_qformer.training.stages.base import CollateFn, Stage, encode_images, image_grid, make_generators
 
 from .collate import autoencoder_batch
 
@@ -57,13 +59,14 @@ class AutoencoderStage(Stage):
         """Compute the weighted sum of the three losses, and each of them."""
         generators = make_generators(batch["seeds"])
         pixels = self._crop_all(batch, generators)  # [B, 3, crop, crop]
-        distribution = self.pipeline.vae.encode(pixels * 2 - 1).latent_dist
-        mean, deviation = distribution.mean.float(), distribution.std.float()  # [B, 4, crop / 8, crop / 8] each
+        mean, deviation = encode_images(self.pipeline.vae, pixels)  # [B, 4, crop / 8, crop / 8] each
         latents = mean + deviation * randn_tensor(mean.shape, generators, mean.device)
-        decoded = self.pipeline.vae.decode(latents).sample.float() / 2 + 0.5
+        output = self.pipeline.vae.decode(latents)  # pyright: ignore[reportArgumentType]  # diffusers means a Tensor
+        decoded = cast(DecoderOutput, output).sample.float() / 2 + 0.5
         self._last_images = pixels.detach(), decoded.detach()
         error = F.l1_loss(decoded, pixels)
-        edges = sum(F.l1_loss(decoded.diff(dim=axis), pixels.diff(dim=axis)) for axis in (2, 3))
+        down, across = (F.l1_loss(decoded.diff(dim=axis), pixels.diff(dim=axis)) for axis in (2, 3))
+        edges = down + across
         divergence = 0.5 * (mean**2 + deviation**2 - 1 - 2 * deviation.log()).sum(dim=(1, 2, 3)).mean()
         loss = error + self.options.edge_weight * edges + self.options.divergence_weight * divergence
         return {"loss": loss, "error": error.detach(), "edges": edges.detach(), "divergence": divergence.detach()}
@@ -80,7 +83,7 @@ class AutoencoderStage(Stage):
             batches: Batches to measure the latents of.
         """
         crops = [self._crop_all(batch, make_generators(batch["seeds"])) for batch in islice(batches, MEASURED_BATCHES)]
-        latents = torch.cat([self.pipeline.vae.encode(pixels * 2 - 1).latent_dist.mean for pixels in crops])
+        latents = torch.cat([encode_images(self.pipeline.vae, pixels)[0] for pixels in crops])
         self.pipeline.vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
 
     def _crop_all(self, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:

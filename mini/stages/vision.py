@@ -86,6 +86,6 @@ class VisionStage(Stage):
 
     def _location_loss(self, tokens: Tensor) -> Tensor:
         """Cross entropy of each patch's row and column, predicted from its token [B, N, width]."""
-        logits = rearrange(self.location_head(tokens).float(), "b n (axis index) -> b n axis index", axis=2)
+        logits = rearrange(self.location_head(tokens).float(), "b n (two index) -> b n two index", two=2)
         row_and_column = torch.cartesian_prod(*[torch.arange(self.patches, device=tokens.device)] * 2)  # [N, 2]
         return F.cross_entropy(logits.flatten(0, 2), row_and_column.repeat(len(tokens), 1).flatten())

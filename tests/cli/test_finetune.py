@@ -33,7 +33,7 @@ OPTIONS = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A random model in the Hub layout."""
-    return save_pipeline(tiny.random_parts(), tmp_path_factory.mktemp("model") / "model")
+    return save_pipeline(tiny.random_pipeline(), tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def artwork(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return save_pipeline(tiny.random_parts(), tmp_path_factory.mktemp("model") / "model")
+    return save_pipeline(tiny.random_pipeline(), tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture(autouse=True)

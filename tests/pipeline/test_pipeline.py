@@ -28,7 +28,7 @@ REFERENCE = oracle.Sizes(image_size=28, vision_width=64, vision_heads=1, width=3
 @pytest.fixture(scope="module")
 def model() -> Pipeline:
     """A model all of whose weights are random."""
-    made = tiny.random_parts()
+    made = tiny.random_pipeline()
     made.vae.register_to_config(scaling_factor=0.9)
     return made
 

@@ -16,7 +16,7 @@ SEED, STEPS, SIZE = 3, 10, (64, 96)  # the image's height and width; 1000 is a m
 @pytest.fixture(scope="module")
 def pipeline():
     """A model all of whose weights are random, its latents of another scale than SD1.5's."""
-    made = tiny.random_parts()
+    made = tiny.random_pipeline()
     made.vae.register_to_config(scaling_factor=0.7)
     return made
 

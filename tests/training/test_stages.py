@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import DDPMScheduler
 
+from blip_qformer.diffusion.noise_schedule import ALPHAS_CUMPROD
 from blip_qformer.encoder import tokenize_subjects
 from blip_qformer.encoder.qformer import padding_mask
 from blip_qformer.encoder.tokenizer import bert_tokenizer
+from blip_qformer.pipeline import SCHEDULER_CONFIG
 from blip_qformer.pipeline import sample as sampling
 from blip_qformer.pipeline.sample import NEGATIVE_PROMPT
 from blip_qformer.training.losses import matching_mask
@@ -196,12 +199,12 @@ def test_stage_1_against_a_loop():
     assert predicted == attention[:, 1:].sum()
     assert found["generation"].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
-    sources = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
+    generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
     wrong = []
     for direction in (similarity, similarity.T):
         weights = (direction / 0.07).softmax(dim=1) + 1e-4
         weights.fill_diagonal_(0)
-        wrong.append([int(torch.multinomial(row, 1, generator=s)) for row, s in zip(weights, sources, strict=True)])
+        wrong.append([int(torch.multinomial(row, 1, generator=g)) for row, g in zip(weights, generators, strict=True)])
     losses = []
     for index in range(count):
         trials = [(index, index, 1), (index, wrong[0][index], 0), (wrong[1][index], index, 0)]
@@ -230,14 +233,14 @@ def test_stage_2_against_a_loop():
     stage = tiny.make_stage("subject", options=options)
     batch = tiny.make_batch("subject", range(12))
     found = stage(batch)
-    pipeline, alphas = stage.pipeline, stage.scheduler.alphas_cumprod
+    pipeline, alphas = stage.pipeline, ALPHAS_CUMPROD
     losses, kinds = [], set()
     for index in range(12):
-        source = torch.Generator().manual_seed(batch["seeds"][index])
+        generator = torch.Generator().manual_seed(batch["seeds"][index])
         distribution = pipeline.vae.encode(batch["targets"][index : index + 1] * 2 - 1).latent_dist
-        latents = distribution.mean + distribution.std * torch.randn(1, 4, 4, 4, generator=source)
+        latents = distribution.mean + distribution.std * torch.randn(1, 4, 4, 4, generator=generator)
         latents = latents * pipeline.vae.config.scaling_factor
-        drop_subject, drop_caption, repeat, which = torch.rand(4, generator=source).tolist()
+        drop_subject, drop_caption, repeat, which = torch.rand(4, generator=generator).tolist()
         pair = tiny.make_pair(index)
         if drop_caption < 0.3:
             text, vectors = (NEGATIVE_PROMPT if which < 0.5 else ""), None
@@ -248,8 +251,8 @@ def test_stage_2_against_a_loop():
             )
         kinds.add((text == "", text == NEGATIVE_PROMPT, vectors is None, text.count(pair.caption)))
         context = sampling.encode_prompts(pipeline.text_encoder, sampling.tokenize_prompts(pipeline, [text]), [vectors])
-        noise = torch.randn(1, 4, 4, 4, generator=source)
-        step = (1000 * torch.rand(1, generator=source)).long()
+        noise = torch.randn(1, 4, 4, 4, generator=generator)
+        step = (1000 * torch.rand(1, generator=generator)).long()
         noisy = alphas[step].sqrt() * latents + (1 - alphas[step]).sqrt() * noise
         losses.append(F.mse_loss(pipeline.unet(noisy, step, context).sample, noise))
     assert len(kinds) >= 5  # with and without a subject, once and twice, and without a caption
@@ -259,7 +262,7 @@ def test_stage_2_against_a_loop():
 def test_timesteps_count_by_their_noise():
     stage = tiny.make_stage("subject", options={"diffusion": {"min_snr_gamma": 5.0}})
     timesteps = torch.tensor([0, 100, 400, 999])
-    ratios = [a / (1 - a) for a in stage.scheduler.alphas_cumprod[timesteps].tolist()]
+    ratios = [a / (1 - a) for a in ALPHAS_CUMPROD[timesteps].tolist()]
     expected = [min(ratio, 5.0) / ratio for ratio in ratios]
     assert expected[0] < 0.1
     assert stage.timestep_weights[timesteps].tolist() == pytest.approx(expected)
@@ -269,7 +272,7 @@ def test_timesteps_count_by_their_noise():
 def test_coarse_weights_make_errors_of_the_noise_those_of_v():
     """v = alpha noise - sigma image, so that at one noisy latent an error of the noise is alpha times one of v."""
     stage = tiny.make_stage("subject", options={"diffusion": {"max_velocity_weight": 1e9}})
-    scheduler, steps = stage.scheduler, torch.tensor([0, 300, 700, 999])
+    scheduler, steps = DDPMScheduler.from_config(SCHEDULER_CONFIG), torch.tensor([0, 300, 700, 999])
     noise, error = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))  # one row for each step
     alpha, sigma = (
         scheduler.alphas_cumprod[steps].sqrt()[:, None],
@@ -295,7 +298,7 @@ def test_timesteps_count_half_by_how_often_they_are_sampled_and_half_in_the_loss
     assert torch.allclose(shares, torch.tensor([1.0, 0.0, 3.0, 2.0]) / 6, atol=0.02)
     counted = shares * loss_weights(weights)
     assert torch.allclose(counted, weights / 14, atol=0.03)
-    assert sample_timesteps(weights, make_generators([17])) == sampled[17]  # each from its own source
+    assert sample_timesteps(weights, make_generators([17])) == sampled[17]  # each from its own generator
     assert loss_weights(torch.ones(3)).tolist() == [1.0, 1.0, 1.0]
 
 
@@ -308,9 +311,7 @@ def test_the_loss_counts_each_pair_by_its_timestep(monkeypatch):
     for number, timestep in enumerate((40, 990, 500)):
         monkeypatch.setattr(subject, "sample_timesteps", lambda *_, timestep=timestep: torch.tensor([timestep]))
         errors.append(counts[timestep] * stage(tiny.make_batch("subject", [number]))["loss"])
-    stage.timestep_weights = timestep_weights(
-        stage.scheduler.alphas_cumprod, min_snr_gamma=0.0, max_velocity_weight=250.0
-    )
+    stage.timestep_weights = timestep_weights(ALPHAS_CUMPROD, min_snr_gamma=0.0, max_velocity_weight=250.0)
     monkeypatch.setattr(subject, "sample_timesteps", lambda *_: torch.tensor([40, 990, 500]))
     whole = stage(tiny.make_batch("subject", range(3)))["loss"]
     assert whole.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4)
@@ -329,19 +330,19 @@ def test_coarse_noise_is_on_top_of_the_fine_one():
     assert deviation_of_means(noisier, 8) > 3 * deviation_of_means(noise, 8) > 0
     assert deviation_of_means(noisier, 32) > 4 * deviation_of_means(noise, 32)
     assert deviation_of_steps(noisier) == pytest.approx(deviation_of_steps(noise), rel=0.1)
-    alone = add_multires_noise(noise[5:6], 0.7, make_generators([5]))  # each row from its own source
+    alone = add_multires_noise(noise[5:6], 0.7, make_generators([5]))  # each row from its own generator
     assert torch.equal(alone, noisier[5:6])
 
 
-def test_coarse_noise_is_what_is_to_be_predicted():
+def test_coarse_noise_is_what_is_to_be_predicted(monkeypatch):
     """A U-Net that answers with the very noise that was added makes no error."""
     stage = tiny.make_stage("subject", options={"data": {"resolution": 32}, "diffusion": {"multires_noise": 0.5}})
     latents = {}
-    stage.scheduler.add_noise = lambda clean, noise, timesteps: latents.setdefault("noise", noise)
+    monkeypatch.setattr(subject, "add_noise", lambda clean, noise, timesteps: latents.setdefault("noise", noise))
     stage.pipeline.unet.forward = lambda noisy, *_: SimpleNamespace(sample=noisy)
     assert stage(tiny.make_batch("subject", NUMBERS))["loss"].item() == 0
     plain = tiny.make_stage("subject", options={"data": {"resolution": 32}})
-    plain.scheduler.add_noise = lambda clean, noise, timesteps: latents.setdefault("plain", noise)
+    monkeypatch.setattr(subject, "add_noise", lambda clean, noise, timesteps: latents.setdefault("plain", noise))
     plain.pipeline.unet.forward = lambda noisy, *_: SimpleNamespace(sample=noisy)
     plain(tiny.make_batch("subject", NUMBERS))
     assert latents["noise"].mean(dim=(2, 3)).std() > 1.5 * latents["plain"].mean(dim=(2, 3)).std()
@@ -361,7 +362,7 @@ def test_latents_that_are_kept_change_nothing(tmp_path):
 
 
 def test_latents_are_those_of_the_image_whatever_its_key(tmp_path):
-    """Pairs that were made anew, or that come from two sources, have the keys of other images."""
+    """Pairs that were made anew, or that come from two folders, have the keys of other images."""
     stage = tiny.make_stage("subject", output=tmp_path, options={"data": {"resolution": 32, "cache_latents": True}})
     stage(tiny.make_batch("subject", NUMBERS))
     other = tiny.make_batch("subject", [number + 100 for number in NUMBERS])

@@ -88,7 +88,7 @@ HARD = {
 def test_a_killed_run_goes_on_as_if_nothing_had_been(processes, pairs, tmp_path, monkeypatch):
     """Killed by SIGKILL after its first checkpoint, bit for bit and pair for pair."""
     config = tiny.make_config(pairs=pairs, output=str(tmp_path / "killed"), steps=1000, **HARD)
-    process = processes.Process(target=train, args=(config,))
+    process = processes.Process(target=train, args=(config,))  # the library's own, without the small model's weights
     process.start()
     checkpoints = config.output / "checkpoints"
     while latest_checkpoint(checkpoints) is None:
@@ -101,10 +101,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(processes, pairs, tmp_path,
     (checkpoints / ".step-00000999.partial").mkdir()  # what it may have been writing
 
     with seen_pairs(monkeypatch) as after:
-        tiny.run(tiny.changed(config, steps=done + 3))
+        tiny.run(tiny.changed(config, steps=done + 3), initialise=None)
     whole = tiny.changed(config, output=tmp_path / "whole", steps=done + 3, checkpoint_every=0)
     with seen_pairs(monkeypatch) as expected:
-        tiny.run(whole)
+        tiny.run(whole, initialise=None)
     assert after == expected[2 * done :]
     assert len(after) == 2 * 3
     assert_same(weights(config.output / "model"), weights(whole.output / "model"))
@@ -310,7 +310,7 @@ def learning_rates(config: RunConfig) -> list[float]:
 
 
 def test_the_learning_rate_follows_its_schedule(pairs, tmp_path):
-    """What is logged at a step is what the next one takes."""
+    """What is logged at a step is the rate of the next one."""
     settings = {
         "pairs": pairs,
         "steps": 6,
@@ -350,7 +350,7 @@ def test_a_run_stopped_for_today_goes_on_as_if_it_had_not_been(pairs, tmp_path):
     stopped = tiny.make_config("vision", output=str(tmp_path / "stopped"), **settings)
     model = tiny.run(tiny.changed(stopped, checkpoint_every=100), stop_at=2)
     assert latest_checkpoint(stopped.output / "checkpoints").name == "step-00000002"
-    assert load_pipeline(model)  # there is something to look at
+    assert load_pipeline(model)  # what was trained so far is saved
     tiny.run(stopped)
     whole = tiny.make_config("vision", output=str(tmp_path / "whole"), **settings)
     tiny.run(whole)
@@ -459,6 +459,8 @@ def test_a_checkpoint_of_another_run_gets_one_sentence(pairs, tmp_path):
     tiny.run(tiny.make_config("vision", **settings))
     with pytest.raises(ValueError, match="step-00000001 does not fit this run .*: choose another output to begin anew"):
         tiny.run(tiny.make_config("autoencoder", **settings))
+    with pytest.raises(ValueError, match="does not fit this run .an ema_decay of 0 and another one do not go"):
+        tiny.run(tiny.make_config("vision", ema_decay=0.5, **settings))
     state = tmp_path / "checkpoints" / "step-00000001" / "run.json"
     state.write_text('{"step": 1, "processes": 8}')
     with pytest.raises(ValueError, match="was written with processes 8 and cannot be taken up with 1, .* set it back"):

@@ -6,19 +6,19 @@ mapping of stages, to which other packages add their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from ...pipeline import Pipeline, load_pipeline, new_pipeline, replace_network
+from ...pipeline.new import Initialiser
 from ..config import RunConfig
-from ..options import read_settings
+from ..options import OptionGroup, read_settings
 from .base import Stage
 from .multimodal import MultimodalStage
 from .subject import SubjectStage
 
 #: Stages of the paper by their names in a run's file.
-STAGES: Mapping[str, type[Stage]] = MappingProxyType({stage.name: stage for stage in (MultimodalStage, SubjectStage)})
+STAGES: Mapping[str, type[Stage]] = {stage.name: stage for stage in (MultimodalStage, SubjectStage)}
 
 
 def find_stage(name: str, stages: Mapping[str, type[Stage]] = STAGES) -> type[Stage]:
@@ -39,7 +39,7 @@ def find_stage(name: str, stages: Mapping[str, type[Stage]] = STAGES) -> type[St
     return stages[name]
 
 
-def read_options(stage: type[Stage], config: RunConfig) -> Stage.Options:
+def read_options(stage: type[Stage], config: RunConfig) -> OptionGroup:
     """Check the options of a run.
 
     Args:
@@ -55,7 +55,7 @@ def read_options(stage: type[Stage], config: RunConfig) -> Stage.Options:
     return read_settings(stage.Options, config.options, "The run", owner=f"the stage {stage.name}", prefix="options.")
 
 
-def make_pipeline(config: RunConfig, initialise: Callable[[Pipeline], None] | None = None) -> Pipeline:
+def make_pipeline(config: RunConfig, initialise: Initialiser | None = None) -> Pipeline:
     """Read or make the model that a run starts from.
 
     Args:
@@ -81,7 +81,7 @@ def make_pipeline(config: RunConfig, initialise: Callable[[Pipeline], None] | No
 def make_stage(
     config: RunConfig,
     stages: Mapping[str, type[Stage]] = STAGES,
-    initialise: Callable[[Pipeline], None] | None = None,
+    initialise: Initialiser | None = None,
 ) -> Stage:
     """Make the stage that a run's file names, with its model.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
+from diffusers import AutoencoderKL
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
 from torch import Tensor, nn
 
@@ -28,8 +30,8 @@ class Stage(nn.Module, ABC):
     and the same after it was resumed. A loss is averaged so that the mean of all processes' losses is that of one
     process with all their pairs.
 
-    A subclass names its networks in ``uses`` and what of them trains in ``trains``, and gives :class:`Options` of its
-    own; its constructor takes the same arguments and adds the heads that its loss needs.
+    A subclass names its networks in ``uses`` and what of them trains in ``trains``, and has a class ``Options``; its
+    constructor takes the same arguments and adds the heads that its loss needs.
 
     Args:
         pipeline: Model that trains, changed in place.
@@ -37,8 +39,8 @@ class Stage(nn.Module, ABC):
         output: Folder of the run, for what a stage keeps on disk.
     """
 
-    class Options(OptionGroup):
-        """Options of a stage that has none."""
+    #: Class of the stage's options.
+    Options: ClassVar[type[OptionGroup]] = OptionGroup
 
     #: Name of the stage in a run's file.
     name: ClassVar[str]
@@ -49,7 +51,7 @@ class Stage(nn.Module, ABC):
     #: Modules of them that train, such as ``unet`` or ``encoder.qformer``; the rest is frozen.
     trains: ClassVar[tuple[str, ...]]
 
-    def __init__(self, pipeline: Pipeline, options: Options, output: Path):
+    def __init__(self, pipeline: Pipeline, options: OptionGroup, output: Path):
         super().__init__()
         self.pipeline, self.options, self.output = pipeline, options, output
         self.networks = nn.ModuleDict({name: pipeline.networks[name] for name in self.uses})
@@ -99,12 +101,26 @@ def make_generators(seeds: Iterable[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode images with a VAE.
+
+    Args:
+        vae: VAE.
+        images: Images of shape [B, 3, H, W] in 0..1.
+
+    Returns:
+        Mean and standard deviation of the latents, each of shape [B, 4, H / 8, W / 8], in float32 and not scaled.
+    """
+    output = cast(AutoencoderKLOutput, vae.encode(images * 2 - 1))
+    return output.latent_dist.mean.float(), output.latent_dist.std.float()
+
+
 def to_pil_image(pixels: Tensor) -> Image.Image:
     """Turn pixels [3, H, W] in 0..1 into an image."""
     levels = (pixels.clamp(0, 1) * 255).round().byte()
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
-def image_grid(rows: Sequence[Sequence[Tensor]]) -> Image.Image:
+def image_grid(rows: Iterable[Iterable[Tensor]]) -> Image.Image:
     """Put rows of images [3, H, W] of one size below each other."""
     return to_pil_image(torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1))

@@ -90,7 +90,7 @@ class MultimodalStage(Stage):
         own = process_index() * len(ids) + torch.arange(len(ids), device=ids.device)
         retrieval = (image_to_text.argmax(1) == own).float().mean()
         detached = {name: loss.detach() for name, loss in losses.items()}
-        return {"loss": sum(losses.values()), **detached, "retrieval": retrieval}
+        return {"loss": contrast + matching + generation, **detached, "retrieval": retrieval}
 
     def _contrast(self, image_tokens: Tensor, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss, and the cosines [B, G] of images with all texts and of texts with all images."""

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
 from ...data.collate import Batch, subject_batch
 from ...data.latent_cache import LatentCache
-from ...pipeline import SCHEDULER_CONFIG, Pipeline
+from ...diffusion.noise_schedule import ALPHAS_CUMPROD, add_noise
+from ...pipeline import Pipeline
 from ...pipeline.clip_text_model import encode_prompts
 from ...pipeline.sample import NEGATIVE_PROMPT, sample_images, tokenize_prompts
 from ..options import Flag, Fraction, LatentEdge, Number, OptionGroup, PositiveCount, Probability
-from .base import CollateFn, Stage, image_grid, make_generators
+from .base import CollateFn, Stage, encode_images, image_grid, make_generators
 from .subject_vectors import qformer_output, replace_words
 
 MAX_SAMPLES = 8
@@ -103,10 +103,7 @@ class SubjectStage(Stage):
     def __init__(self, pipeline: Pipeline, options: Options, output: Path):
         super().__init__(pipeline, options, output)
         diffusion = options.diffusion
-        self.scheduler = DDPMScheduler.from_config(SCHEDULER_CONFIG)
-        self.timestep_weights = timestep_weights(
-            self.scheduler.alphas_cumprod, diffusion.min_snr_gamma, diffusion.max_velocity_weight
-        )
+        self.timestep_weights = timestep_weights(ALPHAS_CUMPROD, diffusion.min_snr_gamma, diffusion.max_velocity_weight)
         self.latent_cache = None
         if options.data.cache_latents:
             self.latent_cache = LatentCache(output / "latents", pipeline.vae, options.data.resolution)
@@ -127,7 +124,7 @@ class SubjectStage(Stage):
         timesteps = timesteps.to(latents.device)
         if scale := self.options.diffusion.multires_noise:
             noise = add_multires_noise(noise, scale, generators)
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        noisy = add_noise(latents, noise, timesteps)
         predicted = self.pipeline.unet(noisy, timesteps, context).sample
         self._last_batch = batch
         errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))  # [B]
@@ -149,10 +146,9 @@ class SubjectStage(Stage):
         if self.latent_cache:
             mean, deviation = self.latent_cache.encode(batch["targets"])
         else:
-            distribution = self.pipeline.vae.encode(batch["targets"] * 2 - 1).latent_dist
-            mean, deviation = distribution.mean.float(), distribution.std.float()
+            mean, deviation = encode_images(self.pipeline.vae, batch["targets"])
         latents = mean + deviation * randn_tensor(mean.shape, generators, mean.device)
-        return latents * self.pipeline.vae.config.scaling_factor
+        return latents * self.pipeline.vae.config["scaling_factor"]
 
     def _encode_captions(self, batch: Batch, generators: list[torch.Generator]) -> Tensor:
         """Encode the captions with the subject vectors in them, after all dropout, to [B, 77, width]."""

@@ -105,7 +105,7 @@ def test_views_are_never_in_a_place_that_is_asked_for(artwork, monkeypatch):
 
 
 def test_it_tunes_and_reports(artwork):
-    pipeline = tiny.random_parts()
+    pipeline = tiny.random_pipeline()
     before = {name: weight.clone() for name, weight in pipeline.unet.state_dict().items()}
 
     class Judges(ColourJudges):
