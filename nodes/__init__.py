@@ -1,4 +1,4 @@
-"""What a person sees in the graph: each module holds nodes and ends with ``NODES``."""
+"""The nodes of the pack; each module defines some and ends with ``NODES``."""
 
 from . import (
     attention_edit,

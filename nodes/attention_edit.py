@@ -8,7 +8,7 @@ from ..blip_qformer.attention.words import parse_word_ranges, parse_word_weights
 from .host.attention.batching import batch_edits
 from .host.attention.local_blend import edit_masks_of
 from .host.attention.reweight import require_single_prompt, reweight
-from .host.conditioning import Conditioning, words_of
+from .host.conditioning import Conditioning, token_spans
 from .host.latents import Latent
 from .types import CATEGORY, advanced, fraction_input, io, text_input
 
@@ -76,7 +76,7 @@ class AttentionReweight(io.ComfyNode):
         text: str = "",
     ) -> io.NodeOutput:
         require_single_prompt(conditioning)
-        words = words_of(conditioning, clip, text)
+        words = token_spans(conditioning, clip, text)
         return io.NodeOutput(reweight(conditioning, words, parse_word_weights(weights), StepRange(start, end)))
 
 

@@ -8,7 +8,7 @@ from ..blip_qformer.attention.maps import AttentionRecord
 from ..blip_qformer.attention.word_sheets import word_sheets
 from ..blip_qformer.attention.words import parse_words
 from .host.attention.recorder import record_attention, require_recorded
-from .host.conditioning import Conditioning, words_of
+from .host.conditioning import Conditioning, token_spans
 from .types import CATEGORY, RecordedAttention, advanced, io
 
 
@@ -48,7 +48,7 @@ class RecordAttention(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning: Conditioning, clip: io.Clip.Type | None = None, text: str = "") -> io.NodeOutput:
-        record = AttentionRecord(words_of(conditioning, clip, text))
+        record = AttentionRecord(token_spans(conditioning, clip, text))
         return io.NodeOutput(record_attention(conditioning, record), record)
 
 

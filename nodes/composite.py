@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import comfy.model_management
-import comfy.utils
-import torch
-from einops import rearrange
 from torch import Tensor
 
-from ..blip_qformer.encoder.preprocessing import composite_alpha, fit_mask
-from ..blip_qformer.imaging.compositing import Placement, composite
-from ..blip_qformer.imaging.masks import blur_mask, check_mask
-from ..blip_qformer.imaging.matting import THRESHOLDS, make_trimap, matte
-from ..blip_qformer.imaging.resizing import center_crop
+from ..blip_qformer.imaging.compositing import Placement
+from ..blip_qformer.imaging.matting import THRESHOLDS
+from .host.composite import composite_batch, cut_out_by_mask, cut_out_by_word, drop_alpha
 from .host.managed import ManagedSegmenter
-from .host.model_paths import list_segmentation_models, segmentation_model_path
+from .host.model_paths import SEGMENTATION_MODELS
 from .types import CATEGORY, advanced, io
 
 OUTPUT_SIZES = ("background", "picture")
 
 
 class SubjectOnBackground(io.ComfyNode):
-    """A picture's subject is cut out and put onto another picture."""
+    """Cuts subjects out of images and puts them onto backgrounds."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and their help."""
         lower, upper = THRESHOLDS
         return io.Schema(
             node_id="BLIPDiffusionSubjectOnBackground",
@@ -89,7 +82,7 @@ class SubjectOnBackground(io.ComfyNode):
                 advanced(
                     io.Combo.Input(
                         "segmentation_model",
-                        options=list_segmentation_models(),
+                        options=SEGMENTATION_MODELS.options(),
                         tooltip="A CLIPSeg folder in models/clipseg, which finds the subject by its name where no mask "
                         "is connected.",
                     )
@@ -141,7 +134,8 @@ class SubjectOnBackground(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, segmentation_model: str | None) -> bool:
-        return True  # a graph with a mask runs on a machine that has no CLIPSeg, or another one
+        """Accept any model: a graph with a mask runs on a machine that has no CLIPSeg, or another one."""
+        return True
 
     @classmethod
     def execute(
@@ -160,76 +154,16 @@ class SubjectOnBackground(io.ComfyNode):
         matting_size: int,
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
-        pictures = colours(image)
-        backgrounds = colours(background).to(pictures.device)
-        count = joint_length(len(pictures), len(backgrounds))
+        """Cut the subjects out, by mask or by word, and put them onto the backgrounds."""
+        images = drop_alpha(image)
         if mask is not None:
-            subjects = subjects_by_mask(pictures, mask, soften_edge)
+            cut_outs = cut_out_by_mask(images, mask, soften_edge)
         else:
-            model = ManagedSegmenter(segmentation_model_path(segmentation_model))
+            segmenter = ManagedSegmenter(SEGMENTATION_MODELS.path(segmentation_model))
             thresholds = background_below, subject_above
-            subjects = subjects_by_word(pictures, subject_word, model, thresholds, matting_size)
-        if output_size == "picture":
-            backgrounds = torch.stack([center_crop(each, *pictures.shape[1:3]) for each in backgrounds])
-
-        progress = comfy.utils.ProgressBar(count)
-        placed = []
-        for number in range(count):
-            if number < len(pictures):
-                foreground, alpha = next(subjects)
-            placed.append(composite(foreground, alpha, backgrounds[number % len(backgrounds)], Placement(scale, x, y)))
-            progress.update(1)
-        images, masks = (torch.stack(each) for each in zip(*placed, strict=True))
-        return io.NodeOutput(images, masks)
-
-
-def colours(images: Tensor) -> Tensor:
-    """[B, H, W, 3]; what is transparent in a picture becomes white."""
-    return rearrange(composite_alpha(images), "b c h w -> b h w c")
-
-
-def joint_length(pictures: int, backgrounds: int) -> int:
-    """How many pictures come out.
-
-    Raises:
-        ValueError: there are several of both, and not as many of one as of the other.
-    """
-    if pictures != backgrounds and 1 not in (pictures, backgrounds):
-        raise ValueError(
-            f"There are {pictures} pictures and {backgrounds} backgrounds: give as many of one as of the other, or a "
-            "single one of either."
-        )
-    return max(pictures, backgrounds)
-
-
-def subjects_by_mask(pictures: Tensor, mask: Tensor, softening: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each picture [H, W, 3] with its mask [H, W] as the subject's opacity.
-
-    Raises:
-        ValueError: a mask does not fit, or marks no subject.
-    """
-    for each in mask.reshape(-1, *mask.shape[-2:]):
-        check_mask(each)
-    for picture, alpha in zip(pictures, fit_mask(mask, pictures), strict=True):
-        yield picture, blur_mask(alpha, softening)
-
-
-def subjects_by_word(
-    pictures: Tensor, word: str, segment: ManagedSegmenter, thresholds: tuple[float, float], longest_side: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The subject's colours [H, W, 3] and opacity [H, W] in each picture; can be cancelled.
-
-    Raises:
-        ValueError: the word is empty, there is no such subject, or pymatting is missing.
-    """
-    if not word.strip():
-        raise ValueError("The subject word is empty: write what is to be cut out, such as dog, or connect a mask.")
-    for picture in pictures:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        trimap = make_trimap(segment(picture, word.strip()), thresholds)
-        on_step = comfy.model_management.throw_exception_if_processing_interrupted
-        alpha, foreground = matte(picture, trimap, longest_side, on_step)
-        yield foreground, alpha
+            cut_outs = cut_out_by_word(images, subject_word, segmenter, thresholds, matting_size)
+        placement = Placement(scale, x, y)
+        return io.NodeOutput(*composite_batch(images, cut_outs, background, placement, output_size == "picture"))
 
 
 NODES = [SubjectOnBackground]

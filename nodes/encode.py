@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..blip_qformer.encoder import PREPROCESSING_MODES
+from ..blip_qformer.encoder.preprocessing import PreprocessingMode
 from ..blip_qformer.subject import Subject
 from ..blip_qformer.subject.provenance import image_hash
 from ..blip_qformer.subject.views import average_views, describe_views
@@ -14,10 +15,11 @@ from .types import CATEGORY, Blip2QFormer, BlipSubject, advanced, io
 
 
 class SubjectEncode(io.ComfyNode):
-    """Pictures and a word become a subject."""
+    """Encodes images of a thing as a subject."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and their help."""
         return io.Schema(
             node_id="BLIPDiffusionSubjectEncode",
             display_name="BLIP-2 Subject Encode",
@@ -85,10 +87,11 @@ class SubjectEncode(io.ComfyNode):
         image: Tensor,
         subject_word: str,
         average_batch: bool,
-        preprocessing: str,
+        preprocessing: PreprocessingMode,
         mask: Tensor | None = None,
         view_weights: str = "",
     ) -> io.NodeOutput:
+        """Encode the images, and average them unless each is a subject of its own."""
         vectors = qformer.encode(image, subject_word, preprocessing, mask)
         views = Subject(vectors, subject_word.strip(), qformer.encoder_hash, image_hash(image))
         if not average_batch:

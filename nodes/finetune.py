@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import comfy.model_management
-import comfy.sd
-import comfy.utils
-import torch
-from comfy.model_patcher import ModelPatcher
-from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
-from ..blip_qformer.finetune.loop import FULL, LOW_RANK, FinetuneResult, FinetuneSettings, Step, check_count, check_size
+from ..blip_qformer.finetune.loop import FULL, LOW_RANK, FinetuneSettings
 from ..blip_qformer.finetune.lora import RANK
-from ..blip_qformer.finetune.loss_curve import loss_curve
-from ..blip_qformer.finetune.validation import VALIDATION_PROMPTS, preview_grid
-from ..blip_qformer.subject import Subject
-from ..blip_qformer.subject.provenance import image_hash
-from .host.checks import require_additive_noise, require_clip_l
-from .host.finetune import HostFinetuner, Watch, encode_pictures
+from ..blip_qformer.finetune.validation import VALIDATION_PROMPTS
+from .host.finetune import FinetuneOptions, finetune_subject
 from .host.managed import ManagedEncoder
 from .types import CATEGORY, Blip2QFormer, BlipSubject, advanced, io
-
-PREVIEW = 512  # longest edge, pixels
 
 LoraModel = io.Custom("LORA_MODEL")  # the stock Save LoRA Weights takes it
 
 
 class SubjectFinetune(io.ComfyNode):
-    """A few pictures become a subject that the model knows by heart."""
+    """Fine-tunes the model and a subject on a few images."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and their help."""
         return io.Schema(
             node_id="BLIPDiffusionSubjectFinetune",
             display_name="Subject Fine-tune",
@@ -159,9 +145,9 @@ class SubjectFinetune(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: ModelPatcher,
-        clip: comfy.sd.CLIP,
-        vae: comfy.sd.VAE,
+        model: io.Model.Type,
+        clip: io.Clip.Type,
+        vae: io.Vae.Type,
         qformer: ManagedEncoder,
         image: Tensor,
         subject_word: str,
@@ -178,73 +164,13 @@ class SubjectFinetune(io.ComfyNode):
         mirror: bool,
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
-        require_additive_noise(model)
-        check_count(len(image))
-        check_size(*image.shape[1:3])
+        """Fine-tune the model and the subject on the images."""
         word = subject_word.strip()
-        vectors = qformer.encode(image, word, "crop", mask).mean(dim=0)  # [16, width]
-        require_clip_l(clip, vectors.shape[-1])
-        latents = encode_pictures(vae, image, resolution, mirror)
         settings = FinetuneSettings(steps, learning_rate, batch_size, seed=seed)
-        workbench = HostFinetuner(model, clip, vae, qformer, word, trains, rank, gradient_checkpointing)
-        prompts = [line.strip() for line in look_prompts.splitlines() if line.strip()]
-        looks = {"every": look_every if prompts else 0, "prompts": prompts}
-        with torch.inference_mode(False):
-            tuned = workbench.tune(vectors.clone(), latents.clone(), settings, **looks, watch=watch_in_host(steps))
-        if not tuned.outcome.losses:  # nothing was learned that a later run could go on with
-            comfy.model_management.throw_exception_if_processing_interrupted()
-        patched, _ = comfy.sd.load_lora_for_models(model, None, tuned.weights, 1.0, 0.0)
-        subject = Subject(tuned.vectors[None], word, qformer.encoder_hash, image_hash(image))
-        outcome = tuned.outcome
-        curve = to_image(loss_curve(outcome.losses, outcome.scores, outcome.kept_step))
-        # A black pixel stands for pictures where none were drawn.
-        previews = preview_grid(outcome.samples)[None] if outcome.samples else torch.zeros(1, 1, 1, 3)
-        return io.NodeOutput(patched, subject, tuned.weights, curve, previews, describe(outcome, trains))
-
-
-def watch_in_host(steps: int) -> Watch:
-    """Shows each step in the host's progress bar, with the loss and the last pictures; stops when it is asked to."""
-    progress = comfy.utils.ProgressBar(steps)
-    losses = []
-
-    def watch(step: Step, drawn: list[Tensor]) -> bool:
-        losses.append(step.loss)
-        progress.update_absolute(step.number, steps, preview_of(losses, drawn))
-        # The flag stays up: the graph stops behind this node, whose result the host keeps for the next run.
-        return not comfy.model_management.processing_interrupted()
-
-    return watch
-
-
-def preview_of(losses: Sequence[float], drawn: Sequence[Tensor]) -> tuple[str, Image.Image, int]:
-    """The curve so far, above the pictures that were drawn last, as the host's progress bar shows it."""
-    curve = loss_curve(losses)
-    if not drawn:
-        return "JPEG", curve, PREVIEW
-    row = rearrange(drawn[-1], "prompt c h w -> h (prompt w) c").cpu()
-    pictures = Image.fromarray((row * 255).round().byte().numpy())
-    pictures = pictures.resize((curve.width, round(pictures.height * curve.width / pictures.width)))
-    both = Image.new("RGB", (curve.width, curve.height + pictures.height))
-    both.paste(curve, (0, 0))
-    both.paste(pictures, (0, curve.height))
-    return "JPEG", both, PREVIEW
-
-
-def to_image(picture: Image.Image) -> Tensor:
-    """A picture as the host has it, [1, H, W, 3] in 0..1."""
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return rearrange(pixels, "(h w c) -> 1 h w c", h=picture.height, c=3) / 255
-
-
-def describe(outcome: FinetuneResult, trains: str) -> str:
-    """In words, what was trained and which step was kept."""
-    done = len(outcome.losses)
-    text = f"{trains}: {done} steps, step {outcome.kept_step} kept."
-    lines = [
-        f"step {score.step}: likeness {score.likeness:.3f}, agreement {score.agreement:.3f}, together {score.total:.3f}"
-        for score in outcome.scores
-    ]
-    return "\n".join([text, *lines])
+        options = FinetuneOptions(
+            trains, rank, gradient_checkpointing, resolution, mirror, validate_every=look_every, prompts=look_prompts
+        )
+        return io.NodeOutput(*finetune_subject(model, clip, vae, qformer, image, mask, word, settings, options))
 
 
 NODES = [SubjectFinetune]

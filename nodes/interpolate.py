@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import torch
-from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..blip_qformer.imaging.contact_sheet import contact_sheet
 from ..blip_qformer.subject.blending import BLEND_MODES, BlendMode, blend, describe_blend, trajectory
 from ..blip_qformer.subject.subject import Subject, split_rows
-from ..blip_qformer.subject.weights import parse_weights, slider_weights, trajectory_positions
-from .host.latents import Latent, repeat_with_same_noise
+from ..blip_qformer.subject.weights import parse_weights, slider_weights, trajectory_labels
+from .host.checks import require_in_order
+from .host.latents import Latent, repeat_for_batches
 from .types import CATEGORY, BlipSubject, advanced, io
 
 
 def mode_input() -> io.Combo.Input:
-    """How to blend; both blending nodes ask it."""
+    """Return the blend mode's drop-down list, which both blending nodes have."""
     return advanced(
         io.Combo.Input(
             "mode",
@@ -29,28 +29,17 @@ def mode_input() -> io.Combo.Input:
 
 
 def slider_input(name: str, default: float, tooltip: str) -> io.Float.Input:
-    """A slider from one subject to another, and a little beyond either."""
+    """Return a slider from one subject to another, and a little beyond either."""
     display = io.NumberDisplay.slider
     return io.Float.Input(name, default=default, min=-1.0, max=2.0, step=0.01, display_mode=display, tooltip=tooltip)
 
 
-def connected_subjects(*subjects: Subject | None) -> list[Subject]:
-    """Those that are connected.
-
-    Raises:
-        ValueError: one is connected behind a gap, and would be taken for its neighbour.
-    """
-    connected = [subject for subject in subjects if subject is not None]
-    if any(subject is None for subject in subjects[: len(connected)]):
-        raise ValueError("subject_4 is connected and subject_3 is not: connect the subjects in order.")
-    return connected
-
-
 class SubjectInterpolate(io.ComfyNode):
-    """Two to four subjects become one between them."""
+    """Blends two to four subjects into one."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and their help."""
         return io.Schema(
             node_id="BLIPDiffusionSubjectInterpolate",
             display_name="Subject Interpolate",
@@ -112,17 +101,19 @@ class SubjectInterpolate(io.ComfyNode):
         subject_3: Subject | None = None,
         subject_4: Subject | None = None,
     ) -> io.NodeOutput:
-        subjects = connected_subjects(subject_1, subject_2, subject_3, subject_4)
+        """Blend the subjects with the weights, or with those of the sliders."""
+        subjects = require_in_order(subject_1, subject_2, subject_3, subject_4)
         chosen = parse_weights(weights) or slider_weights(len(subjects), x, y)
         blended = blend(subjects, chosen, mode, word)
         return io.NodeOutput(blended, describe_blend(subjects, chosen, mode, blended))
 
 
 class SubjectTrajectory(io.ComfyNode):
-    """The way between subjects, as a batch of subjects."""
+    """Blends subjects step by step, into a batch of subjects."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and their help."""
         return io.Schema(
             node_id="BLIPDiffusionSubjectTrajectory",
             display_name="Subject Trajectory",
@@ -194,28 +185,20 @@ class SubjectTrajectory(io.ComfyNode):
         subject_4: Subject | None = None,
         latent: Latent | None = None,
     ) -> io.NodeOutput:
-        subjects = connected_subjects(subject_1, subject_2, subject_3, subject_4)
-        # The host runs what follows once for each part of a list, so that the whole need not fit into memory.
-        parts = split_rows(trajectory(subjects, steps, mode, word), steps_at_once)
-        # Only whoever uses the output is stopped: the subjects are of use without it.
-        no_latent = ExecutionBlocker("Subject Trajectory has no latent to repeat: connect an Empty Latent Image to it.")
-        repeated = [no_latent if latent is None else repeat_with_same_noise(latent, len(part)) for part in parts]
-        return io.NodeOutput(parts, repeated, "\n".join(place_labels(len(subjects), steps)))
-
-
-def place_labels(count: int, steps: int) -> list[str]:
-    """``x 0.25`` or ``x 0.25, y 0.50`` for each step of a trajectory."""
-    return [
-        ", ".join(f"{axis} {value:.2f}" for axis, value in zip("xy", place, strict=False))
-        for place in trajectory_positions(count, steps)
-    ]
+        """Blend the subjects step by step, and repeat the latent for each batch of steps."""
+        subjects = require_in_order(subject_1, subject_2, subject_3, subject_4)
+        # The host runs the following nodes once for each batch of a list, so that the whole need not fit into memory.
+        batches = split_rows(trajectory(subjects, steps, mode, word), steps_at_once)
+        latents = repeat_for_batches(latent, [len(batch) for batch in batches])
+        return io.NodeOutput(batches, latents, "\n".join(trajectory_labels(len(subjects), steps)))
 
 
 class SubjectGrid(io.ComfyNode):
-    """Pictures become one sheet; the parts of a trajectory arrive as a list and are laid out together."""
+    """Lays images out on one sheet; the batches of a trajectory arrive as a list and are laid out together."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and their help."""
         return io.Schema(
             node_id="BLIPDiffusionSubjectGrid",
             display_name="Subject Grid",
@@ -272,7 +255,8 @@ class SubjectGrid(io.ComfyNode):
         source_3: list[Tensor] | None = None,
         source_4: list[Tensor] | None = None,
     ) -> io.NodeOutput:
-        sources = [source and source[0] for source in (source_1, source_2, source_3, source_4)]
+        """Lay all batches of images out on one sheet."""
+        sources = [source[0] if source else None for source in (source_1, source_2, source_3, source_4)]
         lines = labels[0].splitlines()
         return io.NodeOutput(contact_sheet(torch.cat(images), sources, columns[0], lines, longest_side[0]))
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from comfy.model_patcher import ModelPatcher
-
-from .host.checks import require_additive_noise
 from .host.conditioning import Conditioning
-from .host.inversion import SAMPLER, SCHEDULER, check_picture, invert_in_host
+from .host.inversion import invert_latent, sampler_settings
 from .host.latents import Latent
 from .types import CATEGORY, advanced, io
 
 
 class DDIMInversion(io.ComfyNode):
-    """The latent from which stock DDIM sampling draws a given picture."""
+    """Finds the latent from which stock DDIM sampling reproduces an image."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and their help."""
         return io.Schema(
             node_id="BLIPDiffusionDDIMInversion",
             display_name="DDIM Inversion",
@@ -64,34 +62,15 @@ class DDIMInversion(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: ModelPatcher,
+        model: io.Model.Type,
         conditioning: Conditioning,
         latent: Latent,
         steps: int,
         refinements: int,
     ) -> io.NodeOutput:
-        require_additive_noise(model)
-        check_picture(latent["samples"], model)
-        inverted = {**latent, "samples": invert_in_host(model, conditioning, latent["samples"], steps, refinements)}
-        inverted.pop("noise_mask", None)  # the sampler would put the inverted latent itself where the mask is black
-        return io.NodeOutput(inverted, settings_text(steps))
-
-
-def settings_text(steps: int) -> str:
-    """What to choose in the stock sampler, in its own words."""
-    settings = {
-        "add_noise": "disable",
-        "steps": steps,
-        "cfg": 1.0,
-        "sampler_name": SAMPLER,
-        "scheduler": SCHEDULER,
-        "start_at_step": 0,
-        "end_at_step": 10000,
-        "return_with_leftover_noise": "disable",
-    }
-    lines = [f"{name}: {value}" for name, value in settings.items()]
-    warning = "A sampler that adds noise, such as euler_ancestral, cannot."
-    return "\n".join(["KSampler (Advanced) draws the picture again with", *lines, warning])
+        """Invert the latent."""
+        inverted = invert_latent(model, conditioning, latent, steps, refinements)
+        return io.NodeOutput(inverted, sampler_settings(steps))
 
 
 NODES = [DDIMInversion]

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-
 from ..blip_qformer.checkpoint import open_checkpoint
 from ..blip_qformer.subject import Subject
 from ..blip_qformer.subject.provenance import encoder_hash
+from .host.checks import require_tuned_subject
 from .host.managed import ManagedEncoder
-from .host.model_paths import NOTHING_FOUND, checkpoint_path, list_checkpoints, missing_checkpoint
-from .host.networks import build_clip, build_controlnet, build_model, build_vae
+from .host.model_paths import CHECKPOINTS
+from .host.networks import build_controlnet, build_networks
 from .types import CATEGORY, Blip2QFormer, BlipSubject, io
-
-log = logging.getLogger("blip_diffusion")
-
-
-QFORMER_ALONE = "To use its Q-Former beside another loader, take Load BLIP-2 Q-Former."
 
 
 def checkpoint_input() -> io.Combo.Input:
-    """The drop-down list both loaders have."""
+    """Return the drop-down list of checkpoints that all loaders have."""
     return io.Combo.Input(
         "checkpoint",
-        options=list_checkpoints(),
+        options=CHECKPOINTS.options(),
         tooltip="A folder or file in models/blip_diffusion (or a BLIP-Diffusion folder in models/diffusers): "
         "Salesforce/blipdiffusion as downloaded, an original LAVIS folder, a fine-tuned .pth, or "
         "blip2_qformer.safetensors.",
@@ -30,10 +24,11 @@ def checkpoint_input() -> io.Combo.Input:
 
 
 class LoadBLIPDiffusion(io.ComfyNode):
-    """A whole checkpoint: U-Net, text encoder and VAE for the stock nodes, and the Q-Former for ours."""
+    """Loads all of a checkpoint: U-Net, text encoder and VAE for the stock nodes, and the Q-Former for ours."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and their help."""
         return io.Schema(
             node_id="BLIPDiffusionLoader",
             display_name="Load BLIP-Diffusion",
@@ -51,24 +46,22 @@ class LoadBLIPDiffusion(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint: str | None) -> bool | str:
-        return listed_or_reason(checkpoint)
+        """Refuse a checkpoint that is gone."""
+        return CHECKPOINTS.validate(checkpoint)
 
     @classmethod
     def execute(cls, checkpoint: str) -> io.NodeOutput:
-        opened = open_checkpoint(checkpoint_path(checkpoint))
-        unet, text_encoder, vae = (opened.require(part, QFORMER_ALONE) for part in ("unet", "text_encoder", "vae"))
-        if opened.subject is not None:
-            log.info(
-                "%s also holds a tuned subject: Load Tuned Subject gives it to Subject Prompt Compose.", opened.path
-            )
-        return io.NodeOutput(build_model(unet, vae), build_clip(text_encoder), build_vae(vae), ManagedEncoder(opened))
+        """Open the checkpoint and build all of its networks."""
+        opened = open_checkpoint(CHECKPOINTS.path(checkpoint))
+        return io.NodeOutput(*build_networks(opened), ManagedEncoder(opened))
 
 
 class LoadBLIP2QFormer(io.ComfyNode):
-    """The Q-Former alone, beside a stock checkpoint loader."""
+    """Loads only the Q-Former, beside a stock checkpoint loader."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and their help."""
         return io.Schema(
             node_id="BLIPDiffusionQFormerLoader",
             display_name="Load BLIP-2 Q-Former",
@@ -81,18 +74,21 @@ class LoadBLIP2QFormer(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint: str | None) -> bool | str:
-        return listed_or_reason(checkpoint)
+        """Refuse a checkpoint that is gone."""
+        return CHECKPOINTS.validate(checkpoint)
 
     @classmethod
     def execute(cls, checkpoint: str) -> io.NodeOutput:
-        return io.NodeOutput(ManagedEncoder(open_checkpoint(checkpoint_path(checkpoint))))
+        """Open the checkpoint and build its subject encoder."""
+        return io.NodeOutput(ManagedEncoder(open_checkpoint(CHECKPOINTS.path(checkpoint))))
 
 
 class LoadBLIPDiffusionControlNet(io.ComfyNode):
-    """The ControlNet that some published folders bring."""
+    """Loads the ControlNet that some published folders contain."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and their help."""
         return io.Schema(
             node_id="BLIPDiffusionControlNetLoader",
             display_name="Load BLIP-Diffusion ControlNet",
@@ -106,18 +102,22 @@ class LoadBLIPDiffusionControlNet(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint: str | None) -> bool | str:
-        return listed_or_reason(checkpoint)
+        """Refuse a checkpoint that is gone."""
+        return CHECKPOINTS.validate(checkpoint)
 
     @classmethod
     def execute(cls, checkpoint: str) -> io.NodeOutput:
-        return io.NodeOutput(build_controlnet(open_checkpoint(checkpoint_path(checkpoint)).require("controlnet")))
+        """Open the checkpoint and build its ControlNet."""
+        opened = open_checkpoint(CHECKPOINTS.path(checkpoint))
+        return io.NodeOutput(build_controlnet(opened.require("controlnet")))
 
 
 class LoadTunedSubject(io.ComfyNode):
-    """The subject inside a checkpoint that the authors' code has tuned."""
+    """Loads the subject of a checkpoint that was tuned with the authors' code."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and their help."""
         return io.Schema(
             node_id="BLIPDiffusionTunedSubjectLoader",
             display_name="Load Tuned Subject",
@@ -137,24 +137,15 @@ class LoadTunedSubject(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint: str | None) -> bool | str:
-        return listed_or_reason(checkpoint)
+        """Refuse a checkpoint that is gone."""
+        return CHECKPOINTS.validate(checkpoint)
 
     @classmethod
     def execute(cls, checkpoint: str, subject_word: str) -> io.NodeOutput:
-        opened = open_checkpoint(checkpoint_path(checkpoint))
-        if opened.subject is None:
-            raise ValueError(
-                f"{opened.path} holds no tuned subject: choose a checkpoint that was tuned on one, or make a subject "
-                "of a picture with BLIP-2 Subject Encode."
-            )
-        return io.NodeOutput(Subject(opened.subject, subject_word.strip(), encoder_hash(opened.encoder_state_dict)))
-
-
-def listed_or_reason(checkpoint: str | None) -> bool | str:
-    """True, or why the graph cannot be queued: nothing to load. What comes over a link is not known yet (None)."""
-    if checkpoint is not None and (checkpoint == NOTHING_FOUND or checkpoint not in list_checkpoints()):
-        return missing_checkpoint(checkpoint)
-    return True
+        """Open the checkpoint and read its subject."""
+        opened = open_checkpoint(CHECKPOINTS.path(checkpoint))
+        vectors = require_tuned_subject(opened)
+        return io.NodeOutput(Subject(vectors, subject_word.strip(), encoder_hash(opened.encoder_state_dict)))
 
 
 NODES = [LoadBLIPDiffusion, LoadBLIP2QFormer, LoadBLIPDiffusionControlNet, LoadTunedSubject]

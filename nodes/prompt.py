@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import comfy.sd
-
 from ..blip_qformer.prompt import OVERFLOWS, Overflow, compose_prompt
 from ..blip_qformer.subject import Subject
 from .host.conditioning import encode_subject_prompt
@@ -11,10 +9,11 @@ from .types import CATEGORY, BlipSubject, advanced, io
 
 
 class SubjectPromptCompose(io.ComfyNode):
-    """A subject and a prompt become a conditioning."""
+    """Encodes a prompt with a subject in it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and their help."""
         return io.Schema(
             node_id="BLIPDiffusionPromptCompose",
             display_name="Subject Prompt Compose",
@@ -88,7 +87,7 @@ class SubjectPromptCompose(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        clip: comfy.sd.CLIP,
+        clip: io.Clip.Type,
         subject: Subject,
         prompt: str,
         target_subject: str,
@@ -97,6 +96,7 @@ class SubjectPromptCompose(io.ComfyNode):
         overflow: Overflow,
         subject_strength: float,
     ) -> io.NodeOutput:
+        """Compose the text and encode it with the subject's vectors in it."""
         text = compose_prompt(prompt, target_subject.strip() or subject.word, prompt_strength, repetitions)
         return io.NodeOutput(encode_subject_prompt(clip, subject, text, overflow, subject_strength), text)
 

@@ -9,17 +9,18 @@ from ..blip_qformer.subject.file import load_subject, save_subject
 from ..blip_qformer.subject.file_name import checked_name
 from ..blip_qformer.subject.provenance import encoder_mismatch
 from .host.managed import ManagedEncoder
-from .host.subject_paths import list_subjects, missing_subject, new_subject_path, subject_path
+from .host.model_paths import SUBJECTS, new_subject_path
 from .types import CATEGORY, Blip2QFormer, BlipSubject, io
 
 logger = logging.getLogger("blip_diffusion")
 
 
 class SaveSubject(io.ComfyNode):
-    """A subject becomes a file that any CLIP text box can use."""
+    """Saves a subject as a file that any CLIP text box can use."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and their help."""
         return io.Schema(
             node_id="BLIPDiffusionSubjectSave",
             display_name="Save Subject",
@@ -54,13 +55,15 @@ class SaveSubject(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str | None) -> bool | str:
+        """Refuse an unsafe name; one that comes over a link is None here and checked when it is saved."""
         try:
-            return name is None or bool(checked_name(name))  # None: it comes over a link and is checked when it is here
+            return name is None or bool(checked_name(name))
         except ValueError as error:
             return str(error)
 
     @classmethod
     def execute(cls, subject: Subject, name: str, overwrite: bool) -> io.NodeOutput:
+        """Write the subject to the first embeddings folder."""
         path = new_subject_path(name)
         save_subject(path, subject, overwrite)
         embedding = f"embedding:{path.stem}"
@@ -68,10 +71,11 @@ class SaveSubject(io.ComfyNode):
 
 
 class LoadSubject(io.ComfyNode):
-    """A file becomes a subject."""
+    """Loads a subject from such a file."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and their help."""
         return io.Schema(
             node_id="BLIPDiffusionSubjectLoad",
             display_name="Load Subject",
@@ -80,7 +84,7 @@ class LoadSubject(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "subject_file",
-                    options=list_subjects(),
+                    options=SUBJECTS.options(),
                     tooltip="A .safetensors in models/embeddings or a subfolder. Other embeddings lie there too; they "
                     "are refused with what they are.",
                 ),
@@ -105,16 +109,18 @@ class LoadSubject(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, subject_file: str | None) -> bool | str:
-        return True if subject_file is None or subject_file in list_subjects() else missing_subject(subject_file)
+        """Refuse a file that is gone."""
+        return SUBJECTS.validate(subject_file)
 
     @classmethod
     def fingerprint_inputs(cls, subject_file: str, **_: object) -> tuple[str, float]:
-        """Another file under the same name is read again."""
-        return subject_file, subject_path(subject_file).stat().st_mtime
+        """Tell the host to read another file under the same name again."""
+        return subject_file, SUBJECTS.path(subject_file).stat().st_mtime
 
     @classmethod
     def execute(cls, subject_file: str, subject_word: str, qformer: ManagedEncoder | None = None) -> io.NodeOutput:
-        subject = load_subject(subject_path(subject_file), subject_word)
+        """Read the subject, and compare its encoder with the connected one."""
+        subject = load_subject(SUBJECTS.path(subject_file), subject_word)
         warning = encoder_mismatch(subject, qformer.encoder_hash) if qformer else ""
         if warning:
             logger.warning(warning)

@@ -17,11 +17,11 @@ from tools.host import make_base_directory as make_base
 
 
 def _red_square(prefix: str, size: int = 64) -> Prompt:
-    """A graph that draws and saves one picture; ``prefix`` keeps the tests' cached results apart."""
-    picture = {"width": size, "height": size, "batch_size": 1, "color": 0xFF0000}
+    """A graph that makes and saves one image; ``prefix`` keeps the tests' cached results apart."""
+    image = {"width": size, "height": size, "batch_size": 1, "color": 0xFF0000}
     return {
-        "picture": {"class_type": "EmptyImage", "inputs": picture},
-        "save": {"class_type": "SaveImage", "inputs": {"images": ["picture", 0], "filename_prefix": prefix}},
+        "image": {"class_type": "EmptyImage", "inputs": image},
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["image", 0], "filename_prefix": prefix}},
     }
 
 
@@ -34,7 +34,7 @@ def _load_and_show(name: str) -> Prompt:
 
 def test_a_prompt_writes_its_picture(server: ComfyServer) -> None:
     history = server.queue(_red_square("written"))
-    assert history.executed == ["picture", "save"]
+    assert history.executed == ["image", "save"]
     (file,) = history.files["save"]
     assert Image.open(file).getpixel((0, 0)) == (255, 0, 0)
     assert server.base in file.parents
@@ -44,7 +44,7 @@ def test_the_second_time_everything_is_cached(server: ComfyServer) -> None:
     server.queue(_red_square("cached"))
     again = server.queue(_red_square("cached"))
     assert again.executed == []
-    assert sorted(again.cached) == ["picture", "save"]
+    assert sorted(again.cached) == ["image", "save"]
     assert again.files["save"][0].is_file()
 
 
@@ -63,13 +63,13 @@ def test_texts_are_collected(server: ComfyServer) -> None:
 def test_events_are_passed_on(server: ComfyServer) -> None:
     events: list[tuple[str, object]] = []
     server.queue(_red_square("events"), on_event=lambda kind, data: events.append((kind, data.get("node"))))
-    assert ("executing", "picture") in events
+    assert ("executing", "image") in events
     assert events[-1] == ("executing", None)
 
 
 def test_a_failing_node_is_named(server: ComfyServer, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
-    broken.write_text("no picture")
+    broken.write_text("no image")
     with pytest.raises(WorkflowError, match=r"node load \(LoadImage\): .*UnidentifiedImageError: ") as failure:
         server.queue(_load_and_show(server.add_input(broken)))
     assert failure.value.node_id == "load"
@@ -89,7 +89,7 @@ def test_an_unknown_class_is_named(server: ComfyServer) -> None:
 def test_a_run_can_be_interrupted(server: ComfyServer) -> None:
     prompt = _red_square("interrupted", size=512)
     for number in range(100):
-        blur = {"image": [f"blur{number - 1}" if number else "picture", 0], "blur_radius": 31, "sigma": 10.0}
+        blur = {"image": [f"blur{number - 1}" if number else "image", 0], "blur_radius": 31, "sigma": 10.0}
         prompt[f"blur{number}"] = {"class_type": "ImageBlur", "inputs": blur}
     prompt["save"]["inputs"]["images"] = ["blur99", 0]
 
@@ -131,9 +131,9 @@ def test_the_hosts_modules_win(host: Host) -> None:
 
 
 def test_a_stock_node_runs_in_this_process(host: Host) -> None:
-    (picture,) = host.run("EmptyImage", width=8, height=4, color=0x0000FF)
-    assert picture.shape == (1, 4, 8, 3)
-    assert torch.equal(picture[0, 0, 0], torch.tensor([0.0, 0.0, 1.0]))
+    (image,) = host.run("EmptyImage", width=8, height=4, color=0x0000FF)
+    assert image.shape == (1, 4, 8, 3)
+    assert torch.equal(image[0, 0, 0], torch.tensor([0.0, 0.0, 1.0]))
 
 
 def test_a_newer_style_node_runs_in_this_process(host: Host) -> None:
@@ -147,6 +147,6 @@ def test_a_nodes_own_validation_is_asked(host: Host) -> None:
 
 
 def test_the_frontend_shows_itself(frontend: Frontend, tmp_path: Path) -> None:
-    picture = Image.open(frontend.screenshot(tmp_path / "frontend.png"))
-    assert picture.size == (1600, 900)
+    image = Image.open(frontend.screenshot(tmp_path / "frontend.png"))
+    assert image.size == (1600, 900)
     assert frontend.node_help("NoSuchNode") is None

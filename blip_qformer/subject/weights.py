@@ -119,3 +119,16 @@ def trajectory_positions(count: int, steps: int) -> list[tuple[float, ...]]:
         raise ValueError(f"A trajectory of {steps} steps has no two ends: give it at least 2.")
     line = [step / (steps - 1) for step in range(steps)]  # exactly 0 and 1 at the ends
     return [(x,) for x in line] if count == 2 else [(x, y) for y in line for x in line]
+
+
+def trajectory_labels(count: int, steps: int) -> list[str]:
+    """Write where each step of a trajectory lies, as ``x 0.25`` or ``x 0.25, y 0.50``.
+
+    Args:
+        count: Number of subjects, two or four.
+        steps: Number of steps along the line, or along each side of the square.
+    """
+    return [
+        ", ".join(f"{axis} {value:.2f}" for axis, value in zip("xy", position, strict=False))
+        for position in trajectory_positions(count, steps)
+    ]

@@ -1,4 +1,4 @@
-"""Refusals of models that a node cannot work with: one function for each promise, one sentence for each refusal."""
+"""Refusals of models and inputs that a node cannot work with, each in one sentence."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import comfy.sd
 import comfy.supported_models
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...blip_qformer.checkpoint import Checkpoint
+from ...blip_qformer.subject import Subject
 
 CLIP_L = "l"  # the host's name for SD1.5's text encoder among a CLIP's encoders
 
@@ -106,7 +110,45 @@ def require_clip_l_for_edits(clip: comfy.sd.CLIP) -> None:
         )
 
 
+def require_in_order(*subjects: Subject | None) -> list[Subject]:
+    """Refuse a gap among a node's subjects, behind which one would count as its neighbour.
+
+    Args:
+        subjects: Subjects in the order of the sockets; None for a socket with nothing connected.
+
+    Returns:
+        The connected subjects.
+
+    Raises:
+        ValueError: The third socket is empty and the fourth is not.
+    """
+    connected = [subject for subject in subjects if subject is not None]
+    if any(subject is None for subject in subjects[: len(connected)]):
+        raise ValueError("subject_4 is connected and subject_3 is not: connect the subjects in order.")
+    return connected
+
+
+def require_tuned_subject(checkpoint: Checkpoint) -> Tensor:
+    """Refuse a checkpoint that was not tuned on a subject.
+
+    Args:
+        checkpoint: Opened checkpoint.
+
+    Returns:
+        The subject's vectors of shape [1, 16, width].
+
+    Raises:
+        ValueError: The checkpoint holds no subject.
+    """
+    if checkpoint.subject is None:
+        raise ValueError(
+            f"{checkpoint.path} holds no tuned subject: choose a checkpoint that was tuned on one, or make a subject "
+            "of a picture with BLIP-2 Subject Encode."
+        )
+    return checkpoint.subject
+
+
 def _encoders_if_not_clip_l(clip: comfy.sd.CLIP) -> str:
     """Names of a CLIP's text encoders, such as ``CLIP-G + CLIP-L``; empty where CLIP-L is the only one."""
-    encoders = set(clip.tokenize(""))
+    encoders: set[str] = set(clip.tokenize(""))
     return "" if encoders == {CLIP_L} else " + ".join(sorted(ENCODER_NAMES.get(name, name) for name in encoders))

@@ -1,8 +1,9 @@
-"""A subject in a prompt, through the host's own CLIP: what flows out of Subject Prompt Compose."""
+"""Prompts through the host's own CLIP: a subject's vectors among the words, and which token is which word."""
 
 from __future__ import annotations
 
 import logging
+from typing import Any, cast
 
 import comfy.sd
 import torch
@@ -12,26 +13,32 @@ from ...blip_qformer.prompt import EMBEDDING_WORD, Overflow, Token, TokenSpan, f
 from ...blip_qformer.subject import Subject
 from .checks import CLIP_L, require_clip_l, require_clip_l_for_edits
 
-#: Key of the conditioning's dictionary under which later nodes find which positions are which word.
+#: Key of a conditioning's dictionary under which later nodes find which positions are which word.
 TOKEN_SPANS = "blip_token_spans"
 
+#: The host's: entries of [tensor [B, tokens, width], dictionary].
+Conditioning = list[list[Any]]
 
 log = logging.getLogger("blip_diffusion")
-
-
-Conditioning = list[list]  # of [tensor [B, tokens, 768], dictionary]
 
 
 def encode_subject_prompt(
     clip: comfy.sd.CLIP, subject: Subject, text: str, overflow: Overflow, strength: float
 ) -> Conditioning:
-    """Encode a text with a subject behind its first word; N subjects make a conditioning of N rows.
+    """Encode a text with a subject behind its first word.
 
     Args:
-        strength: ComfyUI's token weight on the sixteen vectors. 1 is the reference, 0 leaves them out.
+        clip: Text encoder that the vectors were made for.
+        subject: Subject of N rows.
+        text: The whole text.
+        overflow: What happens to tokens that do not fit into the first block.
+        strength: ComfyUI's token weight of the vectors; 1 is the reference, 0 leaves them out.
+
+    Returns:
+        A conditioning of N rows; of one row at strength 0.
 
     Raises:
-        ValueError: the CLIP is not the one the vectors were made for.
+        ValueError: The CLIP is not the one the vectors were made for.
     """
     width = subject.vectors.shape[-1]
     require_clip_l(clip, width)
@@ -44,9 +51,12 @@ def encode_subject_prompt(
 
 
 def read_tokens(clip: comfy.sd.CLIP, text: str, width: int) -> list[Token]:
-    """A text through the host's tokenizer, weights and embeddings included, without special tokens and padding.
+    """Tokenize a text as the host does, with weights and embeddings, but without special tokens and padding.
 
-    An embedding of another width than the text encoder's is left out here, as the host would leave it out later.
+    Args:
+        clip: Text encoder whose tokenizer reads the text.
+        text: Text with ComfyUI's weights and ``embedding:name`` in it.
+        width: Width of the text encoder. Embeddings of another width are left out, as the host does later.
     """
     tokens = []
     for block in clip.tokenize(text, return_word_ids=True)[CLIP_L]:
@@ -63,26 +73,48 @@ def read_tokens(clip: comfy.sd.CLIP, text: str, width: int) -> list[Token]:
 
 
 def encode_tokens(clip: comfy.sd.CLIP, tokens: list[Token], overflow: Overflow) -> Conditioning:
-    """Tokens through the host's text encoder; the conditioning says which of its positions are which word."""
-    filled, words = host_tokens(clip, tokens, overflow)
-    return clip.encode_from_tokens_scheduled(filled, add_dict={TOKEN_SPANS: words})
+    """Encode tokens; the conditioning says which of its positions are which word.
+
+    Args:
+        clip: Text encoder.
+        tokens: Tokens of the prompt, without special tokens.
+        overflow: What happens to tokens that do not fit into the first block.
+    """
+    blocks, spans = host_tokens(clip, tokens, overflow)
+    # The host's annotation says tuples, but these are lists.
+    return cast(Conditioning, clip.encode_from_tokens_scheduled(blocks, add_dict={TOKEN_SPANS: spans}))
 
 
-def host_tokens(clip: comfy.sd.CLIP, tokens: list[Token], overflow: Overflow) -> tuple[dict, list[TokenSpan]]:
-    """Tokens as the host's text encoder takes them, and which of its positions are which word."""
+def host_tokens(
+    clip: comfy.sd.CLIP, tokens: list[Token], overflow: Overflow
+) -> tuple[dict[str, list[list[tuple[Any, float]]]], list[TokenSpan]]:
+    """Lay tokens out in blocks of 77, as the host's text encoder takes them.
+
+    Args:
+        clip: Text encoder.
+        tokens: Tokens of the prompt, without special tokens.
+        overflow: What happens to tokens that do not fit into the first block.
+
+    Returns:
+        The blocks of each text encoder, and which positions in them are which word.
+    """
     empty_block = clip.tokenize("")[CLIP_L][0]  # <bos>, <eos> and padding
     blocks = fill_blocks(tokens, len(empty_block) - 2, overflow)
-    filled = []
+    padded = []
     for block in blocks:
         content = [(token.value, token.weight) for token in block]
-        filled.append([empty_block[0], *content, *empty_block[1 : len(empty_block) - len(block)]])
-    return {CLIP_L: filled}, find_words(blocks, len(empty_block))
+        padded.append([empty_block[0], *content, *empty_block[1 : len(empty_block) - len(block)]])
+    return {CLIP_L: padded}, find_words(blocks, len(empty_block))
 
 
-def stack_rows(rows: list[Conditioning]) -> Conditioning:
-    """Conditionings of the same words -> one with a row for each, which the sampler applies row by row."""
+def stack_rows(conditionings: list[Conditioning]) -> Conditioning:
+    """Stack conditionings of the same words along the batch axis; the sampler applies them row by row.
+
+    Args:
+        conditionings: Conditionings with the same number of entries; the options of the first are kept.
+    """
     stacked = []
-    for entries in zip(*rows, strict=True):  # one entry, or one for each part of a scheduled CLIP
+    for entries in zip(*conditionings, strict=True):  # one entry, or one for each range of a scheduled CLIP
         options = dict(entries[0][1])
         pooled = [entry[1].get("pooled_output") for entry in entries]
         if all(isinstance(row, Tensor) for row in pooled):
@@ -91,42 +123,49 @@ def stack_rows(rows: list[Conditioning]) -> Conditioning:
     return stacked
 
 
-def words_of(conditioning: Conditioning, clip: comfy.sd.CLIP | None, text: str) -> list[list[TokenSpan]]:
-    """The words of each entry of a conditioning: those that Subject Prompt Compose left there, else a text's.
+def token_spans(conditioning: Conditioning, clip: comfy.sd.CLIP | None, text: str) -> list[list[TokenSpan]]:
+    """Find the words of each entry of a conditioning: as Subject Prompt Compose noted them, else in a text.
 
     Args:
-        clip, text: what a stock conditioning was encoded with.
+        conditioning: Conditioning of one or more entries.
+        clip: Text encoder that a stock conditioning was encoded with.
+        text: Text that a stock conditioning was encoded from.
 
     Raises:
-        ValueError: a conditioning does not know its words and there is no CLIP, or it was not encoded from this text.
+        ValueError: A conditioning does not know its words and there is no CLIP, or it was not encoded from this text.
     """
-    known = [options.get(TOKEN_SPANS) for _, options in conditioning]
-    if None not in known:
-        return known
+    noted = [options.get(TOKEN_SPANS) for _, options in conditioning]
+    if None not in noted:
+        return noted
     if clip is None or not text.strip():
         raise ValueError(
             "This conditioning does not say which token is which word: take it from Subject Prompt Compose, or connect "
             "the clip it was encoded with and write its text."
         )
     return [
-        words_of_text(clip, text, tensor) if spans is None else spans
-        for spans, (tensor, _) in zip(known, conditioning, strict=True)
+        token_spans_of_text(clip, text, tensor) if spans is None else spans
+        for spans, (tensor, _) in zip(noted, conditioning, strict=True)
     ]
 
 
-def words_of_text(clip: comfy.sd.CLIP, text: str, encoded: Tensor) -> list[TokenSpan]:
-    """The words of a text and their positions in what CLIP Text Encode made of it, [B, tokens, width].
+def token_spans_of_text(clip: comfy.sd.CLIP, text: str, encoded: Tensor) -> list[TokenSpan]:
+    """Find the words of a text and their positions in what CLIP Text Encode made of it.
+
+    Args:
+        clip: Text encoder.
+        text: The text.
+        encoded: Its encoding of shape [B, tokens, width].
 
     Raises:
-        ValueError: the CLIP is not SD1.5's, or the text has another number of blocks.
+        ValueError: The CLIP is not SD1.5's, or the text has another number of blocks.
     """
     require_clip_l_for_edits(clip)
-    block = len(clip.tokenize("")[CLIP_L][0])
+    block_length = len(clip.tokenize("")[CLIP_L][0])
     tokens = read_tokens(clip, text, encoded.shape[-1])
-    blocks = fill_blocks(tokens, block - 2, "continue")
-    if len(blocks) * block != encoded.shape[1]:
+    blocks = fill_blocks(tokens, block_length - 2, "continue")
+    if len(blocks) * block_length != encoded.shape[1]:
         raise ValueError(
-            f"The text makes {len(blocks) * block} tokens and the conditioning has {encoded.shape[1]}: write the text "
-            "that the conditioning was encoded from."
+            f"The text makes {len(blocks) * block_length} tokens and the conditioning has {encoded.shape[1]}: write "
+            "the text that the conditioning was encoded from."
         )
-    return find_words(blocks, block)
+    return find_words(blocks, block_length)

@@ -1,10 +1,12 @@
-"""The host's models laid out for fine-tuning on one subject."""
+"""Subject Fine-tune: the library's fine-tuning on the host's models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import comfy.model_management
 import comfy.sd
@@ -24,42 +26,169 @@ from ...blip_qformer.finetune.loop import (
     FinetuneSettings,
     Step,
     SubjectTuning,
+    check_count,
+    check_size,
     finetune,
 )
 from ...blip_qformer.finetune.lora import LoRA, count_lora_parameters
 from ...blip_qformer.finetune.validation import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, Validation, validation_noise
 from ...blip_qformer.prompt import compose_prompt
+from ...blip_qformer.subject import Subject
+from ...blip_qformer.subject.provenance import image_hash
 from .autograd import (
-    WholeUNet,
-    check_memory,
+    FullWeights,
     gradient_checkpointing,
     host_caption_encoder,
     host_denoiser,
     trainable,
     training_model,
 )
+from .checks import require_additive_noise, require_clip_l
+from .finetune_report import curve_image, describe_result, preview_image, show_progress
 from .managed import ManagedEncoder
 
-Watch = Callable[[Step, list[Tensor]], bool]
+BYTES_PER_PARAMETER = 16  # in float32: the parameter, its gradient and AdamW's two moments
+
+# Training keeps the activations that it goes back through: times what the host estimates for sampling.
+ACTIVATION_FACTOR, ACTIVATION_FACTOR_CHECKPOINTED = 12, 3
+
+GIGABYTE = 1024**3
+
+#: Called after each step with all validation images so far; returns whether to go on.
+StepCallback = Callable[[Step, list[Tensor]], bool]
+
+log = logging.getLogger("blip_diffusion")
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """Which weights train and what is shown on the way; the hyperparameters are :class:`FinetuneSettings`.
+
+    Args:
+        trains: ``low-rank`` for a LoRA, ``full`` for the whole U-Net.
+        rank: Rank of the LoRA.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        resolution: Edge in pixels of the squares that are learned.
+        mirror: Whether mirrored images are learned too.
+        validate_every: Number of steps between two validations; 0 means none.
+        prompts: Validation prompts, a line each.
+    """
+
+    trains: str
+    rank: int
+    gradient_checkpointing: bool
+    resolution: int
+    mirror: bool
+    validate_every: int
+    prompts: str
+
+    @property
+    def validation_prompts(self) -> list[str]:
+        """The prompts without empty lines."""
+        return [line.strip() for line in self.prompts.splitlines() if line.strip()]
+
+
+def finetune_subject(
+    model: ModelPatcher,
+    clip: comfy.sd.CLIP,
+    vae: comfy.sd.VAE,
+    qformer: ManagedEncoder,
+    images: Tensor,
+    mask: Tensor | None,
+    word: str,
+    settings: FinetuneSettings,
+    options: FinetuneOptions,
+) -> tuple[ModelPatcher, Subject, dict[str, Tensor], Tensor, Tensor, str]:
+    """Fine-tune the model and the subject on a few images of it.
+
+    Args:
+        model: Model that stays as it is.
+        clip: Text encoder of the same checkpoint.
+        vae: VAE of the same checkpoint.
+        qformer: Subject encoder of the same checkpoint.
+        images: Images of shape [N, H, W, C] in 0..1.
+        mask: Masks of shape [N, H, W] or [1, H, W], white where the subject is; only the encoder uses them.
+        word: The subject's word.
+        settings: Hyperparameters.
+        options: Which weights train, and what is shown on the way.
+
+    Returns:
+        The tuned model, the tuned subject, the weights as a LoRA file has them, the loss curve and the validation
+        images as image batches, and a report in words.
+
+    Raises:
+        ValueError: The models or the images are not fit for it, or the device has too little memory.
+    """
+    require_additive_noise(model)
+    check_count(len(images))
+    check_size(*images.shape[1:3])
+    vectors = qformer.encode(images, word, "crop", mask).mean(dim=0)  # [16, width]
+    require_clip_l(clip, vectors.shape[-1])
+    latents = encode_squares(vae, images, options.resolution, options.mirror)
+    finetuner = HostFinetuner(
+        model, clip, vae, qformer, word, options.trains, options.rank, options.gradient_checkpointing
+    )
+    with torch.inference_mode(False):
+        tuned = finetuner.tune(
+            vectors.clone(),
+            latents.clone(),
+            settings,
+            validate_every=options.validate_every if options.validation_prompts else 0,
+            prompts=options.validation_prompts,
+            on_step=show_progress(settings.steps),
+        )
+    if not tuned.result.losses:  # nothing was learned that a later run could go on with
+        comfy.model_management.throw_exception_if_processing_interrupted()
+    patched = cast(ModelPatcher, comfy.sd.load_lora_for_models(model, None, tuned.weights, 1.0, 0.0)[0])
+    subject = Subject(tuned.vectors[None], word, qformer.encoder_hash, image_hash(images))
+    curve, previews = curve_image(tuned.result), preview_image(tuned.result)
+    return patched, subject, tuned.weights, curve, previews, describe_result(tuned.result, options.trains)
+
+
+def encode_squares(vae: comfy.sd.VAE, images: Tensor, resolution: int, mirror: bool) -> Tensor:
+    """Encode the middle squares of images.
+
+    Args:
+        vae: VAE of the host.
+        images: Images of shape [N, H, W, C] in 0..1.
+        resolution: Edge of the squares in pixels.
+        mirror: Whether mirrored images follow.
+
+    Returns:
+        Latents of shape [N, 4, h, w], or [2 N, 4, h, w] with mirrored ones, as the host keeps latents.
+    """
+    squares = comfy.utils.common_upscale(composite_alpha(images), resolution, resolution, "lanczos", "center")
+    squares = torch.cat([squares, squares.flip(3)]) if mirror else squares
+    return cast(Tensor, vae.encode(rearrange(squares, "b c h w -> b h w c")))
 
 
 @dataclass(frozen=True, eq=False)
-class Tuned:
-    """What fine-tuning makes: a subject [16, width], weights as a LoRA file has them, and how it went."""
+class Finetuned:
+    """What a fine-tuning has made.
+
+    Args:
+        vectors: The subject's vectors of shape [16, width].
+        weights: Weights as a LoRA file has them.
+        result: The course of the fine-tuning.
+    """
 
     vectors: Tensor
     weights: dict[str, Tensor]
-    outcome: FinetuneResult
+    result: FinetuneResult
 
 
 class HostFinetuner:
-    """The host's models laid out for fine-tuning; they are borrowed for each step and each drawing, and given back.
+    """Fine-tuning on the host's models, which are borrowed for each step and each validation, and given back.
 
     Args:
-        vae, qformer: only for the looks on the way.
-        trains: ``full`` or ``low-rank``.
-        rank: of low-rank factors.
-        saving: gradient checkpointing.
+        model: Model that stays as it is.
+        clip: Text encoder.
+        vae: VAE, only for validation images.
+        qformer: Subject encoder, only for validation.
+        word: The subject's word.
+        trains: ``low-rank`` or ``full``.
+        rank: Rank of the LoRA.
+        checkpointing: Whether activations are recomputed in the backward pass.
     """
 
     def __init__(
@@ -71,10 +200,10 @@ class HostFinetuner:
         word: str,
         trains: str,
         rank: int,
-        saving: bool,
-    ):
+        checkpointing: bool,
+    ) -> None:
         self.model, self.clip, self.vae, self.qformer = training_model(model), clip, vae, qformer
-        self.word, self.trains, self.rank, self.saving = word, trains, rank, saving
+        self.word, self.trains, self.rank, self.checkpointing = word, trains, rank, checkpointing
         self.names = diffusers_names(model)
 
     @property
@@ -88,26 +217,27 @@ class HostFinetuner:
         latents: Tensor,
         settings: FinetuneSettings,
         *,
-        every: int = 0,
+        validate_every: int = 0,
         prompts: Sequence[str] = (),
-        watch: Watch = lambda step, drawn: True,
-    ) -> Tuned:
-        """Fine-tune; outside inference mode.
+        on_step: StepCallback = lambda step, samples: True,
+    ) -> Finetuned:
+        """Fine-tune; to be called outside inference mode.
 
         Args:
-            vectors: [16, width], the mean of the pictures' vectors.
-            latents: [N, 4, h, w], the pictures as the host keeps latents.
-            every: how many steps lie between two looks; 0: none.
-            prompts: what is drawn at each look.
-            watch: see :func:`~..blip_qformer.finetune.loop.finetune`.
+            vectors: Mean of the images' subject vectors, of shape [16, width].
+            latents: Latents of shape [N, 4, h, w], as the host keeps them.
+            settings: Hyperparameters.
+            validate_every: Number of steps between two validations; 0 means none.
+            prompts: Validation prompts.
+            on_step: Called after each step with all validation images so far; returns whether to go on.
 
         Raises:
-            ValueError: the device has too little memory.
+            ValueError: The device has too little memory.
         """
         device = self.model.load_device
         self._load()
-        self._check_memory(settings, latents)
-        weights = self._weights(settings.seed)
+        self._require_memory(settings, latents)
+        weights = self._new_weights(settings.seed)
         tuning = SubjectTuning(
             host_denoiser(self.model),
             weights.parameters,
@@ -118,49 +248,57 @@ class HostFinetuner:
             lora=self.trains == LOW_RANK,
         )
 
-        def draw(with_subject: bool) -> Tensor:
+        def sample(with_subject: bool) -> Tensor:
             noise = validation_noise(len(prompts), latents.shape[1:]).to(device)
-            with self._borrowed(weights):
-                drawn = self._draw(tuning, prompts, noise, with_subject)
-            return self._decode(drawn)
+            with self._borrow(weights):
+                sampled = self._sample(tuning, prompts, noise, with_subject)
+            return self._decode(sampled)
 
-        def judge(plain: Tensor) -> Validation:
-            return Validation(self._look, self.word, vectors, prompts, plain)
+        def make_validation(baseline: Tensor) -> Validation:
+            return Validation(self._encode_images, self.word, vectors, prompts, baseline)
 
-        steps = self._steps(tuning, weights)
-        outcome = finetune(tuning, validate_every=every, sample=draw, make_validation=judge, steps=steps, on_step=watch)
-        file = {name: tensor.to("cpu") for name, tensor in weights.state_dict(torch.float16).items()}
-        return Tuned(tuning.vectors.detach().to(comfy.model_management.intermediate_device()), file, outcome)
+        result = finetune(
+            tuning,
+            validate_every=validate_every,
+            sample=sample,
+            make_validation=make_validation,
+            steps=self._steps(tuning, weights),
+            on_step=on_step,
+        )
+        state_dict = {name: tensor.to("cpu") for name, tensor in weights.state_dict(torch.float16).items()}
+        return Finetuned(tuning.vectors.detach().to(comfy.model_management.intermediate_device()), state_dict, result)
 
     def _load(self) -> None:
         comfy.model_management.load_models_gpu([self.model, self.clip.patcher], force_full_load=True)
 
-    def _check_memory(self, settings: FinetuneSettings, latents: Tensor) -> None:
-        trained = {
+    def _require_memory(self, settings: FinetuneSettings, latents: Tensor) -> None:
+        parameters = {
             FULL: sum(weight.numel() for weight in self.network.parameters()),
             LOW_RANK: count_lora_parameters(self.network, self.rank),
         }
-        check_memory(self.model, trained, self.trains, (settings.batch_size, *latents.shape[1:]), self.saving)
+        batch_shape = (settings.batch_size, *latents.shape[1:])
+        require_memory(self.model, parameters, self.trains, batch_shape, self.checkpointing)
 
-    def _weights(self, seed: int) -> WholeUNet | LoRA:
-        """What trains; in force inside a ``with``."""
+    def _new_weights(self, seed: int) -> FullWeights | LoRA:
+        """Make the weights that train; they are active as a context manager."""
         if self.trains == FULL:
-            return WholeUNet(self.network, self.names)
+            return FullWeights(self.network, self.names)
         return LoRA(self.network, self.rank, seed, self.model.load_device, self.names)
 
     @contextmanager
-    def _borrowed(self, weights: WholeUNet | LoRA) -> Iterator[None]:
-        """Inside, the models are loaded, autograd reaches through them, and the weights are in force."""
+    def _borrow(self, weights: FullWeights | LoRA) -> Iterator[None]:
+        """Load the models, let autograd through them, and make the weights active."""
         self._load()
         with trainable(self.network), trainable(self.clip.cond_stage_model), weights:
             yield
 
-    def _steps(self, tuning: SubjectTuning, weights: WholeUNet | LoRA) -> Iterator[Step]:
+    def _steps(self, tuning: SubjectTuning, weights: FullWeights | LoRA) -> Iterator[Step]:
+        """Train, with the models borrowed only while a step is computed."""
         steps = tuning.steps()
         while True:
             with ExitStack() as stack:
-                stack.enter_context(self._borrowed(weights))
-                if self.saving:
+                stack.enter_context(self._borrow(weights))
+                if self.checkpointing:
                     stack.enter_context(gradient_checkpointing(self.network))
                 step = next(steps, None)
             if step is None:
@@ -168,45 +306,76 @@ class HostFinetuner:
             yield step
 
     @torch.no_grad()
-    def _draw(self, tuning: SubjectTuning, prompts: Sequence[str], noise: Tensor, with_subject: bool) -> Tensor:
-        """[P, 4, h, w], as the denoiser has latents."""
+    def _sample(self, tuning: SubjectTuning, prompts: Sequence[str], noise: Tensor, with_subject: bool) -> Tensor:
+        """Sample an image for each prompt from noise [P, 4, h, w]; latents of that shape, as the U-Net gives them."""
         vectors = tuning.vectors.detach()[: None if with_subject else 0]  # [16 or 0, width]
         texts = [compose_prompt(prompt, self.word) for prompt in prompts]
         encoders = [host_caption_encoder(self.clip, text, vectors.shape[-1]) for text in texts]
-        contexts = torch.cat([encode(vectors) for encode in encoders])  # [P, 77, width]
-        nothing = host_caption_encoder(self.clip, "", vectors.shape[-1])(vectors[:0])
-        without = nothing.expand(len(prompts), -1, -1)
+        cond = torch.cat([encode(vectors) for encode in encoders])  # [P, 77, width]
+        encode_nothing = host_caption_encoder(self.clip, "", vectors.shape[-1])
+        uncond = encode_nothing(vectors[:0]).expand(len(prompts), -1, -1)  # [P, 77, width]
 
-        def denoise(*inputs: Tensor) -> Tensor:
+        def denoiser(*inputs: Tensor) -> Tensor:
             if comfy.model_management.processing_interrupted():
                 raise FinetuneCancelledError
             return tuning.denoiser(*inputs)
 
         return ddim_sample(
-            denoise, without, contexts, noise, num_inference_steps=NUM_INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE
+            denoiser, uncond, cond, noise, num_inference_steps=NUM_INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE
         )
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """[P, 4, h, w] -> [P, 3, H, W] in 0..1"""
+        """Decode latents [P, 4, h, w] of the U-Net to images [P, 3, H, W] in 0..1."""
         with torch.inference_mode():
-            pictures = self.vae.decode(self.model.model.process_latent_out(latents))
-        return rearrange(pictures.clone(), "b h w c -> b c h w").clamp(0, 1)
+            images = self.vae.decode(self.model.model.process_latent_out(latents))
+        return rearrange(images.clone(), "b h w c -> b c h w").clamp(0, 1)
 
-    def _look(self, pictures: Tensor, words: Sequence[str]) -> Tensor:
+    def _encode_images(self, images: Tensor, words: Sequence[str]) -> Tensor:
+        """Encode images [P, 3, H, W], each with a word of its own, to vectors [P, 16, width]."""
         with torch.inference_mode():
-            seen = self.qformer.look(rearrange(pictures, "b c h w -> b h w c"), words)
-        return seen.clone().to("cpu")
+            vectors = self.qformer.encode_with_words(rearrange(images, "b c h w -> b h w c"), words)
+        return vectors.clone().to("cpu")
 
 
-def encode_pictures(vae: comfy.sd.VAE, images: Tensor, resolution: int, mirror: bool) -> Tensor:
-    """The middle squares of pictures [N, H, W, C] through the VAE -> [N or 2N, 4, h, w], as the host keeps latents."""
-    squares = comfy.utils.common_upscale(composite_alpha(images), resolution, resolution, "lanczos", "center")
-    squares = torch.cat([squares, squares.flip(3)]) if mirror else squares
-    return vae.encode(rearrange(squares, "b c h w -> b h w c"))
+def require_memory(
+    model: ModelPatcher, parameters: Mapping[str, int], trains: str, batch_shape: Sequence[int], checkpointing: bool
+) -> None:
+    """Refuse to begin what the device has too little memory for.
+
+    Args:
+        model: Model that is loaded already.
+        parameters: Number of parameters that train in each mode.
+        trains: The chosen mode.
+        batch_shape: Shape of a batch of latents.
+        checkpointing: Whether activations are recomputed in the backward pass.
+
+    Raises:
+        ValueError: It needs more than is free; the message says how much each mode needs.
+    """
+    device = model.load_device
+    factor = ACTIVATION_FACTOR_CHECKPOINTED if checkpointing else ACTIVATION_FACTOR
+    activations = model.memory_required(list(batch_shape)) * factor
+    needs = {name: count * BYTES_PER_PARAMETER + activations for name, count in parameters.items()}
+    free = cast(int, comfy.model_management.get_free_memory(device))
+    log.info(
+        "Fine-tuning (%s) needs about %.1f GB; %.1f GB are free.", trains, needs[trains] / GIGABYTE, free / GIGABYTE
+    )
+    if needs[trains] <= free:
+        return
+    others = [f"{name} needs {need / GIGABYTE:.1f} GB" for name, need in needs.items() if name != trains]
+    raise ValueError(
+        f"Fine-tuning ({trains}) needs about {needs[trains] / GIGABYTE:.1f} GB beside the models, and {device} has "
+        f"{free / GIGABYTE:.1f} GB free: take a smaller batch_size or resolution, or another mode "
+        f"({', '.join(others)})."
+    )
 
 
 def diffusers_names(model: ModelPatcher) -> dict[str, str]:
-    """The host's name of each of a U-Net's layers -> diffusers'."""
+    """Map the host's name of each of a U-Net's layers to diffusers'.
+
+    Args:
+        model: Model of the host.
+    """
     diffusers_to_host = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     endings = (".weight", ".bias")
     return {

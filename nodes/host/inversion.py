@@ -1,9 +1,10 @@
-"""DDIM Inversion."""
+"""DDIM inversion as a sampling run of the host."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import comfy.model_management
 import comfy.samplers
@@ -15,16 +16,68 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...blip_qformer.diffusion.ddim_inversion import X0Predictor, invert
+from .checks import require_additive_noise
 from .conditioning import Conditioning
+from .latents import Latent
 
-SAMPLER, SCHEDULER = "ddim", "ddim_uniform"
+SAMPLER, SCHEDULER = "ddim", "ddim_uniform"  # of the stock KSampler whose run comes back to the image
 
 
-def check_picture(samples: Tensor, model: ModelPatcher) -> None:
-    """Refuse a latent that is no picture of the model's.
+def invert_latent(
+    model: ModelPatcher, conditioning: Conditioning, latent: Latent, steps: int, refinements: int
+) -> Latent:
+    """Invert a latent image, with everything that the conditioning brings.
+
+    Args:
+        model: Model that will sample from the result.
+        conditioning: Prompt that describes the image.
+        latent: Latent of shape [B, C, H, W], as VAE Encode gives it.
+        steps: Number of steps of the sampling run.
+        refinements: How often each step is corrected.
+
+    Returns:
+        The latent that the sampling run starts from.
 
     Raises:
-        ValueError: it has another shape, no rows, nothing in it, or NaN.
+        ValueError: The model cannot be inverted, or the latent is not one of its images.
+    """
+    require_additive_noise(model)
+    require_image(latent["samples"], model)
+    inverted = {**latent, "samples": _invert(model, conditioning, latent["samples"], steps, refinements)}
+    inverted.pop("noise_mask", None)  # the sampler would put the inverted latent itself where the mask is black
+    return inverted
+
+
+def sampler_settings(steps: int) -> str:
+    """Say in words how KSampler (Advanced) is set to come back to the image.
+
+    Args:
+        steps: Number of steps of the inversion.
+    """
+    settings = {
+        "add_noise": "disable",
+        "steps": steps,
+        "cfg": 1.0,
+        "sampler_name": SAMPLER,
+        "scheduler": SCHEDULER,
+        "start_at_step": 0,
+        "end_at_step": 10000,
+        "return_with_leftover_noise": "disable",
+    }
+    lines = [f"{name}: {value}" for name, value in settings.items()]
+    warning = "A sampler that adds noise, such as euler_ancestral, cannot."
+    return "\n".join(["KSampler (Advanced) draws the picture again with", *lines, warning])
+
+
+def require_image(samples: Tensor, model: ModelPatcher) -> None:
+    """Refuse a latent that is no image of the model's.
+
+    Args:
+        samples: Tensor of the latent.
+        model: Model that is to invert it.
+
+    Raises:
+        ValueError: The latent has another shape, no rows, nothing in it, or NaN.
     """
     channels = model.get_model_object("latent_format").latent_channels
     if samples.ndim != 4 or samples.shape[1] != channels:
@@ -38,17 +91,8 @@ def check_picture(samples: Tensor, model: ModelPatcher) -> None:
         raise ValueError("The latent holds NaN or infinite numbers: look at the picture before VAE Encode.")
 
 
-def invert_in_host(
-    model: ModelPatcher, conditioning: Conditioning, samples: Tensor, steps: int, refinements: int
-) -> Tensor:
-    """The library's inversion inside a sampling run of the host, with everything that the conditioning brings.
-
-    Args:
-        samples: [B, C, H, W], as VAE Encode gives it.
-
-    Returns:
-        [B, C, H, W], as the sampler takes it.
-    """
+def _invert(model: ModelPatcher, conditioning: Conditioning, samples: Tensor, steps: int, refinements: int) -> Tensor:
+    """Run the sampler below on a latent, [B, C, H, W] -> [B, C, H, W]."""
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), SCHEDULER, steps)
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": conditioning})  # at guidance 1 the sampler does not ask for a negative either
@@ -69,37 +113,56 @@ def sample_backwards(
     model: comfy.samplers.KSamplerX0Inpaint,
     x: Tensor,
     sigmas: Tensor,
-    extra_args: dict,
-    callback: Callable[[dict], None] | None,
+    extra_args: dict[str, Any],
+    callback: Callable[[dict[str, Any]], None] | None,
     disable: bool,
     refinements: int,
 ) -> Tensor:
-    """A sampler as the host calls it: sigmas fall as always, so that what depends on them finds them as it expects."""
+    """Invert, as a sampler function of the host.
+
+    Args:
+        model: Predicts the clean latent from a noisy one and sigma.
+        x: Latent of shape [B, C, H, W], scaled as the U-Net expects it.
+        sigmas: Sigmas of the sampling run. They fall as in any other run, as whatever depends on them expects.
+        extra_args: Further arguments for the model.
+        callback: Is shown each step.
+        disable: Whether to leave out the progress bar in the terminal.
+        refinements: How often each step is corrected.
+
+    Returns:
+        The noisy latent [B, C, H, W] at the first sigma.
+    """
     last = len(sigmas) - 2
     rewind = partial(rewind_hooks, model.inner_model, sigmas, extra_args["model_options"])
 
     def predictor_at(index: int) -> X0Predictor:
-        terminal.update()
+        progress.update()
         rewind(index)
-        return partial(denoise, index)
+        return partial(predict_x0, index)
 
-    def denoise(index: int, x: Tensor) -> Tensor:
+    def predict_x0(index: int, x: Tensor) -> Tensor:
         denoised = model(x, sigmas[index] * x.new_ones(len(x)), **extra_args)
         if callback is not None:
             callback({"i": last - index, "x": x, "denoised": denoised})
         return denoised
 
     sigma_data = model.inner_model.inner_model.model_sampling.sigma_data
-    with tqdm(total=last + 1, disable=disable) as terminal:
+    with tqdm(total=last + 1, disable=disable) as progress:
         inverted = invert(predictor_at, x, sigmas, refinements, sigma_data)
     rewind(last + 1)  # leaves the hooks as a run from the first sigma to the last does
     return inverted
 
 
-def rewind_hooks(guider: comfy.samplers.CFGGuider, sigmas: Tensor, model_options: dict, index: int) -> None:
-    """Bring hooks with keyframes to where they stand before the sampler comes to ``sigmas[index]``.
+def rewind_hooks(guider: comfy.samplers.CFGGuider, sigmas: Tensor, model_options: dict[str, Any], index: int) -> None:
+    """Bring hooks with keyframes to where they are before the sampler comes to ``sigmas[index]``.
 
-    They count what they have seen and only go forward, from the first sigma on.
+    They count the sigmas they have seen and only go forward, from the first one on.
+
+    Args:
+        guider: Guider of the run.
+        sigmas: Sigmas of the sampling run.
+        model_options: Options that the hooks change.
+        index: Index of the next sigma.
     """
     groups = {cond["hooks"] for cond in guider.conds["positive"] if cond.get("hooks") is not None}
     if all(hook.hook_keyframe.is_empty() for group in groups for hook in group.hooks):

@@ -1,4 +1,4 @@
-"""The subject encoder under the host's memory management: what flows through a BLIP2_QFORMER socket."""
+"""Our models under the host's memory management: loaded when they are used, unloaded when memory is short."""
 
 from __future__ import annotations
 
@@ -7,32 +7,35 @@ from pathlib import Path
 
 import comfy.ldm.modules.attention
 import comfy.model_management
-import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...blip_qformer.checkpoint import Checkpoint, load_subject_encoder
 from ...blip_qformer.encoder import SubjectEncoder, fit_mask, preprocess
+from ...blip_qformer.encoder.preprocessing import PreprocessingMode
 from ...blip_qformer.imaging.segmentation import Segmenter
 from ...blip_qformer.subject.provenance import encoder_hash
 
-PICTURES_AT_ONCE = 8
+MAX_BATCH_SIZE = 8
 
-
-# A picture's way through the published encoder: 257 tokens x 4096 numbers x 4 bytes, a dozen such tensors at once.
+# Of one image in the published encoder: 257 tokens x 4096 numbers x 4 bytes, a dozen such tensors at once.
 ACTIVATION_BYTES = 64 * 1024**2
 
 
 class ManagedEncoder:
-    """A subject encoder that the host loads when it is used and takes away when it needs the memory.
+    """A subject encoder under memory management, which flows through BLIP2_QFORMER sockets.
 
     The weights have the precision that the host's flags give text encoders; it computes in float32, as the host's
-    own CLIP does. ``encoder_hash`` tells it from other encoders.
+    own CLIP does.
+
+    Args:
+        checkpoint: Opened checkpoint.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint) -> None:
         management = comfy.model_management
         load_device, offload_device = management.text_encoder_device(), management.text_encoder_offload_device()
         attention = comfy.ldm.modules.attention.optimized_attention_for_device(load_device, mask=True, small_input=True)
@@ -43,56 +46,92 @@ class ManagedEncoder:
             operations=comfy.ops.manual_cast,
             attention=attention,
         )
-        self.patcher = comfy.model_patcher.ModelPatcher(encoder, load_device=load_device, offload_device=offload_device)
+        self.patcher = ModelPatcher(encoder, load_device=load_device, offload_device=offload_device)
         self.encoder_hash = encoder_hash(checkpoint.encoder_state_dict)  # of the file's values, whatever the cast above
 
     @property
     def encoder(self) -> SubjectEncoder:
+        """The encoder itself, wherever its weights are at the moment."""
         return self.patcher.model
 
-    def encode(self, images: Tensor, word: str, preprocessing: str, mask: Tensor | None = None) -> Tensor:
-        """Pictures [B, H, W, C] of what ``word`` names -> vectors [B, 16, 768], with a progress bar and cancellable.
+    def encode(self, images: Tensor, word: str, preprocessing: PreprocessingMode, mask: Tensor | None = None) -> Tensor:
+        """Encode images of one subject, with a progress bar; can be cancelled.
+
+        Args:
+            images: Images of shape [B, H, W, C] in 0..1.
+            word: What the images show.
+            preprocessing: How an image becomes a square, one of ``PREPROCESSING_MODES``.
+            mask: Masks of shape [B, H, W] or [1, H, W], white where the subject is.
+
+        Returns:
+            Subject vectors of shape [B, 16, width].
 
         Raises:
-            ValueError: see ``preprocess`` and ``tokenize_subjects``.
+            ValueError: The images, the mask or the word cannot be used.
         """
-        size = self.encoder.config.vision.image_size
         mask = None if mask is None else fit_mask(mask, images)
-        at_once = min(len(images), PICTURES_AT_ONCE)
-        comfy.model_management.load_models_gpu([self.patcher], memory_required=at_once * ACTIVATION_BYTES)
+        self._load(min(len(images), MAX_BATCH_SIZE))
         progress = comfy.utils.ProgressBar(len(images))
         vectors = []
-        for begin in range(0, len(images), PICTURES_AT_ONCE):
+        for start in range(0, len(images), MAX_BATCH_SIZE):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            chosen = slice(begin, begin + PICTURES_AT_ONCE)
-            pixel_values = preprocess(images[chosen], preprocessing, None if mask is None else mask[chosen], size)
-            vectors.append(self._look(pixel_values, [word] * len(pixel_values)))
+            batch = slice(start, start + MAX_BATCH_SIZE)
+            pixel_values = preprocess(images[batch], preprocessing, None if mask is None else mask[batch], self._size)
+            vectors.append(self._encode(pixel_values, [word] * len(pixel_values)))
             progress.update(len(pixel_values))
         return torch.cat(vectors)
 
-    def look(self, images: Tensor, words: Sequence[str]) -> Tensor:
-        """A few pictures [B, H, W, C], each asked about a word of its own -> [B, 16, 768], without a progress bar."""
-        comfy.model_management.load_models_gpu([self.patcher], memory_required=len(images) * ACTIVATION_BYTES)
-        return self._look(preprocess(images, size=self.encoder.config.vision.image_size), words)
+    def encode_with_words(self, images: Tensor, words: Sequence[str]) -> Tensor:
+        """Encode a few images, each with a word of its own, without a progress bar.
 
-    def _look(self, pixel_values: Tensor, words: Sequence[str]) -> Tensor:
-        """[B, 3, 224, 224] -> [B, 16, 768]"""
-        seen = self.encoder(pixel_values.to(self.patcher.load_device, torch.float32), list(words))
-        return seen.to(comfy.model_management.intermediate_device())
+        Args:
+            images: Images of shape [B, H, W, C] in 0..1.
+            words: A word for each image.
+
+        Returns:
+            Subject vectors of shape [B, 16, width].
+        """
+        self._load(len(images))
+        return self._encode(preprocess(images, size=self._size), words)
+
+    @property
+    def _size(self) -> int:
+        """Edge in pixels of the squares that the encoder reads."""
+        return self.encoder.config.vision.image_size
+
+    def _load(self, batch_size: int) -> None:
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=batch_size * ACTIVATION_BYTES)
+
+    def _encode(self, pixel_values: Tensor, words: Sequence[str]) -> Tensor:
+        """Run the loaded encoder, [B, 3, size, size] -> [B, 16, width]."""
+        vectors = self.encoder(pixel_values.to(self.patcher.load_device, torch.float32), list(words))
+        return vectors.to(comfy.model_management.intermediate_device())
 
 
 class ManagedSegmenter:
-    """A CLIPSeg that the host loads when it is used and takes away when it needs the memory."""
+    """A CLIPSeg under memory management.
+
+    Args:
+        folder: Its folder, as transformers saves a model.
+    """
 
     def __init__(self, folder: Path) -> None:
         management = comfy.model_management
-        self.patcher = comfy.model_patcher.ModelPatcher(
+        self.patcher = ModelPatcher(
             Segmenter(folder),
             load_device=management.text_encoder_device(),
             offload_device=management.text_encoder_offload_device(),
         )
 
-    def __call__(self, picture: Tensor, word: str) -> Tensor:
-        """Where in a picture [H, W, 3] that is what the word names; probabilities [H, W]."""
+    def __call__(self, image: Tensor, word: str) -> Tensor:
+        """Find what a word names.
+
+        Args:
+            image: Image of shape [H, W, 3] in 0..1.
+            word: What to find.
+
+        Returns:
+            Its probability at each pixel, [H, W].
+        """
         comfy.model_management.load_models_gpu([self.patcher])
-        return self.patcher.model(picture[None], word)[0]
+        return self.patcher.model(image[None], word)[0]

@@ -1,97 +1,121 @@
-"""Where checkpoints are looked for, and what to say when there is none."""
+"""The host's model folders: what each drop-down list offers, where a choice lies on disk, what to say if it is gone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import folder_paths
 
 from ...blip_qformer.checkpoint.read_tensors import TENSOR_FILES
+from ...blip_qformer.subject.file import ENDING
+from ...blip_qformer.subject.file_name import checked_name
 
-FOLDER = "blip_diffusion"
+CHECKPOINT_FOLDER, SEGMENTATION_FOLDER = "blip_diffusion", "clipseg"  # ours: the host learns of them from us
 
-
-SEGMENTATION_FOLDER = "clipseg"
-
-
-NOTHING_FOUND = "(no model found)"
-
+DIFFUSERS_FOLDER, SUBJECT_FOLDER = "diffusers", "embeddings"  # the host's own
 
 # Subfolders of the two published layouts; a list must not open files of gigabytes to know what they are.
-_SIGNS = ("qformer", "blip_model")
+LAYOUT_SUBFOLDERS = ("qformer", "blip_model")
 
 
-def register_model_folder() -> None:
+@dataclass(frozen=True)
+class ModelList:
+    """One drop-down list. The disk is searched anew at each call, because files come and go while the host runs.
+
+    Args:
+        kind: What is listed, as in "No ... was found".
+        nothing_found: The list's only entry where there is nothing to choose.
+        folders: Names under which the host knows the folders that are searched.
+        find: Names of all choices.
+        locate: Path of a found name; None if it has gone meanwhile.
+        advice: How to get such a file, punctuation in front, as it follows "... was found in <folders>".
+    """
+
+    kind: str
+    nothing_found: str
+    folders: tuple[str, ...]
+    find: Callable[[], Iterable[str]]
+    locate: Callable[[str], Path | str | None]
+    advice: Callable[[], str]
+
+    def options(self) -> list[str]:
+        """Return the sorted names for a drop-down list, or one entry that says that there is nothing."""
+        return sorted(self.find()) or [self.nothing_found]
+
+    def path(self, name: str) -> Path:
+        """Return the path of a listed name; nothing that is not listed can be read.
+
+        Args:
+            name: Entry of the drop-down list.
+
+        Raises:
+            ValueError: Nothing of that name is there (any more).
+        """
+        found = self.locate(name) if name in self.find() else None
+        if found is None:
+            raise ValueError(self.missing(name))
+        return Path(found)
+
+    def validate(self, name: str | None) -> bool | str:
+        """Return True, or in a sentence why a graph with this choice cannot be queued.
+
+        Args:
+            name: Entry of the drop-down list; None if it comes over a link and is not known yet.
+        """
+        return True if name is None or name in self.find() else self.missing(name)
+
+    def missing(self, name: str) -> str:
+        """Return a sentence that says what was looked for, where, and how to get it."""
+        what = f"No {self.kind} was found" if name == self.nothing_found else f'"{name}" was not found'
+        searched = ", ".join(str(folder) for folder_name in self.folders for folder in _folders(folder_name))
+        return f"{what} in {searched}{self.advice()}"
+
+
+def register_model_folders() -> None:
     """Make our folders in ``models`` known to the host, beside those of ``extra_model_paths.yaml``."""
-    for name in (FOLDER, SEGMENTATION_FOLDER):
+    for name in (CHECKPOINT_FOLDER, SEGMENTATION_FOLDER):
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
 
 
-def list_checkpoints() -> list[str]:
-    """Names for a drop-down list: folders and single files; one that says so where there is nothing."""
-    return sorted(_found()) or [NOTHING_FOUND]
+def new_subject_path(name: str) -> Path:
+    """Return where a new subject is saved: in the first embeddings folder, which is made if it does not exist.
 
-
-def checkpoint_path(name: str) -> Path:
-    """The path of a listed checkpoint.
+    Args:
+        name: File name without ending, as a person wrote it.
 
     Raises:
-        ValueError: nothing of that name is there (any more).
+        ValueError: The name is not safe.
     """
-    found = _found()
-    if name not in found:
-        raise ValueError(missing_checkpoint(name))
-    return found[name]
+    folder = _folders(SUBJECT_FOLDER)[0]
+    path = folder / f"{checked_name(name)}{ENDING}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return path
 
 
-def missing_checkpoint(name: str | None) -> str:
-    """A sentence that says what was looked for, where, and where to get it."""
-    what = "No BLIP-Diffusion model was found" if name in (None, NOTHING_FOUND) else f'"{name}" was not found'
-    searched = ", ".join(str(folder) for folder in _folders("diffusers") + _folders(FOLDER))
-    return (
-        f"{what} in {searched}. Download the whole folder https://huggingface.co/Salesforce/blipdiffusion (unet, vae, "
-        f"text_encoder, qformer; 6.2 GB) into {_folders(FOLDER)[0]}, or put an original blip-diffusion folder, a "
-        "fine-tuned .pth or a blip2_qformer.safetensors there, and press R to refresh."
-    )
-
-
-def list_segmentation_models() -> list[str]:
-    """Names of CLIPSeg folders for a drop-down list; one that says so where there is none."""
-    return sorted(_segmentation_models()) or [NOTHING_FOUND]
-
-
-def segmentation_model_path(name: str) -> Path:
-    """The path of a listed CLIPSeg folder.
-
-    Raises:
-        ValueError: nothing of that name is there (any more).
-    """
-    found = _segmentation_models()
-    if name not in found:
-        searched = ", ".join(str(folder) for folder in _folders(SEGMENTATION_FOLDER))
-        what = "No CLIPSeg model was found" if name == NOTHING_FOUND else f'"{name}" was not found'
-        target = _folders(SEGMENTATION_FOLDER)[0] / "clipseg-rd64-refined"
-        raise ValueError(
-            f"{what} in {searched}: connect a mask instead, or run hf download CIDAS/clipseg-rd64-refined --local-dir "
-            f"{target} and press R to refresh."
-        )
-    return found[name]
+def _checkpoints() -> dict[str, Path]:
+    """Folders and single files of ours, and BLIP-Diffusion folders among those of diffusers."""
+    candidates = []
+    for parent in _folders(CHECKPOINT_FOLDER):
+        candidates += _subfolders(parent)
+        candidates += [file for file in parent.glob("*") if file.suffix.lower() in TENSOR_FILES]
+    for folder in (folder for parent in _folders(DIFFUSERS_FOLDER) for folder in _subfolders(parent)):
+        if any((folder / subfolder).is_dir() for subfolder in LAYOUT_SUBFOLDERS):
+            candidates.append(folder)
+    found: dict[str, Path] = {}
+    for path in candidates:
+        found.setdefault(path.name, path)  # of two with one name the first counts, as in the host's own lists
+    return found
 
 
 def _segmentation_models() -> dict[str, Path]:
     return {folder.name: folder for parent in _folders(SEGMENTATION_FOLDER) for folder in _subfolders(parent)}
 
 
-def _found() -> dict[str, Path]:
-    candidates = []
-    for parent in _folders(FOLDER):
-        candidates += _subfolders(parent)
-        candidates += [file for file in parent.glob("*") if file.suffix.lower() in TENSOR_FILES]
-    candidates += [folder for parent in _folders("diffusers") for folder in _subfolders(parent) if _is_ours(folder)]
-    found: dict[str, Path] = {}
-    for path in candidates:
-        found.setdefault(path.name, path)  # of two with one name the first is taken, as the host does
-    return found
+def _subjects() -> list[str]:
+    """Files in the embeddings folders and their subfolders, named as the host names them."""
+    return [name for name in folder_paths.get_filename_list(SUBJECT_FOLDER) if name.lower().endswith(ENDING)]
 
 
 def _folders(name: str) -> list[Path]:
@@ -102,5 +126,36 @@ def _subfolders(parent: Path) -> list[Path]:
     return [path for path in parent.glob("*") if path.is_dir() and not path.name.startswith(".")]
 
 
-def _is_ours(folder: Path) -> bool:
-    return any((folder / sign).is_dir() for sign in _SIGNS)
+CHECKPOINTS = ModelList(
+    kind="BLIP-Diffusion model",
+    nothing_found="(no model found)",
+    folders=(DIFFUSERS_FOLDER, CHECKPOINT_FOLDER),
+    find=_checkpoints,
+    locate=lambda name: _checkpoints().get(name),
+    advice=lambda: (
+        ". Download the whole folder https://huggingface.co/Salesforce/blipdiffusion (unet, vae, text_encoder, "
+        f"qformer; 6.2 GB) into {_folders(CHECKPOINT_FOLDER)[0]}, or put an original blip-diffusion folder, a "
+        "fine-tuned .pth or a blip2_qformer.safetensors there, and press R to refresh."
+    ),
+)
+
+SEGMENTATION_MODELS = ModelList(
+    kind="CLIPSeg model",
+    nothing_found="(no model found)",
+    folders=(SEGMENTATION_FOLDER,),
+    find=_segmentation_models,
+    locate=lambda name: _segmentation_models().get(name),
+    advice=lambda: (
+        ": connect a mask instead, or run hf download CIDAS/clipseg-rd64-refined --local-dir "
+        f"{_folders(SEGMENTATION_FOLDER)[0] / 'clipseg-rd64-refined'} and press R to refresh."
+    ),
+)
+
+SUBJECTS = ModelList(
+    kind="saved subject",
+    nothing_found="(no subject found)",
+    folders=(SUBJECT_FOLDER,),
+    find=_subjects,
+    locate=lambda name: folder_paths.get_full_path(SUBJECT_FOLDER, name),
+    advice=lambda: f": make one with Save Subject, or copy a {ENDING} there, and press R to refresh.",
+)

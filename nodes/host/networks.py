@@ -1,142 +1,213 @@
-"""MODEL, CLIP, VAE and CONTROL_NET out of a checkpoint's parts, built through the host's classes at any size."""
+"""MODEL, CLIP, VAE and CONTROL_NET from a checkpoint's components.
+
+A U-Net or ControlNet of SD1.5's sizes goes through the host's own loader. The host knows no other sizes, such as the
+small model's, so those are built here from the host's classes, with the host's choice of precision and device. VAE and
+text encoder take their sizes as an argument, whatever they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, cast
 
 import comfy.cldm.cldm
 import comfy.controlnet
+import comfy.model_detection
 import comfy.model_management
-import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.utils
 import folder_paths
+from comfy.model_patcher import ModelPatcher
 from comfy.supported_models_base import ClipTarget
+from torch import Tensor
 
-from ...blip_qformer.checkpoint import CheckpointError, Component
+from ...blip_qformer.checkpoint import Checkpoint, CheckpointError, Component
 from ...blip_qformer.checkpoint.ldm_config import controlnet_config, text_encoder_config, unet_config, vae_config
 from ...blip_qformer.checkpoint.ldm_keys import network_to_ldm
 
 SD15_HEADS = 8
 
-
 SD15_SCALING_FACTOR = 0.18215
 
+QFORMER_ALONE = "To use its Q-Former beside another loader, take Load BLIP-2 Q-Former."
 
-def build_model(unet: Component, vae: Component) -> comfy.model_patcher.ModelPatcher:
-    """A diffusers U-Net as a MODEL; the VAE's config tells how large its latents are.
+log = logging.getLogger("blip_diffusion")
+
+
+def build_networks(checkpoint: Checkpoint) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    """Build what the stock Load Checkpoint gives: MODEL, CLIP and VAE.
+
+    Args:
+        checkpoint: Opened checkpoint.
 
     Raises:
-        CheckpointError: tensors are missing or too many.
+        CheckpointError: The checkpoint lacks one of the three, or tensors are missing or unknown.
     """
-    management = comfy.model_management
+    unet, text_encoder, vae = (checkpoint.require(name, QFORMER_ALONE) for name in ("unet", "text_encoder", "vae"))
+    if checkpoint.subject is not None:
+        log.info(
+            "%s also holds a tuned subject: Load Tuned Subject gives it to Subject Prompt Compose.", checkpoint.path
+        )
+    return build_model(unet, vae), build_clip(text_encoder), build_vae(vae)
+
+
+def build_model(unet: Component, vae: Component) -> ModelPatcher:
+    """Build a MODEL.
+
+    Args:
+        unet: U-Net in diffusers' names.
+        vae: VAE whose config tells how its latents are scaled.
+
+    Raises:
+        CheckpointError: Tensors are missing or unknown.
+    """
     with naming(unet):
         published = unet.state_dict()
-        weights = network_to_ldm("unet", published, unet.config)
-        config = comfy.supported_models.SD15(unet_config(published))
-    config.unet_config["num_heads"] = _heads(unet.config)  # the class has just set SD1.5's own number
-    config.latent_format.scale_factor = vae.config.get("scaling_factor", SD15_SCALING_FACTOR)
+        state_dict = network_to_ldm("unet", published, unet.config)
+        model = _load_model(state_dict, unet_config(published, _attention_heads(unet.config)))
+    model.model.latent_format.scale_factor = vae.config.get("scaling_factor", SD15_SCALING_FACTOR)
+    return model
 
-    parameters = comfy.utils.calculate_parameters(weights)
+
+def _load_model(state_dict: dict[str, Tensor], sizes: dict[str, Any]) -> ModelPatcher:
+    """Load a U-Net in LDM's names; the dictionary is empty afterwards."""
+    if _is_known_to_host(state_dict, sizes):
+        return cast(ModelPatcher, comfy.sd.load_diffusion_model_state_dict(state_dict))
+    management = comfy.model_management
+    config = comfy.supported_models.SD15(sizes)
+    config.unet_config["num_heads"] = sizes["num_heads"]  # the class has just set SD1.5's own number
     dtype = management.unet_dtype(
-        model_params=parameters,
+        model_params=comfy.utils.calculate_parameters(state_dict),
         supported_dtypes=config.supported_inference_dtypes,
-        weight_dtype=comfy.utils.weight_dtype(weights),
+        weight_dtype=comfy.utils.weight_dtype(state_dict),
     )
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
-    cast = management.unet_manual_cast(dtype, load_device, config.supported_inference_dtypes)
-    config.set_inference_dtype(dtype, cast)
-
-    model = config.get_model(weights, "", device=offload_device)
-    with naming(unet):
-        model.load_model_weights(weights, "")
-    return comfy.model_patcher.ModelPatcher(model, load_device=load_device, offload_device=offload_device)
+    manual_cast = management.unet_manual_cast(dtype, load_device, config.supported_inference_dtypes)
+    config.set_inference_dtype(dtype, manual_cast)
+    model = config.get_model(state_dict, "", device=offload_device)
+    model.load_model_weights(state_dict, "")
+    return ModelPatcher(model, load_device=load_device, offload_device=offload_device)
 
 
 def build_clip(text_encoder: Component) -> comfy.sd.CLIP:
-    """A CLIP text encoder as a CLIP, with the host's tokenizer and embeddings folder.
+    """Build a CLIP, with the host's tokenizer and embeddings folder.
+
+    The host's ``load_text_encoder_state_dicts`` would make the same of SD1.5's sizes, but warn at each load that there
+    is no ``text_projection``, which SD1.5 does not use.
+
+    Args:
+        text_encoder: CLIP text model in diffusers' names.
 
     Raises:
-        CheckpointError: tensors are missing or too many.
+        CheckpointError: Tensors are missing or unknown.
     """
     with naming(text_encoder):
         published = text_encoder.state_dict()
         converted = network_to_ldm("text_encoder", published, text_encoder.config)
         sizes = text_encoder_config(published, text_encoder.config.get("num_attention_heads"))
-    weights = {name.removeprefix("transformer."): tensor for name, tensor in converted.items()}
-    clip = comfy.sd.CLIP(
-        ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
-        embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        parameters=comfy.utils.calculate_parameters(weights),
-        model_options={"clip_l_model_config": sizes},
-    )
-    with naming(text_encoder):
-        clip.load_sd(weights)
+        state_dict = {name.removeprefix("transformer."): tensor for name, tensor in converted.items()}
+        clip = comfy.sd.CLIP(
+            ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+            parameters=comfy.utils.calculate_parameters(state_dict),
+            model_options={"clip_l_model_config": sizes},
+        )
+        clip.load_sd(state_dict)
     return clip
 
 
 def build_vae(vae: Component) -> comfy.sd.VAE:
-    """A diffusers VAE as a VAE.
+    """Build a VAE.
+
+    Args:
+        vae: VAE in diffusers' names.
 
     Raises:
-        CheckpointError: tensors are missing or too many.
+        CheckpointError: Tensors are missing or unknown.
     """
     with naming(vae):
         published = vae.state_dict()
-        weights = network_to_ldm("vae", published, vae.config)
+        state_dict = network_to_ldm("vae", published, vae.config)
         config = vae_config(published)
-        built = comfy.sd.VAE(sd=weights, config={"params": config})
+        built = comfy.sd.VAE(sd=state_dict, config={"params": config})
     built.downscale_ratio = built.upscale_ratio = 2 ** (len(config["ddconfig"]["ch_mult"]) - 1)
     return built
 
 
 def build_controlnet(controlnet: Component) -> comfy.controlnet.ControlNet:
-    """A diffusers ControlNet as a CONTROL_NET.
+    """Build a CONTROL_NET.
+
+    Args:
+        controlnet: ControlNet in diffusers' names.
 
     Raises:
-        CheckpointError: tensors are missing or too many.
+        CheckpointError: Tensors are missing or unknown.
     """
-    management = comfy.model_management
     with naming(controlnet):
         published = controlnet.state_dict()
-        weights = network_to_ldm("controlnet", published, controlnet.config)
+        state_dict = network_to_ldm("controlnet", published, controlnet.config)
+        return _load_controlnet(state_dict, controlnet_config(published, _attention_heads(controlnet.config)))
+
+
+def _load_controlnet(state_dict: dict[str, Tensor], sizes: dict[str, Any]) -> comfy.controlnet.ControlNet:
+    """Load a ControlNet in LDM's names."""
+    if _is_known_to_host(state_dict, sizes):
+        return comfy.controlnet.load_controlnet_state_dict(state_dict)
+    management = comfy.model_management
     dtype = management.unet_dtype(
-        model_params=comfy.utils.calculate_parameters(weights),
+        model_params=comfy.utils.calculate_parameters(state_dict),
         supported_dtypes=comfy.supported_models.SD15.supported_inference_dtypes,
-        weight_dtype=comfy.utils.weight_dtype(weights),
+        weight_dtype=comfy.utils.weight_dtype(state_dict),
     )
     load_device = management.get_torch_device()
-    cast = management.unet_manual_cast(dtype, load_device)
+    manual_cast = management.unet_manual_cast(dtype, load_device)
     network = comfy.cldm.cldm.ControlNet(
-        **controlnet_config(published, _heads(controlnet.config)),
+        **sizes,
         dtype=dtype,
         device=management.unet_offload_device(),
-        operations=comfy.ops.pick_operations(dtype, cast),
+        operations=comfy.ops.pick_operations(dtype, manual_cast),
     )
-    with naming(controlnet):
-        network.load_state_dict(weights)
-    return comfy.controlnet.ControlNet(network, load_device=load_device, manual_cast_dtype=cast)
+    network.load_state_dict(state_dict)
+    return comfy.controlnet.ControlNet(network, load_device=load_device, manual_cast_dtype=manual_cast)
 
 
-def _heads(config: dict) -> int:
-    """Attention heads of a U-Net; diffusers' configs call their number ``attention_head_dim`` for SD1.5."""
+def _is_known_to_host(state_dict: dict[str, Tensor], sizes: Mapping[str, Any]) -> bool:
+    """Return whether the host's own loaders read the same sizes off the weights, and know an SD1.5 by them."""
+    if sizes["num_heads"] != SD15_HEADS or not comfy.supported_models.SD15.matches(sizes):
+        return False
+    found = comfy.model_detection.detect_unet_config(state_dict, "")
+    return all(sizes[name] == found[name] for name in sizes.keys() & found.keys())
+
+
+def _attention_heads(config: Mapping[str, Any]) -> int:
+    """Return a U-Net's number of heads, which diffusers' configs call ``attention_head_dim`` for SD1.5."""
     heads = config.get("num_attention_heads") or config.get("attention_head_dim") or SD15_HEADS
     return heads[0] if isinstance(heads, list) else heads
 
 
 @contextmanager
-def naming(part: Component) -> Iterator[None]:
-    """Whatever is wrong with a part's weights is said with the file they came from."""
+def naming(component: Component) -> Iterator[None]:
+    """Name the file in errors about a component's weights.
+
+    Args:
+        component: Component that is loaded inside.
+
+    Raises:
+        CheckpointError: Tensors are missing or unknown, or do not fit the component's config.
+    """
     try:
         yield
     except ValueError as error:
-        raise CheckpointError(f"{part.path}: {error}") from error
-    except RuntimeError as error:  # of which out-of-memory is one, and that is another story
-        if "loading state_dict" not in str(error):
+        raise CheckpointError(f"{component.path}: {error}") from error
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):  # of which out-of-memory is one
             raise
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{part.path} does not fit its own config ({reason}): download both again.") from error
+        raise CheckpointError(
+            f"{component.path} does not fit its own config ({reason}): download both again."
+        ) from error

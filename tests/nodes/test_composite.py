@@ -11,7 +11,7 @@ from blip_qformer.imaging.segmentation import Segmenter
 from tests.clipseg import write_clipseg
 
 
-def pictures(count: int, height: int, width: int, seed: int = 0, channels: int = 3) -> torch.Tensor:
+def random_images(count: int, height: int, width: int, seed: int = 0, channels: int = 3) -> torch.Tensor:
     return torch.rand(count, height, width, channels, generator=torch.Generator().manual_seed(seed))
 
 
@@ -35,68 +35,68 @@ def no_models(monkeypatch):
 
 
 def test_a_mask_needs_neither_model_nor_package(host, no_models):
-    image, background = pictures(1, 40, 60), pictures(1, 40, 60, seed=1)
+    image, background = random_images(1, 40, 60), random_images(1, 40, 60, seed=1)
     mask = square()
-    found, placed = put(host, image, background, mask=mask, segmentation_model="of another machine")
-    assert torch.equal(placed, mask)
+    found, new_mask = put(host, image, background, mask=mask, segmentation_model="of another machine")
+    assert torch.equal(new_mask, mask)
     assert torch.equal(found, torch.where(mask[..., None] == 1, image, background))
 
 
 def test_a_grey_mask_is_half_transparent(host):
-    image, background, mask = pictures(1, 40, 60), pictures(1, 40, 60, seed=1), 0.5 * square()
+    image, background, mask = random_images(1, 40, 60), random_images(1, 40, 60, seed=1), 0.5 * square()
     found, _ = put(host, image, background, mask=mask)
     torch.testing.assert_close(found, image * mask[..., None] + background * (1 - mask[..., None]))
 
 
 def test_place_and_scale(host):
     white, black = torch.ones(1, 40, 60, 3), torch.zeros(1, 40, 60, 3)
-    _, placed = put(host, white, black, mask=square(), x=0.5, y=-0.25)
-    assert torch.equal(placed, square(rows=slice(0, 10), columns=slice(40, 60)))
-    found, placed = put(host, white, torch.zeros(1, 100, 120, 3), mask=square(), scale=0.5)
-    expected = square(100, 120, slice(35, 50), slice(40, 60))  # as in a picture of 80 x 120 at half the size
-    assert torch.equal(placed, expected)
+    _, new_mask = put(host, white, black, mask=square(), x=0.5, y=-0.25)
+    assert torch.equal(new_mask, square(rows=slice(0, 10), columns=slice(40, 60)))
+    found, new_mask = put(host, white, torch.zeros(1, 100, 120, 3), mask=square(), scale=0.5)
+    expected = square(100, 120, slice(35, 50), slice(40, 60))  # as in an image of 80 x 120 at half the size
+    assert torch.equal(new_mask, expected)
     assert torch.equal(found[..., 0], expected)
 
 
 def test_the_size_is_the_backgrounds_or_the_pictures(host):
-    image, background = pictures(1, 40, 60), pictures(1, 30, 90, seed=1)
-    found, placed = put(host, image, background, mask=square())
-    assert (found.shape, placed.shape) == ((1, 30, 90, 3), (1, 30, 90))
-    found, placed = put(host, image, background, mask=square(), output_size="picture")
-    assert torch.equal(placed, square())
-    assert torch.equal(found[placed == 1], image[placed == 1])
+    image, background = random_images(1, 40, 60), random_images(1, 30, 90, seed=1)
+    found, new_mask = put(host, image, background, mask=square())
+    assert (found.shape, new_mask.shape) == ((1, 30, 90, 3), (1, 30, 90))
+    found, new_mask = put(host, image, background, mask=square(), output_size="picture")
+    assert torch.equal(new_mask, square())
+    assert torch.equal(found[new_mask == 1], image[new_mask == 1])
 
 
 def test_batches(host):
-    image, background = pictures(3, 40, 60), pictures(3, 40, 60, seed=1)
+    image, background = random_images(3, 40, 60), random_images(3, 40, 60, seed=1)
     masks = torch.cat([square(), square(rows=slice(10, 30)), square(columns=slice(30, 50))])
-    found, placed = put(host, image, background, mask=masks)
+    found, new_mask = put(host, image, background, mask=masks)
     assert torch.equal(found, torch.where(masks[..., None] == 1, image, background))
-    found, placed = put(host, image, background[:1], mask=square())
+    found, new_mask = put(host, image, background[:1], mask=square())
     assert torch.equal(found, torch.where(square()[..., None] == 1, image, background[:1]))
-    found, placed = put(host, image[:1], background, mask=square())
+    found, new_mask = put(host, image[:1], background, mask=square())
     assert torch.equal(found, torch.where(square()[..., None] == 1, image[:1], background))
     with pytest.raises(ValueError, match="There are 3 pictures and 2 backgrounds: give as many"):
         put(host, image, background[:2], mask=masks)
 
 
 def test_a_mask_of_another_size_is_scaled(host):
-    image, background = pictures(1, 40, 60), pictures(1, 40, 60, seed=1)
-    _, placed = put(host, image, background, mask=square(80, 120, slice(10, 40), slice(20, 60)))
-    torch.testing.assert_close(placed, square(), atol=0.5, rtol=0)
-    assert torch.equal(placed.round(), square())
+    image, background = random_images(1, 40, 60), random_images(1, 40, 60, seed=1)
+    _, new_mask = put(host, image, background, mask=square(80, 120, slice(10, 40), slice(20, 60)))
+    torch.testing.assert_close(new_mask, square(), atol=0.5, rtol=0)
+    assert torch.equal(new_mask.round(), square())
 
 
 def test_a_soft_edge(host):
-    image, background = pictures(1, 40, 60), pictures(1, 40, 60, seed=1)
-    _, placed = put(host, image, background, mask=square(), soften_edge=2.0)
-    assert placed[0, 12, 20] > 0.99
-    assert placed[0, 12, 10] + placed[0, 12, 9] == pytest.approx(1, abs=1e-4)
-    assert placed.sum() == pytest.approx(300, rel=1e-3)
+    image, background = random_images(1, 40, 60), random_images(1, 40, 60, seed=1)
+    _, new_mask = put(host, image, background, mask=square(), soften_edge=2.0)
+    assert new_mask[0, 12, 20] > 0.99
+    assert new_mask[0, 12, 10] + new_mask[0, 12, 9] == pytest.approx(1, abs=1e-4)
+    assert new_mask.sum() == pytest.approx(300, rel=1e-3)
 
 
 def test_transparent_and_grey_pictures(host):
-    found, _ = put(host, torch.zeros(1, 40, 60, 4), pictures(1, 40, 60, channels=1), mask=square())
+    found, _ = put(host, torch.zeros(1, 40, 60, 4), random_images(1, 40, 60, channels=1), mask=square())
     assert found.shape == (1, 40, 60, 3)
     assert (found[0, 5:20, 10:30] == 1).all()  # what is transparent is white, as in BLIP-2 Subject Encode
 
@@ -114,7 +114,7 @@ def test_transparent_and_grey_pictures(host):
 )
 def test_masks_that_cannot_be_used_get_one_sentence(host, mask, sentence):
     with pytest.raises(ValueError, match=sentence):
-        put(host, pictures(2, 40, 60), pictures(1, 40, 60, seed=1), mask=mask)
+        put(host, random_images(2, 40, 60), random_images(1, 40, 60, seed=1), mask=mask)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def clipseg(host) -> Segmenter:
 
 @pytest.fixture(scope="module")
 def by_word(clipseg) -> dict[str, object]:
-    """Two smooth pictures, and inputs that cut the likelier third of them out, with a third about it to be found."""
+    """Two smooth images, and inputs that cut the likelier third of them out, with a third about it to be found."""
     y, x = torch.meshgrid(torch.linspace(0, 1, 48), torch.linspace(0, 1, 64), indexing="ij")
     image = torch.stack([torch.stack([y, x, 1 - y], dim=-1), torch.stack([x, 1 - x, y], dim=-1)])
     low, high = clipseg(image, "dog").quantile(torch.tensor([1 / 3, 2 / 3])).tolist()
@@ -135,20 +135,20 @@ def by_word(clipseg) -> dict[str, object]:
 
 def test_a_word_is_enough(host, clipseg, by_word):
     image, low, high = (by_word[name] for name in ("image", "background_below", "subject_above"))
-    found, placed = put(host, background=torch.zeros(1, 48, 64, 3), **by_word)
+    found, new_mask = put(host, background=torch.zeros(1, 48, 64, 3), **by_word)
     probability = clipseg(image, "dog")
-    assert (placed[probability >= high] == 1).all()
-    assert (placed[probability <= low] == 0).all()
-    assert ((placed > 0.01) & (placed < 0.99)).any()
-    assert torch.equal(found[placed == 1], image[placed == 1])
-    assert (found[placed == 0] == 0).all()
+    assert (new_mask[probability >= high] == 1).all()
+    assert (new_mask[probability <= low] == 0).all()
+    assert ((new_mask > 0.01) & (new_mask < 0.99)).any()
+    assert torch.equal(found[new_mask == 1], image[new_mask == 1])
+    assert (found[new_mask == 0] == 0).all()
 
 
 def test_work_shows_progress_and_can_be_cancelled(host, by_word):
     import comfy.model_management as management
     import comfy.utils
 
-    image, shown = pictures(3, 40, 60), []
+    image, shown = random_images(3, 40, 60), []
     comfy.utils.set_progress_bar_global_hook(lambda value, total, *_, **__: shown.append((value, total)))
     try:
         put(host, image, image, mask=square())
@@ -163,13 +163,13 @@ def test_work_shows_progress_and_can_be_cancelled(host, by_word):
 def test_the_host_can_take_the_model_away(host, clipseg):
     import comfy.model_management as management
 
-    (picture,) = pictures(1, 40, 60)
+    (image,) = random_images(1, 40, 60)
     hosted = host.module("nodes.host.managed").ManagedSegmenter(host.base / "models" / "clipseg" / "small")
-    first = hosted(picture, "cat")
+    first = hosted(image, "cat")
     assert hosted.patcher in management.loaded_models()
     management.unload_all_models()
-    assert torch.equal(hosted(picture, "cat"), first)
-    assert torch.equal(clipseg(picture[None], "cat")[0], first)
+    assert torch.equal(hosted(image, "cat"), first)
+    assert torch.equal(clipseg(image[None], "cat")[0], first)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_the_host_can_take_the_model_away(host, clipseg):
 )
 def test_what_cannot_be_cut_out_gets_one_sentence(host, by_word, inputs, sentence):
     with pytest.raises(ValueError, match=sentence):
-        put(host, background=pictures(1, 40, 60), **{**by_word, **inputs})
+        put(host, background=random_images(1, 40, 60), **{**by_word, **inputs})
 
 
 def test_missing_pymatting_gets_one_sentence(host, by_word, monkeypatch):
@@ -195,7 +195,7 @@ def test_missing_pymatting_gets_one_sentence(host, by_word, monkeypatch):
     with pytest.raises(
         ValueError, match="Cutting a subject out without a mask needs the package pymatting, .* run pip"
     ):
-        put(host, background=pictures(1, 40, 60), **by_word)
+        put(host, background=random_images(1, 40, 60), **by_word)
 
 
 def test_models_are_listed(host, clipseg):

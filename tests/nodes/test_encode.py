@@ -1,4 +1,4 @@
-"""BLIP-2 Subject Encode: batches, masks, memory, and pictures nobody expected."""
+"""BLIP-2 Subject Encode: batches, masks, memory, and images that nobody expects."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_a_mask_hides_what_is_not_the_subject(host, loaded):
     image = torch.rand(1, 60, 60, 3)
     elsewhere = image.clone()
     elsewhere[:, 50:] = 0
-    plain = [encode(host, loaded, picture).vectors for picture in (image, elsewhere)]
-    masked = [encode(host, loaded, picture, mask=mask).vectors for picture in (image, elsewhere)]
+    plain = [encode(host, loaded, each).vectors for each in (image, elsewhere)]
+    masked = [encode(host, loaded, each, mask=mask).vectors for each in (image, elsewhere)]
     assert not torch.equal(*plain)
     assert torch.equal(*masked)
 

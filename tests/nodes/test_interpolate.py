@@ -10,7 +10,7 @@ from tests.nodes.test_prompt import compose, stock
 
 @pytest.fixture
 def subjects(host, loaded):
-    """Four subjects of four random pictures."""
+    """Four subjects of four random images."""
     words = ("dog", "cat", "cup", "tree")
     return [
         host.run(
@@ -127,20 +127,20 @@ def test_a_trajectory_is_one_run_and_equals_single_runs(host, loaded, subjects):
 
 
 def test_a_trajectory_in_parts_is_the_same(host, loaded, subjects):
-    """What follows runs once for each part, so that the whole need not fit into memory."""
+    """The following nodes run once for each batch, so that the whole need not fit into memory."""
     (empty,) = host.run("EmptyLatentImage", width=64, height=64, batch_size=1)
     inputs = {**named(subjects[:2]), "steps": 5, "latent": empty}
-    drawn = []
+    sampled = []
     for steps_at_once in (16, 2):
-        parts, latents, _ = host.run("BLIPDiffusionSubjectTrajectory", **inputs, steps_at_once=steps_at_once)
-        assert max(map(len, parts)) <= steps_at_once
-        pictures = [
-            sample(host, loaded, compose(host, loaded, part)[0], latent)
-            for part, latent in zip(parts, latents, strict=True)
+        batches, latents, _ = host.run("BLIPDiffusionSubjectTrajectory", **inputs, steps_at_once=steps_at_once)
+        assert max(map(len, batches)) <= steps_at_once
+        images = [
+            sample(host, loaded, compose(host, loaded, batch)[0], latent)
+            for batch, latent in zip(batches, latents, strict=True)
         ]
-        drawn.append(torch.cat(pictures))
-    assert [len(part) for part in parts] == [2, 2, 1]
-    torch.testing.assert_close(*drawn, atol=1e-3 * drawn[0].std().item(), rtol=0)
+        sampled.append(torch.cat(images))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    torch.testing.assert_close(*sampled, atol=1e-3 * sampled[0].std().item(), rtol=0)
 
 
 def test_a_square_trajectory(host, subjects):
@@ -168,7 +168,7 @@ def test_noise_and_mask_of_a_repeated_latent(host):
 
 
 def grid(host, images: list[torch.Tensor], *sources: torch.Tensor, labels: str = "") -> torch.Tensor:
-    """Subject Grid as the host calls a node that takes lists: with all parts at once."""
+    """Subject Grid as the host calls a node that takes lists: with all batches at once."""
     node = host.nodes["BLIPDiffusionSubjectGrid"]
     named_sources = {f"source_{number}": [source] for number, source in enumerate(sources, start=1)}
     return node.execute(images, [0], [labels], [8192], **named_sources).result[0]

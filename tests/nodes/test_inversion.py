@@ -1,4 +1,4 @@
-"""DDIM Inversion in the host: the reference's numbers, and stock sampling that finds the picture again."""
+"""DDIM Inversion in the host: the reference's numbers, and stock sampling that finds the image again."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.nodes.test_prompt import compose, stock
 SCALE = 0.18215  # of Stable Diffusion's latents
 SIZE = (8, 12)
 CLOSE = 5  # refinements with which 20 steps of a random model are inverted to less than FOUND
-FOUND = 0.05  # of a picture's standard deviation
+FOUND = 0.05  # of an image's standard deviation
 
 
 @pytest.fixture
-def picture() -> dict[str, torch.Tensor]:
-    """A latent as VAE Encode gives it: smooth, with about the variance of pictures."""
+def image() -> dict[str, torch.Tensor]:
+    """A latent as VAE Encode gives it: smooth, with about the variance of images."""
     coarse = torch.randn(1, 4, 3, 4, generator=torch.manual_seed(0))
     return {"samples": torch.nn.functional.interpolate(coarse, size=SIZE, mode="bicubic") / SCALE}
 
@@ -35,7 +35,7 @@ def invert(host, model, conditioning, latent, steps=20, refinements=CLOSE):
     return host.run("BLIPDiffusionDDIMInversion", **inputs, steps=steps, refinements=refinements)
 
 
-def draw(host, model, conditioning, latent, settings: str, **changes):
+def sample_again(host, model, conditioning, latent, settings: str, **changes):
     """Run the stock sampler as the node says it should be set."""
     words = dict(re.findall(r"(\w+): (\S+)", settings))
     numbers = {name: int(words.pop(name)) for name in ("steps", "start_at_step", "end_at_step")}
@@ -49,15 +49,15 @@ def plain(host, loaded, conditioning, latent) -> torch.Tensor:
 
 
 def error(host, model, conditioning, latent, **inputs) -> float:
-    """How far the picture is that comes back, as a part of its standard deviation."""
+    """Error of the image that comes back, in its standard deviations."""
     inverted, settings = invert(host, model, conditioning, latent, **inputs)
-    found = draw(host, model, conditioning, inverted, settings)
+    found = sample_again(host, model, conditioning, inverted, settings)
     return ((found - latent["samples"]).std() / latent["samples"].std()).item()
 
 
 @pytest.mark.parametrize("steps", [1, 10, 50])
-def test_without_refinements_it_is_the_references_inversion(host, loaded, pipeline, subject, prompt, picture, steps):
-    inverted, _ = invert(host, loaded.model, prompt, picture, steps, refinements=0)
+def test_without_refinements_it_is_the_references_inversion(host, loaded, pipeline, subject, prompt, image, steps):
+    inverted, _ = invert(host, loaded.model, prompt, image, steps, refinements=0)
     context = pipeline.encode_prompt(subject.vectors, ["a dog in the snow"])
     scheduler = DDIMInverseScheduler(
         beta_start=0.00085,
@@ -68,7 +68,7 @@ def test_without_refinements_it_is_the_references_inversion(host, loaded, pipeli
         steps_offset=1,
     )
     scheduler.set_timesteps(steps)
-    expected = picture["samples"] * SCALE
+    expected = image["samples"] * SCALE
     for timestep in scheduler.timesteps:
         noise = pipeline.unet(expected, timestep, context).sample
         expected = scheduler.step(noise, timestep, expected).prev_sample
@@ -76,23 +76,23 @@ def test_without_refinements_it_is_the_references_inversion(host, loaded, pipeli
     torch.testing.assert_close(inverted["samples"] * SCALE * alpha.sqrt(), expected, atol=1e-3, rtol=0)
 
 
-def test_the_stock_sampler_finds_the_picture_again(host, loaded, prompt, picture):
-    assert error(host, loaded.model, prompt, picture) < FOUND
+def test_the_stock_sampler_finds_the_image_again(host, loaded, prompt, image):
+    assert error(host, loaded.model, prompt, image) < FOUND
 
 
-def test_steps_and_refinements_bring_it_closer(host, loaded, prompt, picture):
+def test_steps_and_refinements_bring_it_closer(host, loaded, prompt, image):
     tries = [(10, 0), (10, 2), (20, 2), (20, 5)]
-    errors = [error(host, loaded.model, prompt, picture, steps=steps, refinements=more) for steps, more in tries]
+    errors = [error(host, loaded.model, prompt, image, steps=steps, refinements=more) for steps, more in tries]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < FOUND
 
 
-def test_a_number_of_steps_that_does_not_divide_1000(host, loaded, prompt, picture):
-    assert error(host, loaded.model, prompt, picture, steps=15, refinements=8) < FOUND  # the host makes 16 of them
+def test_a_number_of_steps_that_does_not_divide_1000(host, loaded, prompt, image):
+    assert error(host, loaded.model, prompt, image, steps=15, refinements=8) < FOUND  # the host makes 16 of them
 
 
-def test_sampler_custom_finds_it_too(host, loaded, prompt, picture):
-    inverted, _ = invert(host, loaded.model, prompt, picture)
+def test_sampler_custom_finds_it_too(host, loaded, prompt, image):
+    inverted, _ = invert(host, loaded.model, prompt, image)
     (sampler,) = host.run("KSamplerSelect", sampler_name="ddim")
     (sigmas,) = host.run("BasicScheduler", model=loaded.model, scheduler="ddim_uniform", steps=20, denoise=1.0)
     found = host.run(
@@ -107,17 +107,19 @@ def test_sampler_custom_finds_it_too(host, loaded, prompt, picture):
         sigmas=sigmas,
         latent_image=inverted,
     )[0]["samples"]
-    assert (found - picture["samples"]).std() < FOUND * picture["samples"].std()
+    assert (found - image["samples"]).std() < FOUND * image["samples"].std()
 
 
-def test_with_other_settings_it_is_not_found(host, loaded, prompt, picture):
-    inverted, settings = invert(host, loaded.model, prompt, picture)
+def test_with_other_settings_it_is_not_found(host, loaded, prompt, image):
+    inverted, settings = invert(host, loaded.model, prompt, image)
     for changes in ({"cfg": 3.0}, {"add_noise": "enable"}, {"sampler_name": "euler_ancestral"}, {"steps": 10}):
-        other = draw(host, loaded.model, prompt, inverted, settings, negative=stock(host, loaded.clip, ""), **changes)
-        assert (other - picture["samples"]).std() > 0.1 * picture["samples"].std()
+        other = sample_again(
+            host, loaded.model, prompt, inverted, settings, negative=stock(host, loaded.clip, ""), **changes
+        )
+        assert (other - image["samples"]).std() > 0.1 * image["samples"].std()
 
 
-def test_with_a_controlnet(host, loaded, prompt, picture):
+def test_with_a_controlnet(host, loaded, prompt, image):
     (control_net,) = host.run("BLIPDiffusionControlNetLoader", checkpoint="hub")
     applied, _ = host.run(
         "ControlNetApplyAdvanced",
@@ -129,12 +131,12 @@ def test_with_a_controlnet(host, loaded, prompt, picture):
         start_percent=0.1,
         end_percent=0.8,
     )
-    assert error(host, loaded.model, applied, picture, refinements=10) < FOUND
-    with_control, without = (plain(host, loaded, each, picture) for each in (applied, prompt))
+    assert error(host, loaded.model, applied, image, refinements=10) < FOUND
+    with_control, without = (plain(host, loaded, each, image) for each in (applied, prompt))
     assert (with_control - without).std() > 0.1 * without.std()
 
 
-def test_with_area_mask_and_timestep_conditioning(host, loaded, prompt, picture):
+def test_with_area_mask_and_timestep_conditioning(host, loaded, prompt, image):
     (left,) = host.run("ConditioningSetArea", conditioning=prompt, width=48, height=64, x=0, y=0, strength=1.0)
     other = stock(host, loaded.clip, "a hat")
     mask = torch.zeros(1, *SIZE)
@@ -143,10 +145,10 @@ def test_with_area_mask_and_timestep_conditioning(host, loaded, prompt, picture)
         "ConditioningSetMask", conditioning=other, mask=mask, strength=0.8, set_cond_area="mask bounds"
     )
     (late,) = host.run("ConditioningSetTimestepRange", conditioning=masked, start=0.4, end=1.0)
-    assert error(host, loaded.model, [*left, *late, *prompt], picture) < FOUND
+    assert error(host, loaded.model, [*left, *late, *prompt], image) < FOUND
 
 
-def test_with_a_hook_that_changes_on_the_way(host, loaded, prompt, picture):
+def test_with_a_hook_that_changes_on_the_way(host, loaded, prompt, image):
     """Weights whose strength follows keyframes are met backwards, and the run after it meets them forwards again."""
     import comfy.hooks
 
@@ -169,11 +171,11 @@ def test_with_a_hook_that_changes_on_the_way(host, loaded, prompt, picture):
     two_groups = [*scheduled, *stock(host, loaded.clip, "a hat")]  # the host keeps the weights of several groups
     for conditioning in (scheduled, two_groups):
         before = draw_fresh(host, loaded, conditioning)
-        assert error(host, loaded.model, conditioning, picture) < FOUND
-        plain(host, loaded, conditioning, picture)
+        assert error(host, loaded.model, conditioning, image) < FOUND
+        plain(host, loaded, conditioning, image)
         assert torch.equal(draw_fresh(host, loaded, conditioning), before)
     constant = hooked([(0.0, 1.0)])
-    with_schedule, without = (plain(host, loaded, each, picture) for each in (scheduled, constant))
+    with_schedule, without = (plain(host, loaded, each, image) for each in (scheduled, constant))
     assert (with_schedule - without).std() > 0.01 * without.std()
 
 
@@ -184,9 +186,9 @@ def draw_fresh(host, loaded, positive) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("zsnr", [False, True])
-def test_a_model_that_predicts_v(host, loaded, prompt, picture, zsnr):
+def test_a_model_that_predicts_v(host, loaded, prompt, image, zsnr):
     (model,) = host.run("ModelSamplingDiscrete", model=loaded.model, sampling="v_prediction", zsnr=zsnr)
-    assert error(host, model, prompt, picture) < FOUND
+    assert error(host, model, prompt, image) < FOUND
 
 
 def test_sdxl(host):
@@ -227,23 +229,24 @@ def test_sdxl(host):
     )
 
 
-def test_a_batch_is_inverted_row_by_row(host, loaded, prompt, picture):
-    samples = torch.cat([picture["samples"], picture["samples"].flip(-1), 0.5 * picture["samples"]])
+def test_a_batch_is_inverted_row_by_row(host, loaded, prompt, image):
+    samples = torch.cat([image["samples"], image["samples"].flip(-1), 0.5 * image["samples"]])
     together, _ = invert(host, loaded.model, prompt, {"samples": samples}, steps=10, refinements=1)
     for row, sample in zip(together["samples"], samples, strict=True):
         alone, _ = invert(host, loaded.model, prompt, {"samples": sample[None]}, steps=10, refinements=1)
         torch.testing.assert_close(row, alone["samples"][0], atol=1e-3 * row.std().item(), rtol=0)
 
 
-def test_the_latent_keeps_its_noise_numbers_and_loses_its_mask(host, loaded, prompt, picture):
-    latent = {**picture, "batch_index": [7], "noise_mask": torch.ones(1, 1, *SIZE)}
+def test_the_latent_keeps_its_noise_numbers_and_loses_its_mask(host, loaded, prompt, image):
+    latent = {**image, "batch_index": [7], "noise_mask": torch.ones(1, 1, *SIZE)}
     before = latent["samples"].clone()
     inverted, _ = invert(host, loaded.model, prompt, latent, refinements=0)
     assert set(inverted) == {"samples", "batch_index"}
-    assert set(latent) == {"samples", "batch_index", "noise_mask"} and torch.equal(latent["samples"], before)
+    assert set(latent) == {"samples", "batch_index", "noise_mask"}
+    assert torch.equal(latent["samples"], before)
 
 
-def test_progress_is_shown_and_cancelling_stops_it(host, loaded, prompt, picture):
+def test_progress_is_shown_and_cancelling_stops_it(host, loaded, prompt, image):
     import comfy.utils
 
     seen = []
@@ -256,11 +259,11 @@ def test_progress_is_shown_and_cancelling_stops_it(host, loaded, prompt, picture
     comfy.utils.set_progress_bar_global_hook(hook)
     try:
         stop = False
-        invert(host, loaded.model, prompt, picture, steps=5, refinements=1)
+        invert(host, loaded.model, prompt, image, steps=5, refinements=1)
         assert seen == [(value, 5) for value in (1, 2, 3, 4, 5) for _ in range(2)]
         stop = True
         with pytest.raises(InterruptedError):
-            invert(host, loaded.model, prompt, picture, steps=5, refinements=0)
+            invert(host, loaded.model, prompt, image, steps=5, refinements=0)
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
     assert seen[-1] == (3, 5)
@@ -281,11 +284,11 @@ def test_latents_that_are_no_picture_are_named(host, loaded, prompt, samples, se
         invert(host, loaded.model, prompt, {"samples": samples})
 
 
-def test_a_model_that_mixes_picture_and_noise_is_named(host, loaded, prompt, picture):
+def test_a_model_that_mixes_image_and_noise_is_named(host, loaded, prompt, image):
     import comfy.model_sampling
 
     flow = SimpleNamespace(
         model=type("Flux", (), {})(), get_model_object={"model_sampling": comfy.model_sampling.CONST()}.get
     )
     with pytest.raises(ValueError, match="of the kind Flux, whose sampling throws the latent away.* use SD1.5"):
-        invert(host, flow, prompt, picture)
+        invert(host, flow, prompt, image)

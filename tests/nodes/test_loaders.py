@@ -125,8 +125,13 @@ def test_an_empty_folder_says_what_to_do(host, models, monkeypatch, tmp_path, lo
     (nothing,) = options(host, loader)
     with pytest.raises(ValueError, match="No BLIP-Diffusion model was found") as error:
         host.run(loader, checkpoint=nothing)
-    for part in (str(tmp_path / "blip_diffusion"), str(tmp_path / "diffusers"), "Salesforce/blipdiffusion", "qformer"):
-        assert part in str(error.value)
+    for expected in (
+        str(tmp_path / "blip_diffusion"),
+        str(tmp_path / "diffusers"),
+        "Salesforce/blipdiffusion",
+        "qformer",
+    ):
+        assert expected in str(error.value)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -143,11 +148,11 @@ def test_a_qformer_alone_points_to_its_own_loader(host, models):
 
 @pytest.fixture
 def broken(models):
-    """A copy of "hub" called "broken", and a function that rewrites the weights of one of its parts."""
+    """A copy of "hub" called "broken", and a function that rewrites the weights of one of its components."""
     folder = shutil.copytree(models / "blip_diffusion" / "hub", models / "blip_diffusion" / "broken")
 
-    def rewrite(part: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
-        (file,) = (folder / part).glob("*.bin")
+    def rewrite(component: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+        (file,) = (folder / component).glob("*.bin")
         torch.save(change(torch.load(file, weights_only=True)), file)
 
     return rewrite
@@ -161,30 +166,30 @@ HOLES = [
 ]
 
 
-@pytest.mark.parametrize(("part", "hole"), HOLES)
-def test_a_network_with_a_hole_is_named(host, broken, part, hole):
-    broken(part, lambda weights: {name: tensor for name, tensor in weights.items() if not name.endswith(hole)})
-    with pytest.raises(ValueError, match=rf"{part}.*\.bin.*lacks tensors.*{re.escape(hole)}"):
+@pytest.mark.parametrize(("component", "hole"), HOLES)
+def test_a_network_with_a_hole_is_named(host, broken, component, hole):
+    broken(component, lambda weights: {name: tensor for name, tensor in weights.items() if not name.endswith(hole)})
+    with pytest.raises(ValueError, match=rf"{component}.*\.bin.*lacks tensors.*{re.escape(hole)}"):
         host.run("BLIPDiffusionLoader", checkpoint="broken")
 
 
 @pytest.mark.parametrize(
-    ("part", "level"),
+    ("component", "level"),
     [("unet", "up_blocks.1."), ("vae", "decoder.up_blocks.3."), ("text_encoder", "encoder.layers.1.")],
 )
-def test_a_network_without_a_level_is_told_by_its_config(host, broken, part, level):
-    broken(part, lambda weights: {name: tensor for name, tensor in weights.items() if level not in name})
-    with pytest.raises(ValueError, match=rf"{part}.*\.bin.*its config tells of"):
+def test_a_network_without_a_level_is_told_by_its_config(host, broken, component, level):
+    broken(component, lambda weights: {name: tensor for name, tensor in weights.items() if level not in name})
+    with pytest.raises(ValueError, match=rf"{component}.*\.bin.*its config tells of"):
         host.run("BLIPDiffusionLoader", checkpoint="broken")
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_a_tensor_of_another_shape_is_named(host, broken, part):
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_a_tensor_of_another_shape_is_named(host, broken, component):
     name = {"unet": "mid_block.resnets.0.conv2.bias", "vae": "decoder.conv_out.bias"}.get(
-        part, "text_model.final_layer_norm.bias"
+        component, "text_model.final_layer_norm.bias"
     )
-    broken(part, lambda weights: weights | {name: torch.zeros(7)})
-    with pytest.raises(ValueError, match=rf"{part}.*\.bin does not fit its own config.*size mismatch.*bias"):
+    broken(component, lambda weights: weights | {name: torch.zeros(7)})
+    with pytest.raises(ValueError, match=rf"{component}.*\.bin does not fit its own config.*size mismatch.*bias"):
         host.run("BLIPDiffusionLoader", checkpoint="broken")
 
 
@@ -200,7 +205,7 @@ def test_of_two_folders_with_one_name_the_first_is_taken(host, models, monkeypat
     for root in roots:
         (root / "same").mkdir(parents=True)
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "blip_diffusion", ([str(root) for root in roots], set()))
-    assert host.module("nodes.host.model_paths").checkpoint_path("same") == roots[0] / "same"
+    assert host.module("nodes.host.model_paths").CHECKPOINTS.path("same") == roots[0] / "same"
 
 
 @pytest.mark.parametrize("flag", ["fp8_e4m3fn_text_enc", "fp8_e5m2_text_enc"])

@@ -8,7 +8,7 @@ import torch
 from blip_qformer.encoder import preprocess
 from tests import oracle
 
-SEED, SIZE = 7, (128, 192)  # of the picture, in pixels
+SEED, SIZE = 7, (128, 192)  # of the image, in pixels
 STEPS, GUIDANCE = 10, 7.5  # 1000 is a multiple of the steps, so that both count time alike
 
 

@@ -1,4 +1,4 @@
-"""Save Subject and Load Subject in the host: the same picture from the node, from a text box and from a copied file."""
+"""Save Subject and Load Subject in the host: the same image from the node, from a text box and from a copied file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load(host, name, **inputs):
 
 
 def load_clip(host):
-    """A CLIP that looks into the folders of now."""
+    """A CLIP that knows the embeddings folders of this moment."""
     return host.run("BLIPDiffusionLoader", checkpoint="hub")[1]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ....blip_qformer.attention.edits import Edit, PromptToPrompt, Reweight
 from ....blip_qformer.attention.prompt_to_prompt import PromptToPromptSettings, build_edits
 from ....blip_qformer.prompt import TokenSpan
-from ..conditioning import TOKEN_SPANS, Conditioning, stack_rows, words_of
+from ..conditioning import TOKEN_SPANS, Conditioning, stack_rows, token_spans
 from ..latents import Latent
 from .hooks import EDITS, get_edits, set_edits
 from .local_blend import EDIT_MASKS, EditMasks
@@ -136,7 +136,7 @@ def words_of_each(
     """
     edited_texts = [edited_text] if len(conditionings) == 2 else edited_text.splitlines()
     texts = [source_text, *edited_texts, *[""] * len(conditionings)]
-    return [words_of(each, clip, text) for each, text in zip(conditionings, texts, strict=False)]
+    return [token_spans(each, clip, text) for each, text in zip(conditionings, texts, strict=False)]
 
 
 def reweights_of_each(conditionings: Sequence[Conditioning], entry: int) -> list[Reweight]:
