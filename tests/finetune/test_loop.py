@@ -101,8 +101,7 @@ def test_the_best_step_is_put_back(unet, vectors, latents):
 
 @pytest.mark.parametrize("cancelled_at", [0, 2, 3])
 def test_cancelled_while_validation_samples_it_ends_there(unet, vectors, latents, cancelled_at):
-    # The first images are without the subject.
-    """At the first sampling of all nothing has been trained yet; at the second one two steps have, at the third four."""
+    """At the first sampling of all nothing has been trained yet; at the third two steps have, at the fourth four."""
     tuning = tuning_of(unet, vectors, latents, steps=6)
     sampled_after = []
 
@@ -117,9 +116,8 @@ def test_cancelled_while_validation_samples_it_ends_there(unet, vectors, latents
 
     result = finetune(tuning, validate_every=2, sample=sample_images, make_validation=make_validation)
     assert result.kept_step == len(result.losses) == {0: 0, 2: 2, 3: 4}[cancelled_at]
-    assert (
-        len(result.samples) == len(result.scores) == max(0, cancelled_at - 1)
-    )  # the first images are without the subject
+    # The first images are without the subject.
+    assert len(result.samples) == len(result.scores) == max(0, cancelled_at - 1)
     untrained = tuning_of(unet, vectors, latents, steps=6)
     assert torch.equal(tuning.vectors, untrained.vectors) == (cancelled_at == 0)
 
