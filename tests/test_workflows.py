@@ -202,7 +202,8 @@ def test_says_how_to_use_it_and_where_its_models_come_from(workflow):
     for node in nodes:
         for model in node["properties"].get("models", []):  # what the dialog of missing models offers
             assert model["name"] == node["widgets_values"][0]
-            assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(model["name"])
+            assert model["url"].startswith("https://huggingface.co/")
+            assert model["url"].endswith(model["name"])
             assert model["url"] in note
 
 
