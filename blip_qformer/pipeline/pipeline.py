@@ -122,13 +122,6 @@ def replace_network(pipeline: Pipeline, name: str, folder: Path) -> None:
     setattr(pipeline, name, build(found[kind]))
 
 
-def build_text_encoder(component: Component) -> CLIPTextModel:
-    """Build the CLIP text model; see :func:`build_unet`."""
-    text_encoder = CLIPTextModel(CLIPTextModelConfig.from_hub(component.config))
-    _load_weights(component, text_encoder.load_hub_state_dict)
-    return text_encoder
-
-
 def build_unet(component: Component) -> UNet2DConditionModel:
     """Build the U-Net from its config and its published weights.
 
@@ -144,6 +137,13 @@ def build_unet(component: Component) -> UNet2DConditionModel:
     unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(component.config))
     _load_weights(component, unet.load_state_dict)
     return unet
+
+
+def build_text_encoder(component: Component) -> CLIPTextModel:
+    """Build the CLIP text model; see :func:`build_unet`."""
+    text_encoder = CLIPTextModel(CLIPTextModelConfig.from_hub(component.config))
+    _load_weights(component, text_encoder.load_hub_state_dict)
+    return text_encoder
 
 
 def build_vae(component: Component) -> AutoencoderKL:
