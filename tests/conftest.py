@@ -18,6 +18,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# One thread for each process, those that tests start included: `make test` runs two, and threads of several processes
+# that wait for each other on two cores take many times as long. Read when torch is imported, hence first.
+os.environ.update({name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
+
 
 def _import_from_root(name: str) -> None:
     """Import one package of the root without the root being on ``sys.path``."""

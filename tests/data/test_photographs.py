@@ -214,7 +214,16 @@ def test_it_goes_to_other_processes(folder):
     assert np.array_equal(np.array(pickle.loads(pickle.dumps(photographs)).pair(0, 1).subject), expected)
 
 
-def test_workers_cut_out_to_the_last_bit_alike(folder):
+@pytest.fixture
+def two_threads():
+    """In this process; tests have one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_workers_cut_out_to_the_last_bit_alike(folder, two_threads):
     """CLIPSeg and matting in processes of their own and in this one, whatever number of threads it has."""
     write_clipseg(folder / "clipseg")
     unmasked = {**LINE, "mask": None, "area": 0.5}

@@ -20,7 +20,6 @@ def artwork(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judges(artwork):
-    torch.set_num_threads(1)
     return train_judges(artwork, JudgesTraining(steps=60, batch_size=16), progress=lambda line: None)
 
 
