@@ -1,1 +1,1 @@
-"""The small world and the small model made in it."""
+"""The small world and the small model trained in it."""

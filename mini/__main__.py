@@ -23,7 +23,7 @@ from blip_qformer.training.config import read_config
 from blip_qformer.training.trainer import train
 
 from .evaluation.judges import Judges, JudgesTraining, load_judges, save_judges, train_judges
-from .evaluation.report import Report, Settings, evaluate
+from .evaluation.report import Report, ReportSettings, evaluate
 from .evaluation.tuned import TunedReport, TunedSettings, evaluate_tuned
 from .init import initialise
 from .init.placed_queries import initialise_saved_model
@@ -148,7 +148,7 @@ def _evaluate_report(arguments: argparse.Namespace) -> None:
     pipeline = load_pipeline(arguments.model)
     for network in pipeline.networks.values():
         network.eval().requires_grad_(False)
-    settings = Settings(things=arguments.things, seed=arguments.seed)
+    settings = ReportSettings(things=arguments.things, seed=arguments.seed)
     report, sheet = evaluate(pipeline, judges, arguments.artwork, settings)
     _write(report, sheet, arguments.target / REPORT, arguments.target / SHEET)
 

@@ -23,8 +23,8 @@ def write_artwork(folder: Path) -> Path:
         colour = tuple((37 * number + 90 * channel) % 256 for channel in range(3))
         for corners, style in enumerate(STYLES, start=3):
             (folder / style).mkdir(parents=True, exist_ok=True)
-            picture = Image.new("RGBA", (64, 64))
-            ImageDraw.Draw(picture).regular_polygon((32, 32, 28), corners, fill=(*colour, 255))
-            picture.save(folder / style / f"{code}.png")
+            image = Image.new("RGBA", (64, 64))
+            ImageDraw.Draw(image).regular_polygon((32, 32, 28), corners, fill=(*colour, 255))
+            image.save(folder / style / f"{code}.png")
     (folder / "things.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder

@@ -1,1 +1,1 @@
-"""What the small model is worth."""
+"""How good the small model is: its report, and what fine-tuning adds."""

@@ -1,8 +1,8 @@
 """The judges of the small world: two small networks that never saw the model they judge.
 
-One knows a subject again in another place, the other tells places apart. Both learn from scenes of the training split
-alone, painted on the spot, blurred and noisy at times as a generated picture may be; what they are worth is measured on
-real held-out scenes and stands in every report beside what they say.
+One recognises a subject in another scene, the other tells backgrounds apart. Both learn from scenes of the training
+split alone, rendered on the spot, blurred and noisy at times as a generated image may be. How good they are is measured
+on real held-out scenes, and stands in every report beside what they say.
 """
 
 from __future__ import annotations
@@ -24,60 +24,84 @@ from blip_qformer.data.collate import to_pixels
 from blip_qformer.training.losses import contrastive_loss
 
 from ..world.artwork import Artwork
-from ..world.places import PLACES, Random
-from ..world.scenes import Look, compose, cut_out, paint_place, random_look, random_placement
+from ..world.backgrounds import BACKGROUNDS
+from ..world.scenes import Appearance, cut_out, paste_subject, render_background, sample_appearance, sample_box
 from ..world.source import readable_artwork
 
-EDGE = 64  # pixels, of what the judges see
-
-
+EDGE = 64  # pixels, of the judges' input
 WIDTHS = (32, 64, 96, 128)
-
-
 EMBEDDING_WIDTH = 64
-
-
 TEMPERATURE = 0.07
-
-
-BLURRED = 0.5  # the part of pictures that is blurred
+BLURRED_SHARE = 0.5  # of the training images
 
 
 def _network(outputs: int) -> nn.Sequential:
-    """[B, 3, 64, 64] -> [B, outputs]: four convolutions that halve the picture, and what is where on a 4 x 4 grid."""
+    """Make a network [B, 3, 64, 64] -> [B, outputs]: four convolutions that halve the image, and a linear layer."""
     layers: list[nn.Module] = []
-    before = 3
+    inputs = 3
     for width in WIDTHS:
-        layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.GELU()]
-        before = width
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(before * 16, outputs))
+        layers += [nn.Conv2d(inputs, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.GELU()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs * 16, outputs))  # 4 x 4 positions
 
 
 class Judges(nn.Module):
-    """Who is it, and where is it?"""
+    """Say which subject an image shows, and in front of which background."""
 
     def __init__(self) -> None:
         super().__init__()
         self.identity = _network(EMBEDDING_WIDTH)
-        self.place = _network(len(PLACES))
+        self.background = _network(len(BACKGROUNDS))
 
-    def embed(self, pictures: Tensor) -> Tensor:
-        """[B, 3, H, W] in 0..1 -> [B, 64] of unit length; pictures of one subject lie close together."""
-        return F.normalize(self.identity(_seen(pictures)), dim=-1)
+    def embed(self, images: Tensor) -> Tensor:
+        """Embed the subjects of images; images of one subject lie close together.
 
-    def name_places(self, pictures: Tensor) -> list[str]:
-        """[B, 3, H, W] in 0..1 -> the place each one shows."""
-        return [PLACES[index].name for index in self.place(_seen(pictures)).argmax(dim=-1).tolist()]
+        Args:
+            images: Images of shape [B, 3, H, W] in 0..1.
+
+        Returns:
+            Embeddings of shape [B, 64] and unit length.
+        """
+        return F.normalize(self.identity(_preprocess(images)), dim=-1)
+
+    def name_backgrounds(self, images: Tensor) -> list[str]:
+        """Name the background of each image.
+
+        Args:
+            images: Images of shape [B, 3, H, W] in 0..1.
+
+        Returns:
+            The backgrounds' names.
+        """
+        return [BACKGROUNDS[index].name for index in self.classify_backgrounds(images).argmax(dim=-1).tolist()]
+
+    def classify_backgrounds(self, images: Tensor) -> Tensor:
+        """Compute the logits of all backgrounds.
+
+        Args:
+            images: Images of shape [B, 3, H, W] in 0..1.
+
+        Returns:
+            Logits of shape [B, 8], in the order of the backgrounds.
+        """
+        return self.background(_preprocess(images))
 
 
-def _seen(pictures: Tensor) -> Tensor:
-    """Pictures at the judges' size, around zero."""
-    return F.interpolate(pictures, (EDGE, EDGE), mode="area") * 2 - 1
+def _preprocess(images: Tensor) -> Tensor:
+    """Resize images to the judges' input, in -1..1."""
+    return F.interpolate(images, (EDGE, EDGE), mode="area") * 2 - 1
 
 
 @dataclass(frozen=True)
 class JudgesTraining:
-    """How the judges are trained; the seed decides all of it."""
+    """How the judges are trained.
+
+    Args:
+        steps: Number of steps.
+        batch_size: Number of subjects in a batch, each in two scenes.
+        learning_rate: Highest learning rate of the one-cycle schedule.
+        seed: Seed of the weights and of the scenes.
+    """
 
     steps: int = 500
     batch_size: int = 48
@@ -89,32 +113,49 @@ def train_judges(artwork: Path, settings: JudgesTraining, progress: Callable[[st
     """Train both judges on the training split.
 
     Args:
-        artwork: an artwork folder.
-        progress: is told the losses now and then.
+        artwork: An artwork folder.
+        settings: How they are trained.
+        progress: Function called with a line about the losses every 100 steps and at the end.
+
+    Returns:
+        The judges, frozen.
+
+    Raises:
+        ValueError: The training split is empty.
     """
     torch.manual_seed(settings.seed)
-    random = np.random.default_rng(settings.seed)
+    rng = np.random.default_rng(settings.seed)
     judges = Judges()
     optimizer = torch.optim.AdamW(judges.parameters(), lr=settings.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, settings.steps)
-    drawings = readable_artwork(artwork, "train")
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, settings.steps)
+    pieces = readable_artwork(artwork, "train")
     for step in range(1, settings.steps + 1):
-        pictures, places = _scenes(drawings, settings.batch_size, random)  # [2, B, 3, 64, 64], [2, B]
-        here, there = (judges.embed(each) for each in pictures)
-        similarity = here @ there.T
-        identity = contrastive_loss(similarity, similarity.T, 0, torch.tensor(TEMPERATURE))
-        where = F.cross_entropy(judges.place(_seen(pictures.flatten(0, 1))), places.flatten())
+        images, backgrounds = _sample_batch(pieces, settings.batch_size, rng)  # [2, B, 3, 64, 64], [2, B]
+        first, second = (judges.embed(each) for each in images)
+        similarity = first @ second.T
+        identity_loss = contrastive_loss(similarity, similarity.T, 0, torch.tensor(TEMPERATURE))
+        logits = judges.classify_backgrounds(images.flatten(0, 1))
+        background_loss = F.cross_entropy(logits, backgrounds.flatten())
         optimizer.zero_grad()
-        (identity + where).backward()
+        (identity_loss + background_loss).backward()
         optimizer.step()
-        schedule.step()
+        scheduler.step()
         if step % 100 == 0 or step == settings.steps:
-            progress(f"judges, step {step}: identity {float(identity.detach()):.3f}, place {float(where.detach()):.3f}")
+            losses = f"identity {float(identity_loss.detach()):.3f}, background {float(background_loss.detach()):.3f}"
+            progress(f"judges, step {step}: {losses}")
     return judges.eval().requires_grad_(False)
 
 
 def save_judges(judges: Judges, file: Path) -> None:
-    """Write both networks as one .safetensors file, in half precision; all of it or nothing."""
+    """Write both networks to one .safetensors file in half precision, whole or not at all.
+
+    Args:
+        judges: The judges.
+        file: The file to write.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     with atomic_file(file) as temporary:
         save_file({name: weight.half() for name, weight in judges.state_dict().items()}, temporary)
 
@@ -122,8 +163,14 @@ def save_judges(judges: Judges, file: Path) -> None:
 def load_judges(file: Path) -> Judges:
     """Read what :func:`save_judges` wrote.
 
+    Args:
+        file: The file to read.
+
+    Returns:
+        The judges, frozen.
+
     Raises:
-        ValueError: it is another file, or part of one.
+        ValueError: It is another file, or incomplete.
     """
     judges = Judges()
     try:
@@ -135,23 +182,28 @@ def load_judges(file: Path) -> Judges:
     return judges.eval().requires_grad_(False)
 
 
-def _scenes(drawings: Sequence[Artwork], count: int, random: Random) -> tuple[Tensor, Tensor]:
-    """Two scenes of each of ``count`` subjects; half of them are the same drawing as another one, in other colours."""
-    chosen = [drawings[random.integers(len(drawings))] for _ in range(count // 2)]
-    subjects = [(artwork, random_look(random)) for artwork in [*chosen, *chosen]]
-    pictures, places = [], []
+def _sample_batch(pieces: Sequence[Artwork], count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Render two scenes of each of ``count`` subjects; half of the subjects are the other half in other colours.
+
+    Returns:
+        Images of shape [2, count, 3, 64, 64] in 0..1, and the indices of their backgrounds of shape [2, count].
+    """
+    chosen = [pieces[rng.integers(len(pieces))] for _ in range(count // 2)]
+    subjects = [(artwork, sample_appearance(rng)) for artwork in [*chosen, *chosen]]
+    images, backgrounds = [], []
     for _ in range(2):
-        scenes = [_scene(artwork, look, random) for artwork, look in subjects]
-        pictures.append(torch.stack([to_pixels(picture) for picture, _ in scenes]))
-        places.append(torch.tensor([place for _, place in scenes]))
-    return torch.stack(pictures), torch.stack(places)
+        scenes = [_sample_scene(artwork, appearance, rng) for artwork, appearance in subjects]
+        images.append(torch.stack([to_pixels(image) for image, _ in scenes]))
+        backgrounds.append(torch.tensor([index for _, index in scenes]))
+    return torch.stack(images), torch.stack(backgrounds)
 
 
-def _scene(artwork: Artwork, look: Look, random: Random) -> tuple[Image.Image, int]:
-    index = int(random.integers(len(PLACES)))
-    placement = random_placement(random)
-    background = paint_place(PLACES[index], EDGE, random)
-    picture = compose(cut_out(artwork, look, round(placement.size * EDGE)), background, placement)
-    if random.random() < BLURRED:
-        picture = picture.filter(ImageFilter.GaussianBlur(float(random.uniform(0.3, 1.5))))
-    return picture, index
+def _sample_scene(artwork: Artwork, appearance: Appearance, rng: np.random.Generator) -> tuple[Image.Image, int]:
+    """Render a subject somewhere, at times blurred; returns the image and the index of its background."""
+    index = int(rng.integers(len(BACKGROUNDS)))
+    box = sample_box(rng)
+    canvas = render_background(BACKGROUNDS[index], EDGE, rng)
+    image = paste_subject(cut_out(artwork, appearance, round(box.size * EDGE)), canvas, box)
+    if rng.random() < BLURRED_SHARE:
+        image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.5))))
+    return image, index

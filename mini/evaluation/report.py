@@ -1,9 +1,9 @@
-"""The small model's report: held-out things only, three questions, three baselines (``python -m mini evaluate report``).
+"""The small model's report: held-out things, three questions, three baselines (``python -m mini evaluate report``).
 
-Identity: does a generated picture pick its reference out of twenty candidates? Context: is it where the prompt says?
-Blending: does the likeness move steadily from one subject to the other? The baselines answer the same questions with
-the same model: without a subject, with another thing's subject, and with the reference pasted into a picture that was
-drawn without a subject; where two are blended, with one faded into the other.
+Identity: does a generated image pick its reference out of twenty candidates? Context: does it show the background of
+the prompt? Blending: does the likeness move steadily from one subject to the other? The baselines answer the same
+questions with the same model: without a subject, with another thing's subject, and with the reference pasted into an
+image that was sampled without a subject; where two subjects are blended, with one reference faded into the other.
 """
 
 from __future__ import annotations
@@ -26,56 +26,45 @@ from blip_qformer.prompt import compose_prompt
 from blip_qformer.training.stages.base import to_pil_image
 
 from ..world.artwork import Artwork
-from ..world.places import PLACES, Place, Random
-from ..world.scenes import Look, picture_of, random_look, random_place, random_placement
+from ..world.backgrounds import BACKGROUNDS, Background
+from ..world.scenes import Appearance, render_scene, sample_appearance, sample_background, sample_box
 from ..world.source import readable_artwork
 from .judges import Judges
 
 CANDIDATES = 20
-
-
-BLEND_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-PASTED_SIZE = 0.6  # of the picture's edge
-
-
-BATCH = 8
-
+BLEND_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the second subject
+PASTED_SIZE = 0.6  # of the image's edge
+BATCH_SIZE = 8
+TILE = 128  # pixels, in contact sheets
 
 GENERATED = "with its subject"
-
-
 WITHOUT = "without a subject"
-
-
 ANOTHER = "with another thing's subject"
-
-
 PASTED = "its reference pasted in"
-
-
 REAL = "real pictures (what the judges are worth)"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How much is drawn.
+class ReportSettings:
+    """What is sampled, and how.
 
     Args:
-        things: how many held-out subjects; ``places``: in how many places each.
-        blends: how many pairs of subjects are blended, each subject in one pair.
-        steps, guidance: of DDIM.
-        repetitions: how often a prompt is said, as Subject Prompt Compose does.
-        edge: of the pictures, in pixels.
-        candidates: how many references a picture's own is to be picked from.
+        things: Number of held-out subjects.
+        backgrounds: Number of backgrounds that each is asked for in front of.
+        blends: Number of pairs of subjects that are blended, each subject in one pair.
+        steps: Number of DDIM steps.
+        guidance_scale: Weight of the prompt.
+        repetitions: Number of times that a prompt is repeated, as Subject Prompt Compose does.
+        edge: Edge of the images, in pixels.
+        candidates: Number of references that an image's own is picked from.
+        seed: Seed of the subjects and backgrounds.
     """
 
     things: int = 60
-    places: int = 1
+    backgrounds: int = 1
     blends: int = 30
     steps: int = 20
-    guidance: float = 4.0
+    guidance_scale: float = 4.0
     repetitions: int = 4
     edge: int = 256
     candidates: int = CANDIDATES
@@ -84,162 +73,240 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One picture to be drawn: a subject, its reference, and the place that is asked for."""
+    """One image to be sampled.
+
+    Args:
+        artwork: The subject's artwork.
+        appearance: The subject's appearance.
+        reference: Image that the model is shown.
+        reference_background: Background of the reference.
+        background: Background that the prompt asks for.
+        noise_seed: Seed of the initial noise.
+    """
 
     artwork: Artwork
-    look: Look
+    appearance: Appearance
     reference: Image.Image
-    shown_in: Place
-    place: Place
+    reference_background: Background
+    background: Background
     noise_seed: int
 
 
 @dataclass
 class Report:
-    """What was measured: for each way of drawing the share of right identities, right places and steady blends."""
+    """Shares of right identities, right backgrounds and steady blends, for each way to generate images.
+
+    Args:
+        identity: Shares of right identities, by the way's name.
+        context: Shares of right backgrounds, by the way's name.
+        blending: Shares of steady blends, by the way's name.
+        settings: What was sampled, and how.
+    """
 
     identity: dict[str, Share] = field(default_factory=dict)
     context: dict[str, Share] = field(default_factory=dict)
     blending: dict[str, Share] = field(default_factory=dict)
-    settings: Settings = field(default_factory=Settings)
+    settings: ReportSettings = field(default_factory=ReportSettings)
 
     def table(self) -> str:
-        """As Markdown; every share with its 95 % interval."""
-        chances = f"identity, 1 of {self.settings.candidates} | context, 1 of {len(PLACES)}"
+        """Format as a Markdown table; every share with its 95 % interval."""
+        chances = f"identity, 1 of {self.settings.candidates} | context, 1 of {len(BACKGROUNDS)}"
         lines = [f"| drawn | {chances} | blending, steady |", "|---|---|---|---|"]
         for name in self.identity:
             lines.append(f"| {name} | {self.identity[name]} | {self.context[name]} | {self.blending[name]} |")
         return "\n".join(lines)
 
 
-def make_cases(artwork: Path, settings: Settings) -> list[Case]:
-    """The held-out subjects and where they are asked for; a function of the seed.
+def evaluate(
+    pipeline: Pipeline,
+    judges: Judges,
+    artwork: Path,
+    settings: ReportSettings,
+    progress: Callable[[str], None] = print,
+) -> tuple[Report, Image.Image]:
+    """Generate all images and judge them.
+
+    Args:
+        pipeline: The model.
+        judges: The judges.
+        artwork: An artwork folder.
+        settings: What is sampled, and how.
+        progress: Function called with a line before each lot of images.
+
+    Returns:
+        The report, and a contact sheet: reference, without a subject, with its subject.
 
     Raises:
-        ValueError: there are too few things to pick one of so many candidates.
+        ValueError: There are too few things, or the model's images are not finite.
     """
-    random = np.random.default_rng(settings.seed)
+    cases = make_cases(artwork, settings)
+    subjects = encode_references(pipeline, cases)
+    images = _generate(pipeline, cases, subjects, settings, progress)
+    report = Report(settings=settings)
+    for name, generated in images.items():
+        report.identity[name] = identity_share(judges, generated, cases, settings.seed, settings.candidates)
+        report.context[name] = context_share(judges, generated, cases)
+
+    pairs = blended_pairs(cases, settings)
+    progress(f"blending {len(pairs)} pairs")
+    blends = _blend(pipeline, cases, pairs, subjects, images[WITHOUT], settings)
+    report.blending = {name: blending_share(judges, generated, cases, pairs) for name, generated in blends.items()}
+    return report, contact_sheet(cases, images[WITHOUT], images[GENERATED])
+
+
+def make_cases(artwork: Path, settings: ReportSettings) -> list[Case]:
+    """Choose the held-out subjects and the backgrounds they are asked for; a function of the seed.
+
+    Args:
+        artwork: An artwork folder.
+        settings: What is sampled, and how.
+
+    Returns:
+        The cases, those of one subject behind each other.
+
+    Raises:
+        ValueError: There are too few things to pick one of so many candidates.
+    """
+    rng = np.random.default_rng(settings.seed)
     cases = []
-    for number, (drawing, look) in enumerate(held_out_subjects(artwork, random, settings.things)):
-        shown_in = random_place(random)
-        reference = picture_of(drawing, look, shown_in, random_placement(random), settings.edge, 1000 + number)
-        others = [place for place in PLACES if place is not shown_in]
-        for which in random.permutation(len(others))[: settings.places]:
-            cases.append(Case(drawing, look, reference, shown_in, others[which], noise_seed=len(cases)))
+    for number, (piece, appearance) in enumerate(held_out_subjects(artwork, rng, settings.things)):
+        shown = sample_background(rng)
+        reference = render_scene(piece, appearance, shown, sample_box(rng), settings.edge, 1000 + number)
+        others = [background for background in BACKGROUNDS if background is not shown]
+        for index in rng.permutation(len(others))[: settings.backgrounds]:
+            cases.append(Case(piece, appearance, reference, shown, others[index], noise_seed=len(cases)))
     things = len({case.artwork.word for case in cases})
     if things < settings.candidates:
         raise ValueError(f"{things} things are too few to pick one of {settings.candidates}: draw more things.")
     return cases
 
 
-def held_out_subjects(artwork: Path, random: Random, count: int) -> Iterator[tuple[Artwork, Look]]:
-    """Things that were never trained on, each with another word: one of its drawings, and how it looks.
+def held_out_subjects(artwork: Path, rng: np.random.Generator, count: int) -> Iterator[tuple[Artwork, Appearance]]:
+    """Sample things that were never trained on, each with another word.
 
-    ``random`` is drawn from as they come, so that whoever draws more of it between two of them gets others.
+    They are sampled one by one: numbers that the caller takes from ``rng`` in between change those that follow.
+
+    Args:
+        artwork: An artwork folder.
+        rng: Source of randomness.
+        count: Highest number of things.
+
+    Yields:
+        A piece of artwork and its appearance.
     """
-    drawings = readable_artwork(artwork, "held-out")
-    words = sorted({each.word for each in drawings})
-    for index in random.permutation(len(words))[:count]:
-        same_word = [each for each in drawings if each.word == words[index]]
-        yield same_word[random.integers(len(same_word))], random_look(random)
-
-
-def evaluate(
-    pipeline: Pipeline,
-    judges: Judges,
-    artwork: Path,
-    settings: Settings,
-    progress: Callable[[str], None] = print,
-) -> tuple[Report, Image.Image]:
-    """Draw everything and judge it.
-
-    Returns:
-        The report, and a contact sheet: reference, without a subject, with its subject.
-
-    Raises:
-        ValueError: there are too few things, or the model draws what is no picture.
-    """
-    cases = make_cases(artwork, settings)
-    subjects = encode_references(pipeline, cases)
-    drawn = {}
-    for name, vectors in (
-        (GENERATED, subjects),
-        (WITHOUT, [None] * len(cases)),
-        (ANOTHER, _turned(subjects, settings.places)),
-    ):
-        progress(f"drawing {len(cases)} pictures {name}")
-        drawn[name] = draw_cases(pipeline, cases, vectors, settings)
-    drawn[PASTED] = [
-        paste_reference(picture, case.reference) for picture, case in zip(drawn[WITHOUT], cases, strict=True)
-    ]
-    random = np.random.default_rng(settings.seed + 1)
-    drawn[REAL] = [
-        to_pixels(picture_of(c.artwork, c.look, c.place, random_placement(random), settings.edge, 5000 + c.noise_seed))
-        for c in cases
-    ]
-    report = Report(settings=settings)
-    for name, pictures in drawn.items():
-        report.identity[name] = identity_share(judges, pictures, cases, settings.seed, settings.candidates)
-        report.context[name] = context_share(judges, pictures, cases)
-
-    pairs = blended_pairs(cases, settings)
-    progress(f"blending {len(pairs)} pairs")
-    faded = [fade(cases[first].reference, cases[second].reference) for first, second in pairs]
-    without = [drawn[WITHOUT][first] for first, _ in pairs]
-    blends = {
-        GENERATED: draw_blends(pipeline, cases, pairs, subjects, settings),
-        WITHOUT: [[picture] * len(BLEND_SHARES) for picture in without],
-        ANOTHER: draw_blends(pipeline, cases, pairs, _turned(subjects, 2 * settings.places), settings),
-        PASTED: [
-            [paste_reference(picture, reference) for reference in references]
-            for picture, references in zip(without, faded, strict=True)
-        ],
-        REAL: [[to_pixels(reference) for reference in references] for references in faded],
-    }
-    report.blending = {name: blending_share(judges, pictures, cases, pairs) for name, pictures in blends.items()}
-    return report, contact_sheet(cases, drawn[WITHOUT], drawn[GENERATED])
+    pieces = readable_artwork(artwork, "held-out")
+    words = sorted({each.word for each in pieces})
+    for index in rng.permutation(len(words))[:count]:
+        same_word = [each for each in pieces if each.word == words[index]]
+        yield same_word[rng.integers(len(same_word))], sample_appearance(rng)
 
 
 @torch.no_grad()
 def encode_references(pipeline: Pipeline, cases: Sequence[Case]) -> list[Tensor]:
-    """The sixteen vectors of each case's reference."""
+    """Encode each case's reference.
+
+    Args:
+        pipeline: The model.
+        cases: The cases.
+
+    Returns:
+        Subject vectors of shape [16, width] for each case.
+    """
     size = pipeline.encoder.config.vision.image_size
     vectors = []
     for case in cases:
-        picture = to_pixels(case.reference).permute(1, 2, 0)[None]  # [1, H, W, 3]
-        vectors.append(pipeline.encoder(preprocess(picture, size=size), [case.artwork.word])[0])
+        image = to_pixels(case.reference).permute(1, 2, 0)[None]  # [1, H, W, 3]
+        vectors.append(pipeline.encoder(preprocess(image, size=size), [case.artwork.word])[0])
     return vectors
 
 
-def draw_cases(
-    pipeline: Pipeline, cases: Sequence[Case], subjects: Sequence[Tensor | None], settings: Settings
+def sample_cases(
+    pipeline: Pipeline, cases: Sequence[Case], subjects: Sequence[Tensor | None], settings: ReportSettings
 ) -> list[Tensor]:
-    """A picture [3, H, W] of each case; the same noise for the same case, whatever the subject."""
-    pictures: list[Tensor] = []
-    for start in range(0, len(cases), BATCH):
-        some = cases[start : start + BATCH]
-        noise = torch.stack([_noise(case.noise_seed, settings.edge) for case in some])
-        prompts = [
-            compose_prompt(case.place.phrases[0], case.artwork.word, repetitions=settings.repetitions) for case in some
-        ]
-        pictures += sample_images(
+    """Sample an image of each case, from the same noise for the same case, whatever the subject.
+
+    Args:
+        pipeline: The model.
+        cases: The cases.
+        subjects: Subject vectors of shape [16, width] for each case, or None for the prompt alone.
+        settings: What is sampled, and how.
+
+    Returns:
+        Images of shape [3, H, W] in 0..1.
+
+    Raises:
+        ValueError: An image is not finite.
+    """
+    images: list[Tensor] = []
+    for start in range(0, len(cases), BATCH_SIZE):
+        batch = cases[start : start + BATCH_SIZE]
+        noise = torch.stack([_noise(case.noise_seed, settings.edge) for case in batch])
+        images += sample_images(
             pipeline,
-            prompts,
-            subjects[start : start + BATCH],
+            [
+                compose_prompt(case.background.phrases[0], case.artwork.word, repetitions=settings.repetitions)
+                for case in batch
+            ],
+            subjects[start : start + BATCH_SIZE],
             noise=noise,
             num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
+            guidance_scale=settings.guidance_scale,
         ).cpu()
-    if any(not picture.isfinite().all() for picture in pictures):
+    if any(not image.isfinite().all() for image in images):
         raise ValueError(
             "The model draws pictures that are not all numbers: train it anew, or take an older checkpoint."
         )
-    return pictures
+    return images
 
 
-def paste_reference(picture: Tensor, reference: Image.Image) -> Tensor:
-    """The reference, background and all, in the middle of a picture [3, H, W]."""
-    canvas = to_pil_image(picture)
+def _generate(
+    pipeline: Pipeline,
+    cases: Sequence[Case],
+    subjects: Sequence[Tensor],
+    settings: ReportSettings,
+    progress: Callable[[str], None],
+) -> dict[str, list[Tensor]]:
+    """Make an image of each case in every way, by the way's name."""
+    vectors: dict[str, Sequence[Tensor | None]] = {
+        GENERATED: subjects,
+        WITHOUT: [None] * len(cases),
+        ANOTHER: _rotated(subjects, settings.backgrounds),
+    }
+    images = {}
+    for name, each in vectors.items():
+        progress(f"drawing {len(cases)} pictures {name}")
+        images[name] = sample_cases(pipeline, cases, each, settings)
+    images[PASTED] = [
+        paste_reference(image, case.reference) for image, case in zip(images[WITHOUT], cases, strict=True)
+    ]
+    rng = np.random.default_rng(settings.seed + 1)
+    images[REAL] = [
+        to_pixels(
+            render_scene(
+                case.artwork,
+                case.appearance,
+                case.background,
+                sample_box(rng),
+                settings.edge,
+                5000 + case.noise_seed,
+            )
+        )
+        for case in cases
+    ]
+    return images
+
+
+def paste_reference(image: Tensor, reference: Image.Image) -> Tensor:
+    """Paste the reference, background and all, into the middle of an image.
+
+    Args:
+        image: The image, of shape [3, H, W] in 0..1.
+        reference: The reference.
+
+    Returns:
+        The new image, of the same shape.
+    """
+    canvas = to_pil_image(image)
     size = round(PASTED_SIZE * canvas.width)
     corner = (canvas.width - size) // 2
     canvas.paste(reference.resize((size, size)), (corner, corner))
@@ -247,102 +314,196 @@ def paste_reference(picture: Tensor, reference: Image.Image) -> Tensor:
 
 
 def identity_share(
-    judges: Judges, pictures: Sequence[Tensor], cases: Sequence[Case], seed: int, candidates: int = CANDIDATES
+    judges: Judges, images: Sequence[Tensor], cases: Sequence[Case], seed: int, candidates: int = CANDIDATES
 ) -> Share:
-    """How often a picture is closer to its own reference than to the other candidates, which have other words."""
-    random = np.random.default_rng(seed)
+    """Count how often an image is closer to its own reference than to other candidates, which have other words.
+
+    Args:
+        judges: The judges.
+        images: Images of shape [3, H, W] in 0..1, one for each case.
+        cases: The cases.
+        seed: Seed of the choice of candidates.
+        candidates: Number of candidates, the own reference included.
+
+    Returns:
+        The share of images that pick their reference.
+    """
+    rng = np.random.default_rng(seed)
     references = judges.embed(torch.stack([to_pixels(case.reference) for case in cases]))
-    embedded = judges.embed(torch.stack(list(pictures)))
+    embeddings = judges.embed(torch.stack(list(images)))
     right = 0
     for index, case in enumerate(cases):
         others = [i for i, other in enumerate(cases) if other.artwork.word != case.artwork.word]
-        others = _one_of_each_word(others, cases, random)[: candidates - 1]
-        right += int(picks_first(references[[index, *others]] @ embedded[index]))
+        others = _one_of_each_word(others, cases, rng)[: candidates - 1]
+        right += int(picks_first(references[[index, *others]] @ embeddings[index]))
     return Share(right, len(cases))
 
 
 def picks_first(similarity: Tensor) -> Tensor:
-    """Whether of candidates [..., C] the first is the most similar: no tie, and nothing that is no number."""
+    """Say whether the first candidate is the most similar: a tie does not count, nor NaN.
+
+    Args:
+        similarity: Similarities to the candidates, of shape [..., C].
+
+    Returns:
+        Booleans of shape [...].
+    """
     return similarity[..., 0] > similarity[..., 1:].amax(dim=-1)
 
 
-def context_share(judges: Judges, pictures: Sequence[Tensor], cases: Sequence[Case]) -> Share:
-    """How often a picture shows the place that the prompt says."""
-    named = judges.name_places(torch.stack(list(pictures)))
-    return Share(sum(name == case.place.name for name, case in zip(named, cases, strict=True)), len(cases))
+def context_share(judges: Judges, images: Sequence[Tensor], cases: Sequence[Case]) -> Share:
+    """Count how often an image shows the background of its prompt.
+
+    Args:
+        judges: The judges.
+        images: Images of shape [3, H, W] in 0..1, one for each case.
+        cases: The cases.
+
+    Returns:
+        The share of images in front of the right background.
+    """
+    names = judges.name_backgrounds(torch.stack(list(images)))
+    return Share(sum(name == case.background.name for name, case in zip(names, cases, strict=True)), len(cases))
 
 
-def blended_pairs(cases: Sequence[Case], settings: Settings) -> list[tuple[int, int]]:
-    """The first case of each of two things, no thing twice."""
-    firsts = range(0, len(cases), settings.places)
+def blended_pairs(cases: Sequence[Case], settings: ReportSettings) -> list[tuple[int, int]]:
+    """Pair the first cases of two things each, no thing twice.
+
+    Args:
+        cases: The cases.
+        settings: What is sampled, and how.
+
+    Returns:
+        Indices of the paired cases.
+    """
+    firsts = range(0, len(cases), settings.backgrounds)
     return list(zip(firsts[::2], firsts[1::2], strict=False))[: settings.blends]
 
 
-def draw_blends(
+def sample_blends(
     pipeline: Pipeline,
     cases: Sequence[Case],
     pairs: Sequence[tuple[int, int]],
     subjects: Sequence[Tensor],
-    settings: Settings,
+    settings: ReportSettings,
 ) -> list[list[Tensor]]:
-    """For each pair a picture at every share of the blend, all from the same noise and in the place of the first."""
+    """Sample the blends of each pair, all from the noise and with the prompt of the first case.
+
+    Args:
+        pipeline: The model.
+        cases: The cases.
+        pairs: Indices of the paired cases.
+        subjects: Subject vectors of shape [16, width] for each case.
+        settings: What is sampled, and how.
+
+    Returns:
+        For each pair an image of shape [3, H, W] in 0..1 at every weight of the second subject.
+    """
     return [
-        draw_cases(
+        sample_cases(
             pipeline,
-            [cases[first]] * len(BLEND_SHARES),
-            [(1 - share) * subjects[first] + share * subjects[second] for share in BLEND_SHARES],
+            [cases[first]] * len(BLEND_WEIGHTS),
+            [(1 - weight) * subjects[first] + weight * subjects[second] for weight in BLEND_WEIGHTS],
             settings,
         )
         for first, second in pairs
     ]
 
 
-def fade(first: Image.Image, second: Image.Image) -> list[Image.Image]:
-    """A picture that turns into another, pixel by pixel, at every share of a blend."""
-    return [Image.blend(first, second, share) for share in BLEND_SHARES]
+def cross_fade(first: Image.Image, second: Image.Image) -> list[Image.Image]:
+    """Fade an image into another, pixel by pixel.
+
+    Args:
+        first: The first image.
+        second: The second image.
+
+    Returns:
+        The mixed image at every weight of a blend.
+    """
+    return [Image.blend(first, second, weight) for weight in BLEND_WEIGHTS]
+
+
+def _blend(
+    pipeline: Pipeline,
+    cases: Sequence[Case],
+    pairs: Sequence[tuple[int, int]],
+    subjects: Sequence[Tensor],
+    without_subject: Sequence[Tensor],
+    settings: ReportSettings,
+) -> dict[str, list[list[Tensor]]]:
+    """Make the blends of each pair in every way, by the way's name."""
+    faded = [cross_fade(cases[first].reference, cases[second].reference) for first, second in pairs]
+    prompts_images = [without_subject[first] for first, _ in pairs]
+    return {
+        GENERATED: sample_blends(pipeline, cases, pairs, subjects, settings),
+        WITHOUT: [[image] * len(BLEND_WEIGHTS) for image in prompts_images],
+        ANOTHER: sample_blends(pipeline, cases, pairs, _rotated(subjects, 2 * settings.backgrounds), settings),
+        PASTED: [
+            [paste_reference(image, reference) for reference in references]
+            for image, references in zip(prompts_images, faded, strict=True)
+        ],
+        REAL: [[to_pixels(reference) for reference in references] for references in faded],
+    }
 
 
 def blending_share(
     judges: Judges,
-    pictures: Sequence[Sequence[Tensor]],
+    images: Sequence[Sequence[Tensor]],
     cases: Sequence[Case],
     pairs: Sequence[tuple[int, int]],
 ) -> Share:
-    """How often likeness moves from the first subject to the second at every step of a blend, never back.
+    """Count how often likeness moves from the first subject to the second at every step of a blend, never back.
 
-    Likeness to the second minus likeness to the first is compared over the shares 0, 1/4, 1/2, 3/4, 1.
+    Likeness to the second minus likeness to the first is compared over the weights 0, 1/4, 1/2, 3/4, 1.
+
+    Args:
+        judges: The judges.
+        images: For each pair the images of its blend, of shape [3, H, W] in 0..1.
+        cases: The cases.
+        pairs: Indices of the paired cases.
+
+    Returns:
+        The share of steady blends.
     """
     references = judges.embed(torch.stack([to_pixels(case.reference) for case in cases]))
     steady = 0
-    for (first, second), blend in zip(pairs, pictures, strict=True):
+    for (first, second), blend in zip(pairs, images, strict=True):
         likeness = judges.embed(torch.stack(list(blend))) @ (references[second] - references[first])
         steady += bool((likeness.diff() > 0).all())  # a model that ignores its subjects does not move
     return Share(steady, len(pairs))
 
 
 def contact_sheet(
-    cases: Sequence[Case], without: Sequence[Tensor], drawn: Sequence[Tensor], shown: int = 12
+    cases: Sequence[Case], without_subject: Sequence[Tensor], with_subject: Sequence[Tensor], columns: int = 12
 ) -> Image.Image:
-    """Columns of reference, without a subject, with its subject."""
-    edge = 128
-    columns = min(shown, len(cases))
-    picked = np.linspace(0, len(cases) - 1, columns).round().astype(int)
-    sheet = Image.new("RGB", (columns * edge, 3 * edge))
-    for column, index in enumerate(picked):
-        rows = (cases[index].reference, to_pil_image(without[index]), to_pil_image(drawn[index]))
-        for row, picture in enumerate(rows):
-            sheet.paste(picture.resize((edge, edge), Image.Resampling.LANCZOS), (column * edge, row * edge))
+    """Lay some cases out, a column for each: reference, without a subject, with its subject.
+
+    Args:
+        cases: The cases.
+        without_subject: Images of shape [3, H, W] in 0..1, one for each case.
+        with_subject: Images of shape [3, H, W] in 0..1, one for each case.
+        columns: Highest number of columns.
+
+    Returns:
+        The sheet, RGB.
+    """
+    columns = min(columns, len(cases))
+    sheet = Image.new("RGB", (columns * TILE, 3 * TILE))
+    for column, index in enumerate(np.linspace(0, len(cases) - 1, columns).round().astype(int)):
+        rows = (cases[index].reference, to_pil_image(without_subject[index]), to_pil_image(with_subject[index]))
+        for row, image in enumerate(rows):
+            sheet.paste(image.resize((TILE, TILE), Image.Resampling.LANCZOS), (column * TILE, row * TILE))
     return sheet
 
 
-def _turned(subjects: Sequence[Tensor], by: int) -> list[Tensor]:
-    """For each case the subject of one so many further on."""
-    return [subjects[(index + by) % len(subjects)] for index in range(len(subjects))]
+def _rotated(subjects: Sequence[Tensor], offset: int) -> list[Tensor]:
+    """Give each case the subject of the case that is ``offset`` further on."""
+    return [subjects[(index + offset) % len(subjects)] for index in range(len(subjects))]
 
 
-def _one_of_each_word(indices: Sequence[int], cases: Sequence[Case], random: np.random.Generator) -> list[int]:
+def _one_of_each_word(indices: Sequence[int], cases: Sequence[Case], rng: np.random.Generator) -> list[int]:
     kept: dict[str, int] = {}
-    for index in random.permutation(indices).tolist():
+    for index in rng.permutation(indices).tolist():
         kept.setdefault(cases[index].artwork.word, index)
     return list(kept.values())
 

@@ -1,5 +1,5 @@
-"""A small world to train in: emoji artwork of several styles in procedural places.
+"""A small world to train in: emoji artwork of several styles in front of procedural backgrounds.
 
-Real pictures with free licences (REFERENCE 8): thousands of things, each drawn in several styles and each with a name.
-The same thing looks different in every style, which is what makes identity measurable: same word, another look.
+The artwork has free licences: thousands of things, each in several styles and each with a name. The same thing looks
+different in every style, which is what makes identity measurable: the word is the same, the appearance is another.
 """

@@ -1,8 +1,8 @@
-"""The artwork folder: every thing in every style, and who may be trained on.
+"""The artwork folder: every thing in every style, and which of it may be trained on.
 
-A folder holds ``things.jsonl``, for each thing a line
-``{"code": "1f436", "word": "dog face", "category": "Animals & Nature"}``, and for each style that draws it
-``<style>/<code>.png`` or ``.webp`` with a transparent background.
+A folder holds ``things.jsonl``, with a line
+``{"code": "1f436", "word": "dog face", "category": "Animals & Nature"}`` for each thing, and for each style that has
+the thing ``<style>/<code>.png`` or ``.webp`` with a transparent background.
 ``python -m mini artwork`` fills one from the npm registry.
 """
 
@@ -17,54 +17,35 @@ from pathlib import Path
 #: The style that is never trained on.
 HELD_OUT_STYLE = "twemoji"
 
+#: The share of all words that is never trained on.
+HELD_OUT_SHARE = 0.2
 
-#: The part of all words that is never trained on.
-HELD_OUT_WORDS = 0.2
+#: Words in many names, which make no two things alike.
+# fmt: off
+COMMON_WORDS = frozenset({
+    "a", "and", "closed", "down", "eyes", "face", "for", "hand", "hands", "in", "left", "man", "of", "on", "open",
+    "person", "right", "sign", "symbol", "the", "up", "with", "woman",
+})
+# fmt: on
 
-
-#: Parts of many names, which make no two things alike.
-COMMON_PARTS = frozenset(
-    [
-        "a",
-        "and",
-        "closed",
-        "down",
-        "eyes",
-        "face",
-        "for",
-        "hand",
-        "hands",
-        "in",
-        "left",
-        "man",
-        "of",
-        "on",
-        "open",
-        "person",
-        "right",
-        "sign",
-        "symbol",
-        "the",
-        "up",
-        "with",
-        "woman",
-    ]
-)
-
-
-#: Categories whose pictures are things; the rest (faces, people) is only trained on.
+#: Categories whose artwork shows things; the rest (faces, people) is only trained on.
 THINGS = frozenset({"Animals & Nature", "Food & Drink", "Objects", "Activities", "Travel & Places"})
 
-
 LISTING = "things.jsonl"
-
-
-PICTURE_SUFFIXES = (".png", ".webp")
+IMAGE_SUFFIXES = (".png", ".webp")
 
 
 @dataclass(frozen=True)
 class Artwork:
-    """One thing drawn in one style."""
+    """One thing in one style.
+
+    Args:
+        code: Code points of the emoji, such as ``1f436``.
+        word: What it shows.
+        category: Unicode's category.
+        style: The style's folder.
+        file: The image.
+    """
 
     code: str
     word: str
@@ -74,11 +55,17 @@ class Artwork:
 
 
 def read_artwork(folder: Path) -> list[Artwork]:
-    """All artwork in a folder, in an order that does not depend on the file system.
+    """List all artwork in a folder, in an order that does not depend on the file system.
+
+    Args:
+        folder: An artwork folder.
+
+    Returns:
+        The artwork, thing by thing, each in the order of the styles' names.
 
     Raises:
-        FileNotFoundError: there is no ``things.jsonl``, or no picture beside it.
-        ValueError: a line of it is not what it should be.
+        FileNotFoundError: There is no ``things.jsonl``, or no image beside it.
+        ValueError: A line of it is not what it should be.
     """
     listing = folder / LISTING
     if not listing.is_file():
@@ -90,7 +77,7 @@ def read_artwork(folder: Path) -> list[Artwork]:
         Artwork(code, word, category, style, file)
         for code, word, category in things
         for style in styles
-        for file in [(folder / style / code).with_suffix(suffix) for suffix in PICTURE_SUFFIXES]
+        for file in [(folder / style / code).with_suffix(suffix) for suffix in IMAGE_SUFFIXES]
         if file.is_file()
     ]
     if not found:
@@ -98,44 +85,68 @@ def read_artwork(folder: Path) -> list[Artwork]:
     return found
 
 
-def _read_thing(line: str, place: str) -> tuple[str, str, str]:
-    """Code, word and category of one line."""
+def _read_thing(line: str, origin: str) -> tuple[str, str, str]:
+    """Read code, word and category from one line; ``origin`` says in an error which line it is."""
     try:
         thing = json.loads(line)
         code, word, category = (thing[name] for name in ("code", "word", "category"))
         if not word.split():
             raise ValueError("its word is empty")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{place} is no thing ({error!r}): fill the folder anew.") from error
+        raise ValueError(f"{origin} is no thing ({error!r}): fill the folder anew.") from error
     return code, word, category
 
 
 def is_held_out_word(word: str) -> bool:
-    """Whether a word is never trained on: a fixed fifth of all words, drawn by the word's own hash.
+    """Say whether a word is never trained on: a fixed fifth of all words, chosen by the word's own hash.
 
-    "dog" and "dog face" go together, or the one would be trained on as the other: what counts is the first word.
+    "dog" and "dog face" go together, or the one would be trained on as the other: only the first word counts.
+
+    Args:
+        word: A thing's word, or several words.
+
+    Returns:
+        True if it is held out.
     """
     first = word.split()[0]
-    return int(hashlib.sha256(first.encode()).hexdigest(), 16) % 1000 < HELD_OUT_WORDS * 1000
+    return int(hashlib.sha256(first.encode()).hexdigest(), 16) % 1000 < HELD_OUT_SHARE * 1000
 
 
-def trained_on(artwork: Sequence[Artwork]) -> list[Artwork]:
-    """What a model may see: nothing held out, nor what shares a part of its name with it.
+def training_artwork(artwork: Sequence[Artwork]) -> list[Artwork]:
+    """Choose what a model may be trained on: nothing held out, nor what shares a distinctive word with it.
 
-    An open lock is drawn like a lock, and a tropical fish like a fish.
+    An open lock looks like a lock, and a tropical fish like a fish.
+
+    Args:
+        artwork: All artwork of a folder.
+
+    Returns:
+        The artwork to train on.
     """
-    held_out = {part for each in artwork if is_held_out_word(each.word) for part in _telling_parts(each.word)}
-    return [each for each in artwork if each.style != HELD_OUT_STYLE and held_out.isdisjoint(_telling_parts(each.word))]
+    held_out = {word for each in artwork if is_held_out_word(each.word) for word in _distinctive_words(each.word)}
+    return [
+        each for each in artwork if each.style != HELD_OUT_STYLE and held_out.isdisjoint(_distinctive_words(each.word))
+    ]
 
 
-def held_out_things(artwork: Sequence[Artwork]) -> list[Artwork]:
-    """What models are judged by: things whose word was never trained on, in any style."""
+def held_out_artwork(artwork: Sequence[Artwork]) -> list[Artwork]:
+    """Choose what models are evaluated on: things whose word was never trained on, in any style.
+
+    Args:
+        artwork: All artwork of a folder.
+
+    Returns:
+        The artwork to evaluate on.
+    """
     return [each for each in artwork if each.category in THINGS and is_held_out_word(each.word)]
 
 
-def _telling_parts(word: str) -> set[str]:
-    return set(word.split()) - COMMON_PARTS or {word}
+def _distinctive_words(name: str) -> set[str]:
+    return set(name.split()) - COMMON_WORDS or {name}
 
 
-#: The splits by name; what :class:`~mini.world.source.World` takes.
-SPLITS: dict[str, Callable[[Sequence[Artwork]], list[Artwork]]] = {"train": trained_on, "held-out": held_out_things}
+#: The splits by name, for :class:`~mini.world.source.World`.
+SPLITS: dict[str, Callable[[Sequence[Artwork]], list[Artwork]]] = {
+    "train": training_artwork,
+    "held-out": held_out_artwork,
+}

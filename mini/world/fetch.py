@@ -1,8 +1,8 @@
 """Fill an artwork folder from the npm registry: ``python -m mini artwork FOLDER``.
 
-Seven sets that draw the same things, so that a word alone does not say what its thing looks like (REFERENCE 8). Three
-are pictures, joined by code point; four are vector drawings in Iconify's format, joined by name and rendered here. Each
-package is fetched at one version and held against its checksum.
+Seven emoji sets show the same things, so that a word alone does not tell what its thing looks like. Three hold images,
+matched by code point; four hold vector graphics in Iconify's format, matched by name and rendered here. Each package is
+fetched at one version and compared with its checksum.
 """
 
 from __future__ import annotations
@@ -15,25 +15,18 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import resvg_py
 
 from blip_qformer.atomic import atomic_file
 
 REGISTRY = "https://registry.npmjs.org"
-
-
-LIST = "package/emoji.json"
-
-
-DRAWINGS = "package/icons.json"
-
-
-CODES_OF_NAMES = "package/chars.json"
-
+LISTING_MEMBER = "package/emoji.json"
+ICONS_MEMBER = "package/icons.json"
+NAMES_MEMBER = "package/chars.json"  # code points of an icon set's own names
 
 RENDERED_EDGE = 128  # pixels
-
 
 #: Flags and symbols are no things; skin tones repeat a person.
 CATEGORIES = {
@@ -46,28 +39,31 @@ CATEGORIES = {
     "People & Body",
 }
 
-
 #: One clock is enough; there is one for every half hour.
 REPEATED = "CLOCK FACE"
 
 
 @dataclass(frozen=True)
 class Package:
-    """One npm package: where its pictures lie inside it, and which style they are.
+    """An emoji set as an npm package.
 
     Args:
-        pictures: the folder of files named by code point; None: it is an icon set of Iconify's.
+        name: The package's name, with its scope.
+        version: The package's version.
+        sha256: Checksum of the archive.
+        style: The folder in which its images are put.
+        images: Folder in the archive with files named by code point; None for an icon set in Iconify's format.
     """
 
     name: str
     version: str
     sha256: str
     style: str
-    pictures: str | None = None
+    images: str | None = None
 
     @property
     def path(self) -> str:
-        """Where it lies in a registry."""
+        """Path of the archive in a registry."""
         return f"{self.name}/-/{self.name.rpartition('/')[2]}-{self.version}.tgz"
 
 
@@ -121,37 +117,41 @@ PACKAGES = (
 
 
 def fill(folder: Path, packages: Sequence[Package] = PACKAGES, registry: str = REGISTRY) -> int:
-    """Fetch every package into ``folder`` and list the things; returns how many pictures there are.
+    """Fetch every package into a folder and list the things.
 
     Args:
-        packages: the first of them has the list, ``emoji.json``; of the icon sets, the first tells most names.
-        registry: npm's, or a mirror of it.
+        folder: The folder to fill, made if missing.
+        packages: Packages; the first has the listing ``emoji.json``, and of the icon sets the first tells most names.
+        registry: URL of npm's registry, or of a mirror.
+
+    Returns:
+        The number of images.
 
     Raises:
-        OSError: the registry cannot be reached, or the disk is full.
-        ValueError: what came is not what was asked for.
+        OSError: The registry cannot be reached, or the disk is full.
+        ValueError: A package is not what was asked for.
     """
     things: dict[str, dict[str, str]] = {}
     codes: dict[str, str] = {}
-    pictures = 0
+    count = 0
     for package in packages:
         with tarfile.open(fileobj=io.BytesIO(_fetch(f"{registry}/{package.path}", package.sha256))) as archive:
             if not things:
                 things = _read_things(archive, package)
                 codes = {_letters(thing["word"]): code for code, thing in things.items()}
-            if package.pictures is None:
-                pictures += _render(archive, folder / package.style, codes)
+            if package.images is None:
+                count += _render(archive, folder / package.style, codes)
             else:
-                pictures += _unpack(archive, package, folder / package.style, set(things))
+                count += _unpack(archive, package, folder / package.style, set(things))
     lines = [json.dumps({"code": code, **thing}, ensure_ascii=False) for code, thing in sorted(things.items())]
     with atomic_file(folder / "things.jsonl") as temporary:  # written last: it says that the folder is complete
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return pictures
+    return count
 
 
 def _fetch(url: str, sha256: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=120) as answer:
-        content = answer.read()
+    with urllib.request.urlopen(url, timeout=120) as response:
+        content = response.read()
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ValueError(f"{url} has the SHA-256 {found}, expected {sha256}: it is another file now, or not whole.")
@@ -159,9 +159,9 @@ def _fetch(url: str, sha256: str) -> bytes:
 
 
 def _read_things(archive: tarfile.TarFile, package: Package) -> dict[str, dict[str, str]]:
-    if LIST not in archive.getnames():
-        raise ValueError(f"{package.path} has no {LIST}, which names what is drawn: put one first that has.")
-    entries = json.load(archive.extractfile(LIST))
+    if LISTING_MEMBER not in archive.getnames():
+        raise ValueError(f"{package.path} has no {LISTING_MEMBER}, which names what is drawn: put one first that has.")
+    entries = _read_json(archive, LISTING_MEMBER)
     return {
         _code(entry["unified"]): {"word": _word(entry["name"]), "category": entry["category"]}
         for entry in entries
@@ -174,50 +174,65 @@ def _unpack(archive: tarfile.TarFile, package: Package, folder: Path, wanted: se
     count = 0
     for member in archive:
         file = Path(member.name)
-        if member.isfile() and member.name == f"{package.pictures}{file.name}" and _code(file.stem) in wanted:
-            (folder / f"{_code(file.stem)}{file.suffix}").write_bytes(archive.extractfile(member).read())
+        if member.isfile() and member.name == f"{package.images}{file.name}" and _code(file.stem) in wanted:
+            (folder / f"{_code(file.stem)}{file.suffix}").write_bytes(_read_bytes(archive, member))
             count += 1
     return count
 
 
 def _render(archive: tarfile.TarFile, folder: Path, codes: dict[str, str]) -> int:
-    """Render the drawings of an icon set whose names are known.
+    """Render the icons of a set whose names are known.
 
     Args:
-        codes: of names, in letters alone; what the set tells of its own names is added.
+        archive: The set's archive.
+        folder: Where the images are put.
+        codes: Code points by name, in letters alone; names that the set itself tells are added.
+
+    Returns:
+        The number of images.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawings = json.load(archive.extractfile(DRAWINGS))
+    icons = _read_json(archive, ICONS_MEMBER)
     wanted = set(codes.values())
-    if CODES_OF_NAMES in archive.getnames():
-        own = json.load(archive.extractfile(CODES_OF_NAMES))
+    if NAMES_MEMBER in archive.getnames():
+        own = _read_json(archive, NAMES_MEMBER)
         codes |= {_letters(name): _code(code) for code, name in own.items() if _code(code) in wanted}
     files = {}
-    for name, drawing in drawings["icons"].items():
+    for name, icon in icons["icons"].items():
         if code := codes.get(_letters(name)):
-            files[folder / f"{code}.png"] = _svg(drawing, drawings)
+            files[folder / f"{code}.png"] = _svg(icon, icons)
     for file, svg in files.items():
         file.write_bytes(resvg_py.svg_to_bytes(svg_string=svg, width=RENDERED_EDGE, skip_system_fonts=True))
     return len(files)
 
 
-def _svg(drawing: dict[str, str | int], defaults: dict[str, int]) -> str:
-    """A whole SVG of what Iconify keeps of one; sizes that a drawing does not tell are the set's."""
-    box = [drawing.get(side, defaults.get(side, 0)) for side in ("left", "top", "width", "height")]
+def _svg(icon: dict[str, str | int], defaults: dict[str, int]) -> str:
+    """Complete an icon to an SVG file; sizes that it does not tell are the set's."""
+    box = [icon.get(side, defaults.get(side, 0)) for side in ("left", "top", "width", "height")]
     namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return f'<svg {namespaces} viewBox="{" ".join(map(str, box))}">{drawing["body"]}</svg>'
+    return f'<svg {namespaces} viewBox="{" ".join(map(str, box))}">{icon["body"]}</svg>'
+
+
+def _read_json(archive: tarfile.TarFile, member: str) -> Any:
+    return json.loads(_read_bytes(archive, member))
+
+
+def _read_bytes(archive: tarfile.TarFile, member: str | tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None, member  # only a folder has no content
+    return file.read()
 
 
 def _letters(name: str) -> str:
-    """``hot-beverage`` and ``hot beverage`` -> ``hotbeverage``, as some sets write it."""
+    """Reduce ``hot-beverage`` and ``hot beverage`` to ``hotbeverage``, as some sets write it."""
     return "".join(character for character in name.lower() if character.isalnum())
 
 
 def _code(name: str) -> str:
-    """Code points as every set can be joined by: lower case, without the variation selector that some leave out."""
-    return "-".join(part for part in name.lower().split("-") if part != "fe0f")
+    """Write code points in lower case, without the variation selector that some sets leave out."""
+    return "-".join(point for point in name.lower().split("-") if point != "fe0f")
 
 
 def _word(name: str) -> str:
-    """``DOG FACE`` -> ``dog face``; what follows a comma or stands in brackets says too much."""
+    """Turn ``DOG FACE`` into ``dog face``, without what follows a comma or is in brackets."""
     return name.lower().split(",")[0].split("(")[0].replace("-", " ").replace("’", "").strip()

@@ -1,4 +1,4 @@
-"""Scenes: one piece of artwork, posed and recoloured, standing in a place."""
+"""Scenes: one piece of artwork, recoloured and transformed, in front of a background."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import numpy as np
 from PIL import Image
 
 from .artwork import Artwork
-from .places import PLACES, Place, Random
+from .backgrounds import BACKGROUNDS, Background
 
-#: Captions of one scene; Subject Prompt Compose says ``a {word} {prompt}``, and so does each of these.
+#: Captions of a scene; Subject Prompt Compose writes ``a {word} {prompt}``, and so does each of these.
 CAPTION = "a {word} {phrase}"
 
 
 @dataclass(frozen=True)
-class Look:
-    """What stays the same in every picture of one subject.
+class Appearance:
+    """What is the same in every image of one subject.
 
     Args:
-        hue: a turn of the colour wheel, in 0..1; 0 leaves the artwork's colours.
-        mirrored: left and right exchanged.
-        tilt: a rotation in degrees.
-        stretch: how many times wider it becomes for its height.
-        shear: how far its top leans to the right, as a part of its height.
+        hue: Shift along the colour wheel, in 0..1; 0 leaves the artwork's colours.
+        mirrored: Whether left and right are exchanged.
+        tilt: Rotation in degrees, counter-clockwise.
+        stretch: Factor of the width.
+        shear: Shift of the top to the right, as a fraction of the height.
     """
 
     hue: float = 0.0
@@ -36,131 +36,246 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where a subject stands: its longer edge and its centre, as parts of the picture's edge."""
+class SubjectBox:
+    """The square in a scene that a subject fits into.
+
+    Args:
+        size: Edge of the square, as a fraction of the image's edge.
+        x: Centre from the left, as a fraction of the image's width.
+        y: Centre from the top, as a fraction of the image's height.
+    """
 
     size: float
     x: float
     y: float
 
 
-def random_look(random: Random) -> Look:
-    """Half of all subjects keep their colours; the rest gets others, so that a look is more than a word's."""
-    return Look(
-        hue=float(random.random()) if random.random() < 0.5 else 0.0,
-        mirrored=bool(random.random() < 0.5),
-        tilt=float(random.uniform(-8, 8)),
+def sample_appearance(rng: np.random.Generator) -> Appearance:
+    """Sample an appearance that keeps the outline.
+
+    Half of all subjects keep their colours. The others change them, so that the word does not tell the appearance.
+
+    Args:
+        rng: Source of randomness.
+
+    Returns:
+        The appearance.
+    """
+    return Appearance(
+        hue=float(rng.random()) if rng.random() < 0.5 else 0.0,
+        mirrored=bool(rng.random() < 0.5),
+        tilt=float(rng.uniform(-8, 8)),
     )
 
 
-def varied_look(random: Random) -> Look:
-    """A look that also changes the outline, so that no outline can be learnt by heart."""
-    look = random_look(random)
+def sample_varied_appearance(rng: np.random.Generator) -> Appearance:
+    """Sample an appearance that also changes the outline, so that no outline can be memorised.
+
+    Args:
+        rng: Source of randomness.
+
+    Returns:
+        The appearance.
+    """
+    appearance = sample_appearance(rng)
     return replace(
-        look,
-        tilt=2 * look.tilt,
-        stretch=float(np.exp(random.uniform(-0.4, 0.4))),
-        shear=float(random.uniform(-0.25, 0.25)),
+        appearance,
+        tilt=2 * appearance.tilt,
+        stretch=float(np.exp(rng.uniform(-0.4, 0.4))),
+        shear=float(rng.uniform(-0.25, 0.25)),
     )
 
 
-def random_placement(random: Random) -> Placement:
-    """Near the middle, two thirds of the picture large, so that filters of real photographs would keep it."""
-    return Placement(
-        size=float(random.uniform(0.58, 0.76)),
-        x=float(random.uniform(0.44, 0.56)),
-        y=float(random.uniform(0.5, 0.6)),
+def sample_box(rng: np.random.Generator) -> SubjectBox:
+    """Sample a box near the middle, two thirds of the image large, as filters of real photographs would keep it.
+
+    Args:
+        rng: Source of randomness.
+
+    Returns:
+        The box.
+    """
+    return SubjectBox(
+        size=float(rng.uniform(0.58, 0.76)),
+        x=float(rng.uniform(0.44, 0.56)),
+        y=float(rng.uniform(0.5, 0.6)),
     )
 
 
-def cut_out(artwork: Artwork, look: Look, edge: int) -> Image.Image:
-    """The artwork in a look, RGBA, cropped to what is drawn, its longer edge ``edge`` pixels."""
-    return in_look(trimmed(artwork.file), look, edge)
+def sample_background(rng: np.random.Generator, other_than: Background | None = None) -> Background:
+    """Sample one of the backgrounds.
+
+    Args:
+        rng: Source of randomness.
+        other_than: A background that is left out.
+
+    Returns:
+        The background.
+    """
+    choices = [background for background in BACKGROUNDS if background is not other_than]
+    return choices[rng.integers(len(choices))]
 
 
-def in_look(picture: Image.Image, look: Look, edge: int) -> Image.Image:
-    """An RGBA picture in a look, cropped to what is drawn, its longer edge ``edge`` pixels."""
-    if look.mirrored:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if look.hue:
-        picture = turn_hue(picture, look.hue)
-    if look.stretch != 1 or look.shear:
-        picture = _slanted(picture, look.stretch, look.shear)
-    if look.tilt:
-        picture = _cropped(picture.rotate(look.tilt, Image.Resampling.BICUBIC, expand=True))
-    scale = edge / max(picture.size)
-    return picture.resize(tuple(max(1, round(side * scale)) for side in picture.size), Image.Resampling.LANCZOS)
+@lru_cache(maxsize=8192)
+def open_artwork(file: Path) -> Image.Image:
+    """Open the image of a piece of artwork, cropped to what is not transparent.
+
+    Args:
+        file: The image's file.
+
+    Returns:
+        The image, RGBA.
+
+    Raises:
+        OSError: The file is no image, or incomplete; it is named.
+    """
+    try:
+        return _crop_to_content(Image.open(file).convert("RGBA"))
+    except Exception as error:  # Pillow raises all kinds for a damaged file, SyntaxError and EOFError among them
+        raise OSError(f"{file.parent.name}/{file.name}: {error}") from error
 
 
-def mixed(upper: Artwork, lower: Artwork) -> Image.Image:
-    """A thing that nobody has drawn, RGBA: the upper half of one on the lower half of the other, equally wide."""
-    top, bottom = trimmed(upper.file), trimmed(lower.file)
+def join_halves(upper: Artwork, lower: Artwork) -> Image.Image:
+    """Make a new thing of two: the upper half of one on the lower half of the other, equally wide.
+
+    Args:
+        upper: The piece of artwork whose upper half is used.
+        lower: The piece of artwork whose lower half is used.
+
+    Returns:
+        The image, RGBA, cropped to what is not transparent.
+
+    Raises:
+        OSError: A file is no image, or incomplete.
+    """
+    top, bottom = open_artwork(upper.file), open_artwork(lower.file)
     bottom = bottom.resize((top.width, max(2, round(bottom.height * top.width / bottom.width))))
     top = top.crop((0, 0, top.width, max(1, top.height // 2)))
     bottom = bottom.crop((0, bottom.height // 2, bottom.width, bottom.height))
-    picture = Image.new("RGBA", (top.width, top.height + bottom.height))
-    picture.paste(top, (0, 0))
-    picture.paste(bottom, (0, top.height))
-    return _cropped(picture)
+    joined = Image.new("RGBA", (top.width, top.height + bottom.height))
+    joined.paste(top, (0, 0))
+    joined.paste(bottom, (0, top.height))
+    return _crop_to_content(joined)
 
 
-def turn_hue(picture: Image.Image, turn: float) -> Image.Image:
-    """Move all colours along the colour wheel; greys stay grey."""
-    alpha = picture.getchannel("A")
-    hue, saturation, value = picture.convert("RGB").convert("HSV").split()
-    hue = hue.point(lambda level: (level + round(turn * 256)) % 256)
-    turned = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    turned.putalpha(alpha)
-    return turned
+def apply_appearance(image: Image.Image, appearance: Appearance, edge: int) -> Image.Image:
+    """Recolour and transform a cut-out.
+
+    Args:
+        image: The cut-out, RGBA.
+        appearance: What is changed.
+        edge: Longer edge of the result, in pixels.
+
+    Returns:
+        The image, RGBA, cropped to what is not transparent.
+    """
+    if appearance.mirrored:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if appearance.hue:
+        image = shift_hue(image, appearance.hue)
+    if appearance.stretch != 1 or appearance.shear:
+        image = _stretch_and_shear(image, appearance.stretch, appearance.shear)
+    if appearance.tilt:
+        image = _crop_to_content(image.rotate(appearance.tilt, Image.Resampling.BICUBIC, expand=True))
+    scale = edge / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def compose(subject: Image.Image, background: Image.Image, placement: Placement) -> Image.Image:
-    """Stand a cut-out subject on a background, RGB."""
-    width, height = background.size
-    corner = round(placement.x * width - subject.width / 2), round(placement.y * height - subject.height / 2)
-    scene = background.copy()
+def shift_hue(image: Image.Image, shift: float) -> Image.Image:
+    """Shift all colours along the colour wheel; greys stay grey.
+
+    Args:
+        image: An image, RGBA.
+        shift: The shift; 1 is once around.
+
+    Returns:
+        The image, RGBA, with the same alpha.
+    """
+    hue, saturation, value = image.convert("RGB").convert("HSV").split()
+    hue = hue.point(lambda level: (level + round(shift * 256)) % 256)
+    shifted = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    shifted.putalpha(image.getchannel("A"))
+    return shifted
+
+
+def cut_out(artwork: Artwork, appearance: Appearance, edge: int) -> Image.Image:
+    """Open a piece of artwork and give it an appearance.
+
+    Args:
+        artwork: The piece of artwork.
+        appearance: Its appearance.
+        edge: Longer edge of the result, in pixels.
+
+    Returns:
+        The image, RGBA, cropped to what is not transparent.
+
+    Raises:
+        OSError: The file is no image, or incomplete.
+    """
+    return apply_appearance(open_artwork(artwork.file), appearance, edge)
+
+
+def render_background(background: Background, edge: int, rng: np.random.Generator) -> Image.Image:
+    """Render a background.
+
+    Args:
+        background: The background.
+        edge: Edge of the image, in pixels.
+        rng: Source of randomness.
+
+    Returns:
+        The image, RGB.
+    """
+    return Image.fromarray((background.render(edge, rng) * 255).round().astype(np.uint8))
+
+
+def paste_subject(subject: Image.Image, canvas: Image.Image, box: SubjectBox) -> Image.Image:
+    """Paste a cut-out over an image.
+
+    Args:
+        subject: The cut-out, RGBA, as large as it will appear.
+        canvas: The image behind it, RGB; it stays as it is.
+        box: Box whose centre is the subject's.
+
+    Returns:
+        The scene, RGB, of the canvas's size.
+    """
+    corner = round(box.x * canvas.width - subject.width / 2), round(box.y * canvas.height - subject.height / 2)
+    scene = canvas.copy()
     scene.paste(subject, corner, subject)
     return scene
 
 
-def paint_place(place: Place, edge: int, random: Random) -> Image.Image:
-    """One picture of a place, RGB, ``edge`` pixels square."""
-    return Image.fromarray((place.paint(edge, random) * 255).round().astype(np.uint8))
+def render_scene(
+    artwork: Artwork, appearance: Appearance, background: Background, box: SubjectBox, edge: int, seed: int
+) -> Image.Image:
+    """Render a whole scene; the same for the same arguments.
+
+    Args:
+        artwork: The piece of artwork.
+        appearance: Its appearance.
+        background: What is behind it.
+        box: The box it fits into.
+        edge: Edge of the image, in pixels.
+        seed: Seed of the background.
+
+    Returns:
+        The scene, RGB.
+    """
+    canvas = render_background(background, edge, np.random.default_rng(seed))
+    return paste_subject(cut_out(artwork, appearance, round(box.size * edge)), canvas, box)
 
 
-def picture_of(artwork: Artwork, look: Look, place: Place, placement: Placement, edge: int, seed: int) -> Image.Image:
-    """A whole scene, RGB, ``edge`` pixels square; the same for the same arguments."""
-    background = paint_place(place, edge, np.random.default_rng(seed))
-    return compose(cut_out(artwork, look, round(placement.size * edge)), background, placement)
-
-
-def random_place(random: Random, other_than: Place | None = None) -> Place:
-    choices = [place for place in PLACES if place is not other_than]
-    return choices[random.integers(len(choices))]
-
-
-def _slanted(picture: Image.Image, stretch: float, shear: float) -> Image.Image:
-    width, height = round(picture.width * stretch), picture.height
+def _stretch_and_shear(image: Image.Image, stretch: float, shear: float) -> Image.Image:
+    width, height = round(image.width * stretch), image.height
     lean = abs(shear) * height
-    # From a place of the result to one of the picture: row y is moved to the right by shear * (height - y).
+    # From coordinates of the result to those of the image: row y is moved to the right by shear * (height - y).
     matrix = (1 / stretch, shear / stretch, -max(shear, 0) * height / stretch, 0, 1, 0)
     size = (max(1, round(width + lean)), height)
-    return _cropped(picture.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC))
+    return _crop_to_content(image.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC))
 
 
-def _cropped(picture: Image.Image) -> Image.Image:
-    """What is drawn of an RGBA picture; all of it where nothing is."""
-    return picture.crop(picture.getchannel("A").getbbox())
-
-
-@lru_cache(maxsize=8192)
-def trimmed(file: Path) -> Image.Image:
-    """What is drawn in an artwork's file, RGBA.
-
-    Raises:
-        OSError: it is no picture, or part of one; the file is named.
-    """
-    try:
-        return _cropped(Image.open(file).convert("RGBA"))
-    except Exception as error:  # Pillow raises what it likes for a damaged file: SyntaxError and EOFError, too
-        raise OSError(f"{file.parent.name}/{file.name}: {error}") from error
+def _crop_to_content(image: Image.Image) -> Image.Image:
+    """Crop an RGBA image to what is not transparent; an image without content stays whole."""
+    return image.crop(image.getchannel("A").getbbox())

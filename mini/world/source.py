@@ -1,4 +1,4 @@
-"""The world as a source of training pairs: the same subject in one place and in another."""
+"""The world as a source of training pairs: one subject in front of two backgrounds."""
 
 from __future__ import annotations
 
@@ -15,54 +15,49 @@ from blip_qformer.data.pairs import Pair
 from blip_qformer.data.prepare import SkippedPairError
 
 from .artwork import SPLITS, Artwork, read_artwork
-from .places import Place, Random
+from .backgrounds import Background
 from .scenes import (
     CAPTION,
-    Placement,
-    compose,
-    in_look,
-    mixed,
-    paint_place,
-    random_place,
-    random_placement,
-    trimmed,
-    varied_look,
+    SubjectBox,
+    apply_appearance,
+    join_halves,
+    open_artwork,
+    paste_subject,
+    render_background,
+    sample_background,
+    sample_box,
+    sample_varied_appearance,
 )
 
-#: How many things are the upper half of one and the lower half of another, under the name of the first.
-MIXED = 0.3
+#: Share of subjects that are the upper half of one thing and the lower half of another, under the first one's name.
+JOINED_SHARE = 0.3
 
+#: The box of the subject in every target. If it varied, neither caption nor vectors would tell where the outline is,
+#: and a model would learn to read that from the noise.
+TARGET_BOX = SubjectBox(size=0.72, x=0.5, y=0.54)
 
-#: Where every target shows its subject. If it stood now here, now there, neither caption nor vectors would say where
-#: its outline runs, and a model would learn to take that from the noise.
-IN_PLACE = Placement(size=0.72, x=0.5, y=0.54)
-
-
-#: And where, and on what, if it is alone.
-ALONE = Placement(size=0.9, x=0.5, y=0.5)
-
-
+#: The same, and the colour behind it, for targets that show the subject alone.
+ALONE_BOX = SubjectBox(size=0.9, x=0.5, y=0.5)
 GREY = (128, 128, 128)
 
-
-SUBJECT_EDGE = 128  # pixels; what the subject encoder sees is smaller still
-
+SUBJECT_EDGE = 128  # pixels; the subject encoder sees less
 
 log = logging.getLogger("blip_diffusion")
 
 
 @dataclass(frozen=True)
 class World:
-    """Pairs of scenes, ``count`` of them; each a function of the seed and its index.
+    """Pairs of scenes, each a function of the seed and its index.
 
-    There are only thousands of drawings, so they are also stretched, sheared and mixed: a model that could learn them
-    by heart would never look at the picture.
+    The artwork is only thousands of images, so it is also stretched, sheared and joined from halves: a model that could
+    memorise it would not need the input image.
 
     Args:
-        artwork: an artwork folder, see :mod:`.artwork`.
+        artwork: An artwork folder, see :mod:`.artwork`.
         split: ``train`` or ``held-out``.
-        edge: of the target picture, in pixels.
-        alone: whether the target is the subject alone, on grey and always as large.
+        count: Number of pairs.
+        edge: Edge of the targets, in pixels.
+        alone: Whether targets show the subject alone, on grey and always of the same size.
     """
 
     artwork: Path
@@ -76,65 +71,79 @@ class World:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What the pairs depend on, apart from the pixels; for the index."""
-        drawings = "\n".join(f"{each.code} {each.style} {each.word}" for each in read_artwork(self.artwork))
+        """What the pairs depend on, apart from the artwork's pixels; for the index."""
+        listing = "\n".join(f"{each.code} {each.style} {each.word}" for each in read_artwork(self.artwork))
         return {
             "kind": "artwork",
-            "artwork": hashlib.sha256(drawings.encode()).hexdigest()[:16],
+            "artwork": hashlib.sha256(listing.encode()).hexdigest()[:16],
             "split": self.split,
             "edge": self.edge,
             "alone": self.alone,
-            "stands": asdict(self._stands),
+            "stands": asdict(self._target_box),
         }
 
     def pair(self, index: int, seed: int) -> Pair:
-        """One subject, with one look, in two places; the caption tells the target's place.
+        """Make one pair: one subject in one appearance in front of two backgrounds; the caption names the target's.
 
-        The input shows it somewhere, the target always at the same spot.
+        The subject's box varies in the input, and is the same in all targets.
+
+        Args:
+            index: The pair's index.
+            seed: Seed of all pairs.
+
+        Returns:
+            The pair.
 
         Raises:
-            SkippedPairError: the artwork's file is no picture, or part of one.
+            SkippedPairError: The artwork's file is no image, or incomplete.
         """
-        random = np.random.default_rng((seed, index))
+        rng = np.random.default_rng((seed, index))
         choices = artwork_of_split(self.artwork, self.split)
-        artwork, other_half = (choices[random.integers(len(choices))] for _ in range(2))
-        is_mixed = random.random() < MIXED
-        look = varied_look(random)
-        place = random_place(random)
-        phrase = place.phrases[random.integers(len(place.phrases))]
-        other = paint_place(random_place(random, other_than=place), SUBJECT_EDGE, random)
-        here, there = self._stands, random_placement(random)
+        artwork, other_half = (choices[rng.integers(len(choices))] for _ in range(2))
+        is_joined = rng.random() < JOINED_SHARE
+        appearance = sample_varied_appearance(rng)
+        background = sample_background(rng)
+        phrase = background.phrases[rng.integers(len(background.phrases))]
+        input_canvas = render_background(sample_background(rng, other_than=background), SUBJECT_EDGE, rng)
+        target_box, input_box = self._target_box, sample_box(rng)
         try:
-            drawing = mixed(artwork, other_half) if is_mixed else trimmed(artwork.file)
-            small = in_look(drawing, look, round(there.size * SUBJECT_EDGE))
-            large = in_look(drawing, look, round(here.size * self.edge))
+            image = join_halves(artwork, other_half) if is_joined else open_artwork(artwork.file)
+            small = apply_appearance(image, appearance, round(input_box.size * SUBJECT_EDGE))
+            large = apply_appearance(image, appearance, round(target_box.size * self.edge))
         except OSError as error:
             raise SkippedPairError("unreadable artwork", str(error)) from error
         return Pair(
             key=f"{index:08d}",
-            subject=compose(small, other, there),
-            target=compose(large, self._background(place, random), here),
+            subject=paste_subject(small, input_canvas, input_box),
+            target=paste_subject(large, self._target_canvas(background, rng), target_box),
             word=artwork.word,
             caption=f"a {artwork.word}" if self.alone else CAPTION.format(word=artwork.word, phrase=phrase),
-            extra={"code": artwork.code, "style": artwork.style, "place": place.name},
+            extra={"code": artwork.code, "style": artwork.style, "place": background.name},
         )
 
     @property
-    def _stands(self) -> Placement:
-        return ALONE if self.alone else IN_PLACE
+    def _target_box(self) -> SubjectBox:
+        return ALONE_BOX if self.alone else TARGET_BOX
 
-    def _background(self, place: Place, random: Random) -> Image.Image:
+    def _target_canvas(self, background: Background, rng: np.random.Generator) -> Image.Image:
         if self.alone:
             return Image.new("RGB", (self.edge, self.edge), GREY)
-        return paint_place(place, self.edge, random)
+        return render_background(background, self.edge, rng)
 
 
 @cache
 def artwork_of_split(folder: Path, split: str) -> list[Artwork]:
-    """The artwork of one split.
+    """List the artwork of one split.
+
+    Args:
+        folder: An artwork folder.
+        split: ``train`` or ``held-out``.
+
+    Returns:
+        The artwork, in the folder's order.
 
     Raises:
-        ValueError: there is no such split, or nothing in it.
+        ValueError: There is no such split, or nothing in it.
     """
     if split not in SPLITS:
         raise ValueError(f'"{split}" is no split of the world: choose one of {", ".join(SPLITS)}.')
@@ -146,17 +155,24 @@ def artwork_of_split(folder: Path, split: str) -> list[Artwork]:
 
 @cache
 def readable_artwork(folder: Path, split: str) -> list[Artwork]:
-    """The artwork of one split that can be read; each file that cannot is named in the log.
+    """List the artwork of one split that can be read; each file that cannot is named in the log.
+
+    Args:
+        folder: An artwork folder.
+        split: ``train`` or ``held-out``.
+
+    Returns:
+        The artwork, in the folder's order.
 
     Raises:
-        ValueError: there is no such split, or nothing in it.
+        ValueError: There is no such split, or nothing in it.
     """
     return [artwork for artwork in artwork_of_split(folder, split) if _is_readable(artwork)]
 
 
 def _is_readable(artwork: Artwork) -> bool:
     try:
-        trimmed(artwork.file)
+        open_artwork(artwork.file)
     except OSError as error:
         log.warning("Artwork is left out that cannot be read: %s.", error)
         return False

@@ -32,8 +32,10 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def little(monkeypatch):
     small = {"steps": 2, "edge": 64, "candidates": 4}
-    monkeypatch.setattr(command_line, "Settings", partial(command_line.Settings, blends=2, **small))
-    monkeypatch.setattr(command_line, "TunedSettings", partial(command_line.TunedSettings, every=1, rank=2, **small))
+    monkeypatch.setattr(command_line, "ReportSettings", partial(command_line.ReportSettings, blends=2, **small))
+    monkeypatch.setattr(
+        command_line, "TunedSettings", partial(command_line.TunedSettings, validate_every=1, rank=2, **small)
+    )
     monkeypatch.setattr(command_line, "JudgesTraining", partial(command_line.JudgesTraining, steps=3, batch_size=4))
 
 
@@ -43,7 +45,7 @@ def test_both_reports_are_written_and_the_judges_kept(artwork, model, tmp_path, 
     text = (target / "report.md").read_text()
     assert text in capsys.readouterr().out
     assert text.startswith("| drawn | identity, 1 of 4 | context, 1 of 8 | blending, steady |")
-    assert "things 4, places 1, blends 2, steps 2" in text
+    assert "things 4, backgrounds 1, blends 2, steps 2" in text
     assert "seed 5." in text
     assert Image.open(target / "report.jpg").size == (4 * 128, 3 * 128)
 

@@ -1,4 +1,4 @@
-"""An untrained model small enough to draw in no time."""
+"""An untrained model small enough to sample from in no time."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests import tiny
 
 
 @pytest.fixture(scope="session")
-def tiny_parts():
+def tiny_pipeline():
     pipeline = new_pipeline(tiny.SIZES, seed=0, initialise=initialise)
     for network in pipeline.networks.values():
         network.eval().requires_grad_(False)

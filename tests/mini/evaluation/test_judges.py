@@ -1,4 +1,4 @@
-"""The judges learn to know a subject again and to tell places apart, from pictures alone."""
+"""The judges learn to know a subject again and to tell backgrounds apart, from images alone."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 
 from blip_qformer.data.collate import to_pixels
 from mini.evaluation.judges import Judges, JudgesTraining, load_judges, save_judges, train_judges
-from mini.world.places import PLACES
-from mini.world.scenes import Look, paint_place, picture_of, random_placement
+from mini.world.backgrounds import BACKGROUNDS
+from mini.world.scenes import Appearance, render_background, render_scene, sample_box
 from mini.world.source import artwork_of_split
 from tests.artwork import write_artwork
 
@@ -23,22 +23,25 @@ def judges(artwork):
     return train_judges(artwork, JudgesTraining(steps=60, batch_size=16), progress=lambda line: None)
 
 
-def test_places_are_told_apart(judges):
-    random = np.random.default_rng(3)
-    pictures = torch.stack([to_pixels(paint_place(place, 96, random)) for place in PLACES for _ in range(2)])
-    names = [place.name for place in PLACES for _ in range(2)]
-    right = sum(said == name for said, name in zip(judges.name_places(pictures), names, strict=True))
+def test_backgrounds_are_told_apart(judges):
+    rng = np.random.default_rng(3)
+    images = torch.stack(
+        [to_pixels(render_background(background, 96, rng)) for background in BACKGROUNDS for _ in range(2)]
+    )
+    names = [background.name for background in BACKGROUNDS for _ in range(2)]
+    right = sum(said == name for said, name in zip(judges.name_backgrounds(images), names, strict=True))
     assert right >= 12  # of 16; chance is 2
 
 
-def test_a_subject_is_known_again_in_another_place(judges, artwork):
-    random = np.random.default_rng(4)
-    drawings = artwork_of_split(artwork, "train")[::2]
-    here, there = (
-        torch.stack([to_pixels(_scene(each, place, random)) for each in drawings]) for place in (PLACES[0], PLACES[6])
+def test_a_subject_is_recognised_in_another_scene(judges, artwork):
+    rng = np.random.default_rng(4)
+    pieces = artwork_of_split(artwork, "train")[::2]
+    first, second = (
+        torch.stack([to_pixels(_scene(each, background, rng)) for each in pieces])
+        for background in (BACKGROUNDS[0], BACKGROUNDS[6])
     )
-    similarity = judges.embed(here) @ judges.embed(there).T
-    assert (similarity.argmax(dim=1) == torch.arange(len(drawings))).float().mean() >= 0.6  # chance is 1 in 6
+    similarity = judges.embed(first) @ judges.embed(second).T
+    assert (similarity.argmax(dim=1) == torch.arange(len(pieces))).float().mean() >= 0.6  # chance is 1 in 6
 
 
 def test_embeddings_have_unit_length(judges):
@@ -54,9 +57,9 @@ def test_training_repeats(artwork):
 
 def test_saved_judges_judge_alike(judges, tmp_path):
     save_judges(judges, tmp_path / "judges.safetensors")
-    pictures = torch.rand(4, 3, 64, 64)
+    images = torch.rand(4, 3, 64, 64)
     loaded = load_judges(tmp_path / "judges.safetensors")
-    assert torch.allclose(loaded.embed(pictures), judges.embed(pictures), atol=5e-3)
+    assert torch.allclose(loaded.embed(images), judges.embed(images), atol=5e-3)
 
 
 def test_other_files_are_refused(tmp_path):
@@ -65,9 +68,9 @@ def test_other_files_are_refused(tmp_path):
         load_judges(tmp_path / "other.safetensors")
 
 
-def test_judges_look_at_any_size():
-    assert len(Judges().name_places(torch.rand(2, 3, 256, 192))) == 2
+def test_images_may_have_any_size():
+    assert len(Judges().name_backgrounds(torch.rand(2, 3, 256, 192))) == 2
 
 
-def _scene(artwork, place, random):
-    return picture_of(artwork, Look(), place, random_placement(random), 96, int(random.integers(1000)))
+def _scene(artwork, background, rng):
+    return render_scene(artwork, Appearance(), background, sample_box(rng), 96, int(rng.integers(1000)))

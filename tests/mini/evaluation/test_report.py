@@ -8,34 +8,34 @@ from blip_qformer.data.collate import to_pixels
 from blip_qformer.evaluation.intervals import Share
 from mini.evaluation import report as mini
 from mini.evaluation.report import (
-    BLEND_SHARES,
-    Settings,
+    BLEND_WEIGHTS,
+    ReportSettings,
     blended_pairs,
     blending_share,
     context_share,
-    draw_blends,
+    cross_fade,
     evaluate,
-    fade,
     identity_share,
     make_cases,
     paste_reference,
+    sample_blends,
 )
 from mini.world.artwork import is_held_out_word
-from mini.world.places import PLACES
+from mini.world.backgrounds import BACKGROUNDS
 from tests.artwork import HELD_OUT, write_artwork
 
-SETTINGS = Settings(things=4, places=2, blends=2, steps=2, edge=64, candidates=4)
+SETTINGS = ReportSettings(things=4, backgrounds=2, blends=2, steps=2, edge=64, candidates=4)
 
 
 class ColourJudges:
-    """Subjects are known by the colour in the middle, places by the colour of the corner."""
+    """Subjects are known by the colour in the middle, backgrounds by the colour of the corner."""
 
-    def embed(self, pictures):
-        middle = pictures[:, :, pictures.shape[2] // 2, pictures.shape[3] // 2] - 0.5
+    def embed(self, images):
+        middle = images[:, :, images.shape[2] // 2, images.shape[3] // 2] - 0.5
         return torch.nn.functional.normalize(middle, dim=1)
 
-    def name_places(self, pictures):
-        return [PLACES[round(float(picture[0, 0, 0]) * 10) % len(PLACES)].name for picture in pictures]
+    def name_backgrounds(self, images):
+        return [BACKGROUNDS[round(float(image[0, 0, 0]) * 10) % len(BACKGROUNDS)].name for image in images]
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +52,17 @@ def test_cases_are_held_out_and_repeat(artwork, cases):
     assert {case.artwork.word for case in cases} == set(HELD_OUT)
     assert all(is_held_out_word(case.artwork.word) for case in cases)
     again = make_cases(artwork, SETTINGS)
-    assert [(c.artwork, c.look, c.place.name) for c in cases] == [(c.artwork, c.look, c.place.name) for c in again]
+    assert [(c.artwork, c.appearance, c.background.name) for c in cases] == [
+        (c.artwork, c.appearance, c.background.name) for c in again
+    ]
     assert all(np.array_equal(a.reference, b.reference) for a, b in zip(cases, again, strict=True))
 
 
-def test_a_thing_is_asked_for_in_different_places(cases):
+def test_a_thing_is_asked_for_in_front_of_different_backgrounds(cases):
     for first, second in zip(cases[::2], cases[1::2], strict=True):
         assert first.artwork == second.artwork
-        assert first.place is not second.place
-    assert all(case.place is not case.shown_in for case in cases)
+        assert first.background is not second.background
+    assert all(case.background is not case.reference_background for case in cases)
 
 
 def test_copies_of_the_references_are_all_right_and_strangers_wrong(cases):
@@ -71,56 +73,56 @@ def test_copies_of_the_references_are_all_right_and_strangers_wrong(cases):
 
 
 @pytest.mark.parametrize("value", [0.5, torch.nan])
-def test_gray_pictures_have_no_identity(cases, value):
+def test_gray_images_have_no_identity(cases, value):
     nothing = [torch.full((3, 64, 64), value)] * 8
     assert identity_share(ColourJudges(), nothing, cases, seed=0, candidates=4) == Share(0, 8)
 
 
-def test_too_few_things_are_refused_before_anything_is_drawn(artwork):
+def test_too_few_things_are_refused_before_anything_is_sampled(artwork):
     with pytest.raises(ValueError, match="4 things are too few to pick one of 20"):
-        make_cases(artwork, Settings(things=4))
+        make_cases(artwork, ReportSettings(things=4))
 
 
-def test_context_counts_the_places_named(cases):
-    pictures = [torch.full((3, 8, 8), PLACES.index(case.place) / 10) for case in cases]
-    assert context_share(ColourJudges(), pictures, cases) == Share(8, 8)
-    pictures[0] = torch.full((3, 8, 8), (PLACES.index(cases[0].place) + 1) % 8 / 10)
-    assert context_share(ColourJudges(), pictures, cases) == Share(7, 8)
+def test_context_counts_the_backgrounds_named(cases):
+    images = [torch.full((3, 8, 8), BACKGROUNDS.index(case.background) / 10) for case in cases]
+    assert context_share(ColourJudges(), images, cases) == Share(8, 8)
+    images[0] = torch.full((3, 8, 8), (BACKGROUNDS.index(cases[0].background) + 1) % 8 / 10)
+    assert context_share(ColourJudges(), images, cases) == Share(7, 8)
 
 
 @pytest.mark.parametrize(("way", "expected"), [("steady", 2), ("wave", 0), ("still", 0)])
 def test_blending_must_always_go_forward(cases, monkeypatch, way, expected):
     references = torch.stack([to_pixels(case.reference)[:, 32, 32] for case in cases])
-    subjects = list(references)  # a subject's vectors are its colour, and drawing paints them
+    subjects = list(references)  # a subject's vectors are its colour, and sampling paints them
 
-    def paint(pipeline, some, vectors, settings):
-        pictures = [vector[:, None, None].expand(3, 64, 64) for vector in vectors]
-        return {"steady": pictures, "wave": [pictures[i] for i in (0, 3, 1, 2, 4)], "still": [pictures[2]] * 5}[way]
+    def sample(pipeline, some, vectors, settings):
+        images = [vector[:, None, None].expand(3, 64, 64) for vector in vectors]
+        return {"steady": images, "wave": [images[i] for i in (0, 3, 1, 2, 4)], "still": [images[2]] * 5}[way]
 
-    monkeypatch.setattr(mini, "draw_cases", paint)
+    monkeypatch.setattr(mini, "sample_cases", sample)
     pairs = blended_pairs(cases, SETTINGS)
-    assert pairs == [(0, 2), (4, 6)]  # each thing is asked for in two places
-    drawn = draw_blends(None, cases, pairs, subjects, SETTINGS)
-    assert blending_share(ColourJudges(), drawn, cases, pairs) == Share(expected, 2)
+    assert pairs == [(0, 2), (4, 6)]  # each thing is asked for in front of two backgrounds
+    sampled = sample_blends(None, cases, pairs, subjects, SETTINGS)
+    assert blending_share(ColourJudges(), sampled, cases, pairs) == Share(expected, 2)
 
 
-def test_a_fade_goes_from_one_picture_to_the_other(cases):
+def test_a_fade_goes_from_one_image_to_the_other(cases):
     first, second = cases[0].reference, cases[2].reference
-    faded = [np.asarray(picture, float) for picture in fade(first, second)]
+    faded = [np.asarray(image, float) for image in cross_fade(first, second)]
     assert np.array_equal(faded[0], np.asarray(first, float))
     assert np.array_equal(faded[-1], np.asarray(second, float))
     assert np.abs(faded[2] - (faded[0] + faded[-1]) / 2).max() <= 1
 
 
 def test_the_pasted_reference_keeps_the_rim(cases):
-    picture = torch.zeros(3, 100, 100)
-    pasted = paste_reference(picture, cases[0].reference)
+    image = torch.zeros(3, 100, 100)
+    pasted = paste_reference(image, cases[0].reference)
     assert pasted[:, :19].abs().max() == 0
     assert pasted[:, 25:75, 25:75].mean() > 0.1
 
 
 class Painter:
-    """Stands in for the model: a picture is its subject's colour in the place that the prompt names."""
+    """Stands in for the model: an image is its subject's colour in front of the prompt's background."""
 
     def __init__(self):
         self.asked: list[tuple[str, int]] = []  # prompt, noise
@@ -132,13 +134,13 @@ class Painter:
         self.asked += [
             (prompt, round(float(each[0, 0, 0]) * 1000)) for prompt, each in zip(prompts, noise, strict=True)
         ]
-        pictures = []
+        images = []
         for prompt, subject in zip(prompts, subjects, strict=True):
-            (place,) = [place for place in PLACES if place.phrases[0] in prompt]
-            picture = torch.full((3, 64, 64), PLACES.index(place) / 10)
-            picture[:, 16:48, 16:48] = 0.5 if subject is None else subject[:, None, None]
-            pictures.append(picture)
-        return torch.stack(pictures)
+            (background,) = [background for background in BACKGROUNDS if background.phrases[0] in prompt]
+            image = torch.full((3, 64, 64), BACKGROUNDS.index(background) / 10)
+            image[:, 16:48, 16:48] = 0.5 if subject is None else subject[:, None, None]
+            images.append(image)
+        return torch.stack(images)
 
 
 def test_a_whole_report(artwork, cases, monkeypatch):
@@ -163,22 +165,22 @@ def test_a_whole_report(artwork, cases, monkeypatch):
     assert len({noise for _, noise in once}) == 8
     for (prompt, _), case in zip(once, cases, strict=True):
         assert case.artwork.word in prompt
-        assert case.place.phrases[0] in prompt
-    assert len(rest) == 16 + 2 * 2 * len(BLEND_SHARES)
+        assert case.background.phrases[0] in prompt
+    assert len(rest) == 16 + 2 * 2 * len(BLEND_WEIGHTS)
 
     assert [line.split(" | ")[0] for line in report.table().splitlines()[2:]] == [f"| {name}" for name in counts]
     assert sheet.size == (8 * 128, 3 * 128)
 
 
-def test_the_model_itself_is_asked(artwork, tiny_parts, monkeypatch):
-    """Its encoder about each reference, and its networks for each picture."""
+def test_the_model_itself_is_asked(artwork, tiny_pipeline, monkeypatch):
+    """Its encoder about each reference, and its networks for each image."""
     asked = []
     monkeypatch.setattr(
-        tiny_parts.encoder, "forward", lambda pixels, words: asked.append(words) or pixels.new_ones(1, 16, 32)
+        tiny_pipeline.encoder, "forward", lambda pixels, words: asked.append(words) or pixels.new_ones(1, 16, 32)
     )
     cases = make_cases(artwork, SETTINGS)
-    vectors = mini.encode_references(tiny_parts, cases)
+    vectors = mini.encode_references(tiny_pipeline, cases)
     assert asked == [[case.artwork.word] for case in cases]
-    drawn = mini.draw_cases(tiny_parts, cases, vectors, SETTINGS)
-    assert [picture.shape for picture in drawn] == [(3, 64, 64)] * 8
-    assert not torch.equal(drawn[0], drawn[1])
+    sampled = mini.sample_cases(tiny_pipeline, cases, vectors, SETTINGS)
+    assert [image.shape for image in sampled] == [(3, 64, 64)] * 8
+    assert not torch.equal(sampled[0], sampled[1])

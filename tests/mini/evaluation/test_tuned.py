@@ -1,4 +1,4 @@
-"""What fine-tuning is worth: the report counts what it says it counts."""
+"""What fine-tuning adds: the report counts what it says it counts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from blip_qformer.evaluation.intervals import Mean
 from blip_qformer.finetune.loop import FinetuneResult
 from blip_qformer.finetune.validation import Score
 from mini.evaluation import tuned
-from mini.evaluation.tuned import SHOWN_PLACES, TunedSettings, _report, evaluate_tuned, make_things
+from mini.evaluation.tuned import VIEW_BACKGROUNDS, TunedSettings, _report, evaluate_tuned, make_things
 from mini.world.artwork import is_held_out_word
 from tests import tiny
 from tests.artwork import write_artwork
 from tests.mini.evaluation.test_report import ColourJudges
 
-SETTINGS = TunedSettings(things=2, steps=2, every=1, learning_rate=1e-3, rank=2, edge=64, candidates=3)
+SETTINGS = TunedSettings(things=2, steps=2, validate_every=1, learning_rate=1e-3, rank=2, edge=64, candidates=3)
 COLOURS = torch.eye(3)  # of the three things
-PLACE_SHADES = {"snow": 0.1, "grass": 0.0, "sand": 0.2}  # the judge's, in the corner
+SHADES = {"snow": 0.1, "grass": 0.0, "sand": 0.2}  # the judge's, in the corner
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +27,20 @@ def artwork(tmp_path_factory):
     return write_artwork(tmp_path_factory.mktemp("artwork"))
 
 
-def picture(colour: torch.Tensor, shade: float) -> torch.Tensor:
-    """A thing of a colour in a place."""
-    drawn = torch.full((3, 8, 8), shade)
-    drawn[:, 2:7, 2:7] = colour[:, None, None]
-    return drawn
+def image(colour: torch.Tensor, shade: float) -> torch.Tensor:
+    """A thing of a colour in front of a background."""
+    pixels = torch.full((3, 8, 8), shade)
+    pixels[:, 2:7, 2:7] = colour[:, None, None]
+    return pixels
 
 
-def in_all_places(colour: torch.Tensor) -> list[torch.Tensor]:
-    return [picture(colour, shade) for shade in PLACE_SHADES.values()]
+def in_front_of_all(colour: torch.Tensor) -> list[torch.Tensor]:
+    return [image(colour, shade) for shade in SHADES.values()]
 
 
-def outcome(looks: list[list[torch.Tensor]], likeness: list[float], kept: int) -> FinetuneResult:
+def outcome(validations: list[list[torch.Tensor]], likeness: list[float], kept: int) -> FinetuneResult:
     scores = [Score(step, value, 1.0) for step, value in enumerate(likeness)]
-    return FinetuneResult(kept, [0.1] * (len(looks) - 1), scores, [torch.stack(look) for look in looks])
+    return FinetuneResult(kept, [0.1] * (len(validations) - 1), scores, [torch.stack(images) for images in validations])
 
 
 RED, GREEN, BLUE = COLOURS
@@ -48,11 +48,11 @@ REFERENCES = torch.nn.functional.normalize(COLOURS - 0.5, dim=1)
 DIFFERENCE = 1 - float(REFERENCES[0] @ REFERENCES[2])  # between a thing and what it is not
 
 
-def test_it_counts_identities_places_and_gains():
-    """Two things: the first is learned at step 1, the second never, and at step 1 it loses its place."""
-    lost = [picture(BLUE, PLACE_SHADES["snow"])] * 3
-    first = outcome([in_all_places(BLUE), in_all_places(RED)], [0.2, 0.9], kept=1)
-    second = outcome([in_all_places(GREEN), lost], [0.8, 0.1], kept=0)
+def test_it_counts_identities_backgrounds_and_gains():
+    """Two things: the first is learned at step 1, the second never, and at step 1 it loses its background."""
+    lost = [image(BLUE, SHADES["snow"])] * 3
+    first = outcome([in_front_of_all(BLUE), in_front_of_all(RED)], [0.2, 0.9], kept=1)
+    second = outcome([in_front_of_all(GREEN), lost], [0.8, 0.1], kept=0)
     report = _report(ColourJudges(), REFERENCES, [first, second], SETTINGS)
     assert (report.identity[0].value, report.identity[1].value) == (0.5, 0.5)
     assert report.context[0] == Mean(1.0, 0.0)
@@ -66,8 +66,8 @@ def test_it_counts_identities_places_and_gains():
 
 
 def test_one_that_ended_early_counts_as_it_was():
-    first = outcome([in_all_places(BLUE), in_all_places(RED)], [0.2, 0.9], kept=1)
-    second = outcome([in_all_places(GREEN), in_all_places(BLUE), in_all_places(GREEN)], [0.8, 0.1, 0.8], kept=2)
+    first = outcome([in_front_of_all(BLUE), in_front_of_all(RED)], [0.2, 0.9], kept=1)
+    second = outcome([in_front_of_all(GREEN), in_front_of_all(BLUE), in_front_of_all(GREEN)], [0.8, 0.1, 0.8], kept=2)
     report = _report(ColourJudges(), REFERENCES, [first, second], SETTINGS)
     assert report.ended_early == 1
     assert [each.value for each in report.identity.values()] == [0.5, 0.5, 1.0]
@@ -75,8 +75,8 @@ def test_one_that_ended_early_counts_as_it_was():
 
 
 @pytest.mark.parametrize("value", [0.5, math.nan])
-def test_gray_pictures_have_no_identity(value):
-    gray = [torch.full((3, 8, 8), value).index_fill(1, torch.tensor([0]), shade) for shade in PLACE_SHADES.values()]
+def test_gray_images_have_no_identity(value):
+    gray = [torch.full((3, 8, 8), value).index_fill(1, torch.tensor([0]), shade) for shade in SHADES.values()]
     report = _report(ColourJudges(), REFERENCES, [outcome([gray, gray], [0.2, 0.3], kept=1)], SETTINGS)
     assert [each.value for each in report.identity.values()] == [0.0, 0.0]
 
@@ -92,16 +92,16 @@ def test_things_are_held_out_and_repeat(artwork):
         make_things(artwork, SETTINGS, 5)
 
 
-def test_views_are_never_in_a_place_that_is_asked_for(artwork, monkeypatch):
-    """Else a view drawn again would count as the prompt's place."""
-    assert len(SHOWN_PLACES) == 5
+def test_views_never_show_a_background_that_is_asked_for(artwork, monkeypatch):
+    """Else a view sampled again would count as the prompt's background."""
+    assert len(VIEW_BACKGROUNDS) == 5
     shown = []
-    original = tuned.picture_of
-    monkeypatch.setattr(tuned, "picture_of", lambda *inputs: shown.append(inputs[2]) or original(*inputs))
+    original = tuned.render_scene
+    monkeypatch.setattr(tuned, "render_scene", lambda *inputs: shown.append(inputs[2]) or original(*inputs))
     make_things(artwork, SETTINGS, 4)
     assert len(shown) == 4 * 5
-    assert set(place.name for place in shown) <= {place.name for place in SHOWN_PLACES}
-    assert {place.name for place in SHOWN_PLACES}.isdisjoint(PLACE_SHADES)
+    assert set(background.name for background in shown) <= {background.name for background in VIEW_BACKGROUNDS}
+    assert {background.name for background in VIEW_BACKGROUNDS}.isdisjoint(SHADES)
 
 
 def test_it_tunes_and_reports(artwork):
@@ -109,8 +109,8 @@ def test_it_tunes_and_reports(artwork):
     before = {name: weight.clone() for name, weight in pipeline.unet.state_dict().items()}
 
     class Judges(ColourJudges):
-        def name_places(self, pictures):
-            return ["snow"] * len(pictures)
+        def name_backgrounds(self, images):
+            return ["snow"] * len(images)
 
     report, sheet = evaluate_tuned(pipeline, Judges(), artwork, SETTINGS, progress=lambda text: None)
     assert all(torch.equal(weight, before[name]) for name, weight in pipeline.unet.state_dict().items())

@@ -30,11 +30,11 @@ def test_every_thing_is_there_in_every_style(tmp_path):
     assert [artwork.style for artwork in found] == list(STYLES) * 10  # thing by thing, each in the order of styles
 
 
-def test_what_a_style_does_not_draw_is_left_out_and_webp_is_read(tmp_path):
+def test_what_a_style_does_not_hold_is_left_out_and_webp_is_read(tmp_path):
     write_artwork(tmp_path)
-    drawn = sorted((tmp_path / "noto").iterdir())
-    drawn[0].unlink()
-    drawn[1].rename(drawn[1].with_suffix(".webp"))
+    files = sorted((tmp_path / "noto").iterdir())
+    files[0].unlink()
+    files[1].rename(files[1].with_suffix(".webp"))
     noto = [artwork for artwork in read_artwork(tmp_path) if artwork.style == "noto"]
     assert [artwork.file.suffix for artwork in noto] == [".webp"] + 8 * [".png"]
 
@@ -56,18 +56,18 @@ def test_a_fifth_of_all_words_is_held_out_and_relatives_go_together():
 
 
 def test_people_are_no_things_to_be_judged_by():
-    thing, person = (drawn(HELD_OUT[0], category) for category in ("Objects", "People & Body"))
+    thing, person = (artwork_of(HELD_OUT[0], category) for category in ("Objects", "People & Body"))
     assert SPLITS["held-out"]([thing, person]) == [thing]
     assert SPLITS["train"]([thing, person]) == []
 
 
 def test_what_shares_a_part_of_its_name_with_a_held_out_thing_is_not_trained_on():
-    related, other = drawn(f"{TRAINED[0]} {HELD_OUT[0]}"), drawn(f"{TRAINED[0]} face")
-    assert SPLITS["train"]([drawn(HELD_OUT[0]), related, other]) == [other]
-    assert SPLITS["train"]([drawn(f"{HELD_OUT[0]} face"), related, other]) == [other]  # "face" tells nothing
+    related, other = artwork_of(f"{TRAINED[0]} {HELD_OUT[0]}"), artwork_of(f"{TRAINED[0]} face")
+    assert SPLITS["train"]([artwork_of(HELD_OUT[0]), related, other]) == [other]
+    assert SPLITS["train"]([artwork_of(f"{HELD_OUT[0]} face"), related, other]) == [other]  # "face" tells nothing
 
 
-def drawn(word: str, category: str = "Objects") -> Artwork:
+def artwork_of(word: str, category: str = "Objects") -> Artwork:
     return Artwork("1", word, category, "noto", Path())
 
 
@@ -103,7 +103,7 @@ def archive_of(files: dict[str, bytes]) -> bytes:
     return content.getvalue()
 
 
-def picture(colour: tuple[int, int, int, int], kind: str) -> bytes:
+def image(colour: tuple[int, int, int, int], kind: str) -> bytes:
     content = io.BytesIO()
     Image.new("RGBA", (8, 8), colour).save(content, kind)
     return content.getvalue()
@@ -132,7 +132,7 @@ def registry(files: dict[str, bytes]):
 @pytest.fixture
 def packages():
     """Two packages and what a registry holds of them: a set with a list, and one that writes code points otherwise."""
-    dog, cup = picture((200, 0, 0, 255), "PNG"), picture((0, 0, 200, 255), "WEBP")
+    dog, cup = image((200, 0, 0, 255), "PNG"), image((0, 0, 200, 255), "WEBP")
     first = archive_of(
         {
             "package/emoji.json": json.dumps(ENTRIES).encode(),
@@ -174,7 +174,7 @@ def icon_set(name: str, icons: dict[str, dict], **files: dict) -> tuple[Package,
     return package, {f"@iconify-json/{name}/-/{name}-1.0.0.tgz": archive}
 
 
-def test_drawings_are_joined_by_name_and_rendered(packages, tmp_path):
+def test_icons_are_matched_by_name_and_rendered(packages, tmp_path):
     made, files = packages
     left_half = '<rect width="{0}" height="{1}" fill="#f00"/>'
     named, its_files = icon_set(
