@@ -16,7 +16,7 @@ from ..atomic import atomic_file
 from ..checkpoint.read_tensors import is_pickle
 from .subject import Subject
 
-ENDING = ".safetensors"
+SUFFIX = ".safetensors"
 TENSOR = "emb_params"
 FORMAT, VERSION = "blip-subject", 1
 PLAIN_VECTORS = 16  # as many as every published encoder gives

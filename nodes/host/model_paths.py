@@ -9,7 +9,7 @@ from pathlib import Path
 import folder_paths
 
 from ...blip_qformer.checkpoint.read_tensors import TENSOR_FILES
-from ...blip_qformer.subject.file import ENDING
+from ...blip_qformer.subject.file import SUFFIX
 from ...blip_qformer.subject.file_name import checked_name
 
 CHECKPOINT_FOLDER, SEGMENTATION_FOLDER = "blip_diffusion", "clipseg"  # ours: the host learns of them from us
@@ -89,7 +89,7 @@ def new_subject_path(name: str) -> Path:
         ValueError: The name is not safe.
     """
     folder = _folders(SUBJECT_FOLDER)[0]
-    path = folder / f"{checked_name(name)}{ENDING}"
+    path = folder / f"{checked_name(name)}{SUFFIX}"
     folder.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -115,7 +115,7 @@ def _segmentation_models() -> dict[str, Path]:
 
 def _subjects() -> list[str]:
     """Files in the embeddings folders and their subfolders, named as the host names them."""
-    return [name for name in folder_paths.get_filename_list(SUBJECT_FOLDER) if name.lower().endswith(ENDING)]
+    return [name for name in folder_paths.get_filename_list(SUBJECT_FOLDER) if name.lower().endswith(SUFFIX)]
 
 
 def _folders(name: str) -> list[Path]:
@@ -157,5 +157,5 @@ SUBJECTS = ModelList(
     folders=(SUBJECT_FOLDER,),
     find=_subjects,
     locate=lambda name: folder_paths.get_full_path(SUBJECT_FOLDER, name),
-    advice=lambda: f": make one with Save Subject, or copy a {ENDING} there, and press R to refresh.",
+    advice=lambda: f": make one with Save Subject, or copy a {SUFFIX} there, and press R to refresh.",
 )
