@@ -22,9 +22,9 @@ from benchmarks.table import Row
 from blip_qformer.data.collate import Batch
 from blip_qformer.data.pairs import Pair
 from blip_qformer.pipeline import SCHEDULER_CONFIG
+from blip_qformer.training.batches import pair_seeds, to_device
 from blip_qformer.training.config import RunConfig, config_from, read_config
 from blip_qformer.training.stages import Stage, make_stage
-from blip_qformer.training.trainer import pair_seeds, to_device
 
 RUN = ROOT / "mini" / "runs" / "1-autoencoder.yaml"
 BATCH, PAIRS, EDGE = 8, 3, 256

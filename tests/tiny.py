@@ -17,11 +17,12 @@ from PIL import Image
 from blip_qformer.data.pairs import Pair
 from blip_qformer.data.shards import write_shard
 from blip_qformer.pipeline import Pipeline, new_pipeline
+from blip_qformer.training.batches import pair_seeds
 from blip_qformer.training.config import RunConfig, config_from
 from blip_qformer.training.stages import Stage
 from blip_qformer.training.stages import make_stage as make_fresh_stage
 from blip_qformer.training.stages.base import CollateFn
-from blip_qformer.training.trainer import pair_seeds, train
+from blip_qformer.training.trainer import train
 from mini.init import initialise
 from mini.stages import STAGES
 from mini.stages.cpu_attention import fast_attention

@@ -22,3 +22,10 @@ def processes() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["blip_qformer.training.trainer"])
     return context
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    tiny.reset_accelerate()
+    yield
+    tiny.reset_accelerate()
