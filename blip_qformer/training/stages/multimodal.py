@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +133,7 @@ class MultimodalStage(Stage):
     def _generation(self, image_tokens: Tensor, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Predict each token of the caption; ``[DEC]`` in place of ``[CLS]`` tells the Q-Former to."""
         inputs = ids.clone()
-        inputs[:, 0] = bert_tokenizer().token_to_id(DEC_TOKEN)
+        inputs[:, 0] = cast(int, bert_tokenizer().token_to_id(DEC_TOKEN))
         qformer = self.pipeline.encoder.qformer
         _, text = run_qformer(qformer, image_tokens, inputs, attention_mask, generation_mask)
         logits = self.word_head(text, qformer.word_embedding.weight)  # [B, T, vocabulary]
