@@ -45,6 +45,9 @@ def align(source: Sequence[TokenSpan], edited: Sequence[TokenSpan], tokens: int)
         edited: The edited prompt's words in order.
         tokens: Number of tokens of each conditioning, a multiple of 77.
 
+    Returns:
+        The alignment, from the source's tokens to the edited prompt's.
+
     Raises:
         ValueError: If a prompt has too many words.
     """

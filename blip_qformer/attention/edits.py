@@ -31,7 +31,11 @@ class Reweight:
     image: int | None = None
 
     def padded(self, tokens: int) -> Reweight:
-        """Return the same edit for a prompt of ``tokens`` tokens, the added ones unchanged."""
+        """Return the same edit for a longer prompt.
+
+        Args:
+            tokens: Number of tokens of the prompt; the added ones get the factor 1.
+        """
         return replace(self, factors=F.pad(self.factors, (0, tokens - len(self.factors)), value=1.0))
 
 

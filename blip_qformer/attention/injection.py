@@ -27,7 +27,11 @@ class ConditioningRows(NamedTuple):
     group_size: int
 
     def of(self, image: int | None) -> slice:
-        """Return the rows of one image of every group; None means all rows."""
+        """Return the rows of one image of every group.
+
+        Args:
+            image: Index of the image in its group, 0 being the source; None means all rows.
+        """
         return slice(self.start + (image or 0), self.stop, 1 if image is None else self.group_size)
 
 

@@ -73,6 +73,9 @@ def plan_step(edits: Sequence[Edit], step: int, num_steps: int, device: torch.de
         step: Number of the step, from 0 on.
         num_steps: Number of all steps.
         device: Device of the plan's tensors.
+
+    Returns:
+        What the edits do in this step.
     """
     value_factors: list[tuple[int | None, Tensor]] = []
     cross_plans: dict[int, CrossPlan] = {}
@@ -95,7 +98,7 @@ def plan_step(edits: Sequence[Edit], step: int, num_steps: int, device: torch.de
 
 
 def cross_replace_alpha(image: EditedImage, step: int, num_steps: int) -> Tensor:
-    """Return how much of the source's attention is injected at each token (alpha of arXiv 2208.01626).
+    """Return how much of the source's attention is injected at each token (``cross_replace_alpha`` in the paper's code).
 
     Args:
         image: An edited image.
@@ -131,7 +134,10 @@ def plan_blend(image: EditedImage, cross: CrossPlan | None) -> BlendPlan:
 
     Args:
         image: An image with local blend.
-        cross: The plan of its cross-attention in this step.
+        cross: The plan of its cross-attention in this step; None if nothing is injected.
+
+    Returns:
+        The columns of attention that make up the maps.
     """
     source_columns: list[Tensor] = []
     edited_columns: Tensor | None = None
@@ -149,7 +155,11 @@ def plan_blend(image: EditedImage, cross: CrossPlan | None) -> BlendPlan:
 
 
 def can_need_two_attentions(edit: PromptToPrompt) -> bool:
-    """Whether there may be a step in which the source's attention is injected at some tokens and not at others."""
+    """Whether there may be a step in which the source's attention is injected at some tokens and not at others.
+
+    Args:
+        edit: An edit.
+    """
     return any(not image.alignment.has_source.all() or len(set(image.steps)) > 1 for image in edit.images)
 
 

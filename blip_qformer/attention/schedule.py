@@ -21,7 +21,12 @@ class StepRange:
     end: float = 1.0
 
     def covers(self, step: int, num_steps: int) -> bool:
-        """Whether a step, counted from 0, is inside. A part of a step counts as none, as in ``int(end * steps)``."""
+        """Whether a step is inside; a fraction of a step counts as none, as in ``int(end * num_steps)``.
+
+        Args:
+            step: Number of the step, from 0 on.
+            num_steps: Number of all steps.
+        """
         return _floor(self.start * num_steps) <= step < _floor(self.end * num_steps)
 
     @property

@@ -43,14 +43,19 @@ class WordRange(NamedTuple):
 
 
 def parse_words(text: str) -> list[str]:
-    """Split a list of words: ``"dog, red hat"`` -> ["dog", "red hat"]."""
+    """Split a list of words: ``"dog, red hat"`` -> ["dog", "red hat"].
+
+    Args:
+        text: Phrases with commas, semicolons or line breaks between them.
+    """
     return [item.strip() for item in SEPARATORS.split(text) if item.strip()]
 
 
 def parse_word_weights(text: str) -> list[WordWeight]:
     """Parse words with weights: ``"swimming:2.0, red hat:-0.5"`` -> [("swimming", 2.0), ("red hat", -0.5)].
 
-    An empty text gives an empty list.
+    Args:
+        text: Items as for :func:`parse_words`; an empty text gives an empty list.
 
     Raises:
         ValueError: If an item is not a word, a colon and a finite number.
@@ -71,7 +76,8 @@ def parse_word_weights(text: str) -> list[WordWeight]:
 def parse_word_ranges(text: str) -> list[WordRange]:
     """Parse words with ranges of steps: ``"dog:0.5, hat:0.2-0.9"`` -> [("dog", 0 to 0.5), ("hat", 0.2 to 0.9)].
 
-    An empty text gives an empty list.
+    Args:
+        text: Items as for :func:`parse_words`; an empty text gives an empty list.
 
     Raises:
         ValueError: If an item is not a word, a colon and one or two numbers from 0 to 1, the second not the smaller.
@@ -169,7 +175,11 @@ def weight_tokens(
 
 
 def readable(word: str) -> str:
-    """Spell a word of CLIP's vocabulary, where a character is a byte, as people do: ``cafÃ©`` -> ``café``."""
+    """Spell a word of CLIP's vocabulary as people do: ``cafÃ©`` -> ``café``.
+
+    Args:
+        word: A word in which each character stands for a byte of UTF-8.
+    """
     try:
         return bytes(_BYTES[character] for character in word).decode("utf-8")
     except (KeyError, UnicodeDecodeError):  # not from the vocabulary, or cut in the middle of a character

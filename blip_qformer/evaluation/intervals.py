@@ -64,6 +64,9 @@ class Mean:
 
         Args:
             values: One number for each subject: several images of one subject are no independent trials.
+
+        Returns:
+            The mean with half of its 95 % interval.
         """
         numbers = np.asarray(values, dtype=float)
         if len(numbers) < 2:

@@ -149,7 +149,14 @@ class SubjectTuning:
                 yield Step(number, self.losses[-1])
 
     def loss(self, batch: Batch) -> Tensor:
-        """Compute the mean squared error of the predicted noise (arXiv 2006.11239, equation 14)."""
+        """Compute the mean squared error of the predicted noise (arXiv 2006.11239, equation 14).
+
+        Args:
+            batch: Latents, timesteps and noise of the step.
+
+        Returns:
+            A scalar that gradients flow back from.
+        """
         latents = self.latents[batch.indices]  # [B, 4, h, w]
         context = self.encode_caption(self.vectors).expand(len(latents), -1, -1)  # [B, T, width]
         noisy_latents = add_noise(latents, batch.noise, batch.timesteps)
@@ -162,7 +169,11 @@ class SubjectTuning:
 
     @torch.no_grad()
     def restore(self, snapshot: Sequence[Tensor]) -> None:
-        """Put the parameters of a snapshot back."""
+        """Put the parameters of a snapshot back.
+
+        Args:
+            snapshot: What :meth:`snapshot` returned.
+        """
         for parameter, saved in zip(self.parameters, snapshot, strict=True):
             parameter.copy_(saved)
 

@@ -81,10 +81,13 @@ class LoRA:
             self._handles.pop().remove()
 
     def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Return the tensors of a LoRA file, under the keys that the stock LoraLoader and other programs know.
+        """Collect the factors under the keys that the stock LoraLoader and other programs know.
 
         Args:
             dtype: Precision of the tensors.
+
+        Returns:
+            The tensors of a LoRA file.
         """
         tensors = {}
         for name, key in self.keys.items():
@@ -104,17 +107,33 @@ class LoRA:
 
 
 def attention_projections(network: nn.Module) -> dict[str, nn.Linear]:
-    """Find the layers that :class:`LoRA` adapts, by their names."""
+    """Find the layers that :class:`LoRA` adapts.
+
+    Args:
+        network: A U-Net.
+
+    Returns:
+        The layers by their names in the network.
+    """
     return {name: cast(nn.Linear, module) for name, module in network.named_modules() if PROJECTIONS.search(name)}
 
 
 def count_lora_parameters(network: nn.Module, rank: int) -> int:
-    """Count the numbers that a :class:`LoRA` of a network trains."""
+    """Count the numbers that a :class:`LoRA` of a network trains.
+
+    Args:
+        network: A U-Net.
+        rank: Rank of the factors.
+    """
     return rank * sum(sum(layer.weight.shape) for layer in attention_projections(network).values())
 
 
 def lora_key(diffusers_name: str) -> str:
-    """Return the key prefix of a U-Net's layer in a LoRA file: diffusers' name of it with underscores."""
+    """Return the key prefix of a U-Net's layer in a LoRA file, without ``.lora_down.weight`` and the like.
+
+    Args:
+        diffusers_name: The layer's name in diffusers' U-Net.
+    """
     return f"lora_unet_{diffusers_name.replace('.', '_')}"
 
 

@@ -116,5 +116,13 @@ def preview_grid(samples: Sequence[Tensor]) -> Tensor:
 
 
 def mean_cosine(first: Tensor, second: Tensor) -> float:
-    """Compute the mean cosine similarity of two tensors of shape [B, 16, width] along their last dimension."""
+    """Compute the mean cosine similarity of vectors.
+
+    Args:
+        first: Subject vectors of shape [B, 16, width].
+        second: Subject vectors of shape [B, 16, width].
+
+    Returns:
+        The mean over all B * 16 pairs, in -1..1.
+    """
     return float(F.cosine_similarity(first.float(), second.float(), dim=-1).mean())

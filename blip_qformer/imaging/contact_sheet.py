@@ -88,6 +88,9 @@ def make_layout(count: int, has_source: Sequence[bool] = (), columns: int = 0) -
         count: Number of images.
         has_source: Which of up to four sources are there.
         columns: Number of images in a row; 0 means one row for a line with sources, else as square as possible.
+
+    Returns:
+        The cells, among them one for each of the four sources, whether it is there or not.
     """
     is_square, has_sides = any(has_source[2:]), any(has_source)
     if columns == 0:

@@ -65,6 +65,9 @@ def bounding_box(alpha: Tensor) -> Box:
     Args:
         alpha: Opacity of shape [H, W] in 0..1.
 
+    Returns:
+        The box in fractions of width and height.
+
     Raises:
         NoSubjectError: If everything is nearly transparent.
     """
