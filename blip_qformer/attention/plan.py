@@ -98,7 +98,7 @@ def plan_step(edits: Sequence[Edit], step: int, num_steps: int, device: torch.de
 
 
 def cross_replace_alpha(image: EditedImage, step: int, num_steps: int) -> Tensor:
-    """Return how much of the source's attention is injected at each token (``cross_replace_alpha`` in the paper's code).
+    """Return how much of the source's attention is injected at each token, as in the paper's published code.
 
     Args:
         image: An edited image.
