@@ -6,32 +6,14 @@ import torch
 from torch import Tensor
 
 from ..blip_qformer.imaging.contact_sheet import contact_sheet
-from ..blip_qformer.subject.blending import BLEND_MODES, BlendMode, blend, describe_blend, trajectory
+from ..blip_qformer.subject.blending import BlendMode, blend, describe_blend, trajectory
 from ..blip_qformer.subject.subject import Subject, split_rows
 from ..blip_qformer.subject.weights import parse_weights, slider_weights, trajectory_labels
 from .host.checks import require_in_order
 from .host.latents import Latent, repeat_for_batches
-from .types import CATEGORY, BlipSubject, advanced, io
+from .types import CATEGORY, BlipSubject, advanced, blend_mode_input, io, slider_input
 
-
-def mode_input() -> io.Combo.Input:
-    """Return the blend mode's drop-down list, which both blending nodes have."""
-    return advanced(
-        io.Combo.Input(
-            "mode",
-            options=list(BLEND_MODES),
-            default=BLEND_MODES[0],
-            tooltip="linear: the plain mean, as the authors do. spherical: turns from one subject to the other at an "
-            "even pace. norm-preserving: the plain mean, made as strong as its subjects; try it when the middle looks "
-            "dull.",
-        )
-    )
-
-
-def slider_input(name: str, default: float, tooltip: str) -> io.Float.Input:
-    """Return a slider from one subject to another, and a little beyond either."""
-    display = io.NumberDisplay.slider
-    return io.Float.Input(name, default=default, min=-1.0, max=2.0, step=0.01, display_mode=display, tooltip=tooltip)
+BEYOND = (-1.0, 2.0)  # of a slider from one subject at 0 to another at 1
 
 
 class SubjectInterpolate(io.ComfyNode):
@@ -54,14 +36,16 @@ class SubjectInterpolate(io.ComfyNode):
                     0.5,
                     "0: subject_1, 1: subject_2, between: a mix. Below 0 and above 1 lies what is beyond them "
                     "(extrapolation): exaggerated, and soon strange.",
+                    *BEYOND,
                 ),
                 slider_input(
                     "y",
                     0.0,
                     "0: between subject_1 and subject_2. 1: subject_3, or with four between subject_3 and subject_4. "
                     "With two subjects it does nothing.",
+                    *BEYOND,
                 ),
-                mode_input(),
+                blend_mode_input(),
                 advanced(
                     io.String.Input(
                         "weights",
@@ -131,7 +115,7 @@ class SubjectTrajectory(io.ComfyNode):
                     tooltip="How many subjects along the line, both ends included. With four subjects, along each "
                     "side of the square: 5 makes 25 pictures.",
                 ),
-                mode_input(),
+                blend_mode_input(),
                 advanced(
                     io.String.Input(
                         "word",

@@ -9,18 +9,7 @@ from .host.checks import require_tuned_subject
 from .host.managed import ManagedEncoder
 from .host.model_paths import CHECKPOINTS
 from .host.networks import build_controlnet, build_networks
-from .types import CATEGORY, Blip2QFormer, BlipSubject, io
-
-
-def checkpoint_input() -> io.Combo.Input:
-    """Return the drop-down list of checkpoints that all loaders have."""
-    return io.Combo.Input(
-        "checkpoint",
-        options=CHECKPOINTS.options(),
-        tooltip="A folder or file in models/blip_diffusion (or a BLIP-Diffusion folder in models/diffusers): "
-        "Salesforce/blipdiffusion as downloaded, an original LAVIS folder, a fine-tuned .pth, or "
-        "blip2_qformer.safetensors.",
-    )
+from .types import CATEGORY, Blip2QFormer, BlipSubject, checkpoint_input, io
 
 
 class LoadBLIPDiffusion(io.ComfyNode):

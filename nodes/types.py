@@ -4,6 +4,9 @@ from typing import TypeVar
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
+from ..blip_qformer.subject.blending import BLEND_MODES
+from .host.model_paths import CHECKPOINTS
+
 CATEGORY = "BLIP-Diffusion"
 
 #: Carries a :class:`~blip_qformer.subject.Subject`.
@@ -28,6 +31,22 @@ def advanced(widget: WidgetT) -> WidgetT:
     return widget
 
 
+def slider_input(name: str, default: float, tooltip: str, minimum: float, maximum: float) -> io.Float.Input:
+    """Return a slider in hundredths.
+
+    Args:
+        name: Name of the input.
+        default: Its default.
+        tooltip: Its help.
+        minimum: Its left end.
+        maximum: Its right end.
+    """
+    display = io.NumberDisplay.slider
+    return io.Float.Input(
+        name, default=default, min=minimum, max=maximum, step=0.01, display_mode=display, tooltip=tooltip
+    )
+
+
 def fraction_input(name: str, default: float, tooltip: str) -> io.Float.Input:
     """Return a slider for a fraction of the schedule: 0 is before the first step, 1 behind the last.
 
@@ -36,8 +55,7 @@ def fraction_input(name: str, default: float, tooltip: str) -> io.Float.Input:
         default: Its default.
         tooltip: Its help.
     """
-    display = io.NumberDisplay.slider
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, display_mode=display, tooltip=tooltip)
+    return slider_input(name, default, tooltip, 0.0, 1.0)
 
 
 def text_input(name: str, tooltip: str) -> io.String.Input:
@@ -50,6 +68,31 @@ def text_input(name: str, tooltip: str) -> io.String.Input:
     return advanced(io.String.Input(name, optional=True, default="", multiline=True, tooltip=tooltip))
 
 
+def checkpoint_input() -> io.Combo.Input:
+    """Return the drop-down list of checkpoints that all loaders have."""
+    return io.Combo.Input(
+        "checkpoint",
+        options=CHECKPOINTS.options(),
+        tooltip="A folder or file in models/blip_diffusion (or a BLIP-Diffusion folder in models/diffusers): "
+        "Salesforce/blipdiffusion as downloaded, an original LAVIS folder, a fine-tuned .pth, or "
+        "blip2_qformer.safetensors.",
+    )
+
+
+def blend_mode_input() -> io.Combo.Input:
+    """Return the drop-down list of blend modes that both blending nodes have."""
+    return advanced(
+        io.Combo.Input(
+            "mode",
+            options=list(BLEND_MODES),
+            default=BLEND_MODES[0],
+            tooltip="linear: the plain mean, as the authors do. spherical: turns from one subject to the other at an "
+            "even pace. norm-preserving: the plain mean, made as strong as its subjects; try it when the middle looks "
+            "dull.",
+        )
+    )
+
+
 __all__ = [
     "CATEGORY",
     "Blip2QFormer",
@@ -57,7 +100,10 @@ __all__ = [
     "ComfyExtension",
     "RecordedAttention",
     "advanced",
+    "blend_mode_input",
+    "checkpoint_input",
     "fraction_input",
     "io",
+    "slider_input",
     "text_input",
 ]
