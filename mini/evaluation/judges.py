@@ -188,7 +188,7 @@ def _sample_batch(pieces: Sequence[Artwork], count: int, rng: np.random.Generato
     Returns:
         Images of shape [2, count, 3, 64, 64] in 0..1, and the indices of their backgrounds of shape [2, count].
     """
-    chosen = [pieces[rng.integers(len(pieces))] for _ in range(count // 2)]
+    chosen = [pieces[int(rng.integers(len(pieces)))] for _ in range(count // 2)]
     subjects = [(artwork, sample_appearance(rng)) for artwork in [*chosen, *chosen]]
     images, backgrounds = [], []
     for _ in range(2):

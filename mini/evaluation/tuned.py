@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -250,13 +251,18 @@ def _report(
         report.identity[step] = Mean.of([verdict.identity for verdict in at(step)])
         report.context[step] = Mean.of([verdict.context for verdict in at(step)])
         report.likeness[step] = Mean.of([verdict.likeness for verdict in at(step)])
-        report.gain[step] = Mean.of(np.subtract([verdict.likeness for verdict in at(step)], zero_shot))
+        report.gain[step] = Mean.of(_gains(at(step), zero_shot))
     kept = [each[_validation_at(result, result.kept_step)] for each, result in zip(verdicts, results, strict=True)]
-    report.kept_gain = Mean.of(np.subtract([verdict.likeness for verdict in kept], zero_shot))
+    report.kept_gain = Mean.of(_gains(kept, zero_shot))
     own = [score.likeness for result in results for score in result.scores]
     judged = [verdict.likeness for each in verdicts for verdict in each]
-    report.agreement = float(spearmanr(own, judged).statistic)
+    correlation: Any = spearmanr(own, judged)  # scipy has no types
+    report.agreement = float(correlation.statistic)
     return report
+
+
+def _gains(verdicts: Sequence[_Verdict], zero_shot: Sequence[float]) -> list[float]:
+    return [verdict.likeness - likeness for verdict, likeness in zip(verdicts, zero_shot, strict=True)]
 
 
 def _judge(judges: Judges, references: Tensor, number: int, images: Tensor, candidates: int) -> _Verdict:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-Array = NDArray[np.float32]  # [size, size, 3] in 0..1, where nothing else is said
+Array = NDArray[np.floating]  # [size, size, 3] in 0..1, where nothing else is said
 Colour = tuple[float, float, float]  # RGB in 0..1
 
 

@@ -193,7 +193,7 @@ def shift_hue(image: Image.Image, shift: float) -> Image.Image:
         The image, RGBA, with the same alpha.
     """
     hue, saturation, value = image.convert("RGB").convert("HSV").split()
-    hue = hue.point(lambda level: (level + round(shift * 256)) % 256)
+    hue = hue.point([(level + round(shift * 256)) % 256 for level in range(256)])
     shifted = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
     shifted.putalpha(image.getchannel("A"))
     return shifted
