@@ -42,9 +42,9 @@ env: $(ENVIRONMENT_READY) $(HOST_READY)
 demo: env
 	@$(RUN) -m tools.demo $(ARGS)
 
-# Two processes share the test files out; tests/conftest.py gives each one thread.
+# Two processes share the test files out; tests/conftest.py says in which order, and gives each one thread.
 test: env browser
-	@$(RUN) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: env
 	@$(RUN) -m benchmarks $(ARGS)

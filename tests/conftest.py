@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +44,39 @@ from tools.frontend import Frontend  # noqa: E402
 from tools.host import OFFLINE, ComfyServer, make_base_directory  # noqa: E402
 
 os.environ.update(OFFLINE)
+
+
+#: Files that take longest begin first, so that the two processes of `make test` end together.
+LONGEST = (
+    "tests/test_workflows.py",
+    "tests/training/test_trainer.py",
+    "tests/training/test_stages.py",
+    "tests/test_demo.py",
+    "tests/test_readme.py",
+    "tests/training/test_distributed.py",
+)
+
+#: Files that share the session's server and browser, and hence a process.
+ON_SERVER = ("tests/nodes/test_texts.py", "tests/test_host.py", "tests/test_workflow.py", "tests/test_workflows.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first."""
+    order = {file: index for index, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share the tests out by file, and those that use the server as if they were one."""
+    from xdist.scheduler import LoadFileScheduling  # a run in one process does without it
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "server" if file in ON_SERVER else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, PNDMScheduler, UNet2DConditionModel
@@ -60,6 +63,18 @@ FULL = Sizes(
 )
 
 
+@contextmanager
+def _uninitialised() -> Iterator[None]:
+    """Models made inside have no initial weights: :func:`randomized` gives them others, and making them takes long."""
+
+    def unchanged(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return tensor
+
+    with patch.multiple(torch.Tensor, normal_=unchanged, uniform_=unchanged):
+        yield
+
+
+@_uninitialised()
 def qformer(sizes: Sizes, folder: Path, seed: int = 0) -> Blip2QFormerModel:
     """The reference's subject encoder. ``folder`` takes its tokenizer's vocabulary, else it would ask the Hub."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,6 +105,7 @@ def qformer(sizes: Sizes, folder: Path, seed: int = 0) -> Blip2QFormerModel:
     return randomized(Blip2QFormerModel(config), seed)
 
 
+@_uninitialised()
 def text_encoder(sizes: Sizes, seed: int = 1) -> ContextCLIPTextModel:
     """The reference's CLIP text model that takes vectors in the middle of its words."""
     config = CLIPTextConfig(
@@ -104,6 +120,7 @@ def text_encoder(sizes: Sizes, seed: int = 1) -> ContextCLIPTextModel:
     return randomized(ContextCLIPTextModel(config), seed)
 
 
+@_uninitialised()
 def unet(sizes: Sizes, seed: int = 2) -> UNet2DConditionModel:
     """A U-Net of SD1.5's kind."""
     down = [("CrossAttnDownBlock2D" if attention else "DownBlock2D") for attention in sizes.unet_attention]
@@ -120,6 +137,7 @@ def unet(sizes: Sizes, seed: int = 2) -> UNet2DConditionModel:
     return randomized(model, seed)
 
 
+@_uninitialised()
 def controlnet(sizes: Sizes, seed: int = 9) -> ControlNetModel:
     """A ControlNet that fits the U-Net."""
     model = ControlNetModel(
@@ -132,6 +150,7 @@ def controlnet(sizes: Sizes, seed: int = 9) -> ControlNetModel:
     return randomized(model, seed)
 
 
+@_uninitialised()
 def vae(sizes: Sizes, seed: int = 3) -> AutoencoderKL:
     """A VAE of SD1.5's kind."""
     levels = len(sizes.vae_channels)
