@@ -23,12 +23,17 @@ SOURCE, SWAPPED, REFINED = "a cat on a wooden chair", "a dog on a wooden chair",
 
 #: SD1.5's finest self-attention, heads of 40; on a CPU two of its eight heads, so that the maps fit into memory.
 HEADS, HEAD_WIDTH = (8 if torch.cuda.is_available() else 2), 40
-EDGES = (512, 768, 1024)  # of the picture, in pixels
+EDGES = (512, 768, 1024)  # of the image, in pixels
 ATTENTION_HEAD = ("what", "seconds", "peak beside the inputs, GB")
 
 
 def editing_rows(host: Host, loaded: SimpleNamespace) -> Iterator[Row]:
-    """Every kind of edit on the stock KSampler, against the same graph without it."""
+    """Time every kind of edit on the stock KSampler, as a ratio to the same graph without it.
+
+    Args:
+        host: The loaded host.
+        loaded: MODEL and CLIP of SD1.5's size.
+    """
     source, swapped, refined, negative = (
         host.run("CLIPTextEncode", clip=loaded.clip, text=text)[0] for text in (SOURCE, SWAPPED, REFINED, "ugly")
     )
@@ -67,7 +72,7 @@ def editing_rows(host: Host, loaded: SimpleNamespace) -> Iterator[Row]:
 
 
 def attention_rows() -> Iterator[Row]:
-    """Self-attention with an injected map: fused against explicit, in time."""
+    """Time self-attention with injected maps: fused, as a ratio to explicit."""
     for edge in EDGES:
         yield Row(
             f"self-attention taken over from another picture, {edge}x{edge}",
@@ -78,7 +83,7 @@ def attention_rows() -> Iterator[Row]:
 
 
 def attention_costs() -> Iterator[tuple[str, ...]]:
-    """The same in time and memory, each in a process of its own."""
+    """Measure time and peak memory of both, each in a process of its own."""
     for edge in EDGES:
         for way in ("fused", "explicit"):
             cost = cost_in_own_process("edit attention", way, str(edge))
@@ -86,22 +91,22 @@ def attention_costs() -> Iterator[tuple[str, ...]]:
 
 
 def attention_work(way: str, edge: int) -> Callable[[], Tensor]:
-    """One layer for [source, edit], in which the edit attends as the source does.
+    """Return a self-attention layer for [source, edited], in which the edited image attends as its source does.
 
     Args:
-        way: "fused", as ours, or "explicit", building the map.
-        edge: of the picture, in pixels.
+        way: "fused", as the pack does it, or "explicit", with the maps in memory.
+        edge: Height and width of the image in pixels.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     query, key, values = torch.randn(3, 2, (edge // 8) ** 2, HEADS * HEAD_WIDTH, device=device)
-    edited = [(ConditioningRows(0, 2, 2), StepPlan(injects_self=True))]
+    planned = [(ConditioningRows(0, 2, 2), StepPlan(injects_self=True))]
 
     def split(tensor: Tensor) -> Tensor:
         return tensor.unflatten(-1, (HEADS, HEAD_WIDTH)).transpose(1, 2)
 
     def fused() -> Tensor:
-        lent = (inject_self(each, edited) for each in (query, key))
-        return F.scaled_dot_product_attention(*map(split, lent), split(values))
+        injected_query, injected_key = (split(inject_self(each, planned)) for each in (query, key))
+        return F.scaled_dot_product_attention(injected_query, injected_key, split(values))
 
     def explicit() -> Tensor:
         maps = (split(query) @ split(key).transpose(-1, -2) * HEAD_WIDTH**-0.5).softmax(dim=-1)

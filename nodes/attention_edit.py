@@ -20,6 +20,7 @@ class AttentionReweight(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         return io.Schema(
             node_id="BLIPDiffusionAttentionReweight",
             display_name="Attention Re-weight Edit",
@@ -75,6 +76,7 @@ class AttentionReweight(io.ComfyNode):
         clip: io.Clip.Type | None = None,
         text: str = "",
     ) -> io.NodeOutput:
+        """Return the conditioning with weights on its words."""
         require_single_prompt(conditioning)
         words = token_spans(conditioning, clip, text)
         return io.NodeOutput(reweight(conditioning, words, parse_word_weights(weights), StepRange(start, end)))
@@ -85,6 +87,7 @@ class PromptToPromptEdit(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         return io.Schema(
             node_id="BLIPDiffusionPromptToPrompt",
             display_name="Prompt-to-Prompt Edit",
@@ -209,6 +212,7 @@ class PromptToPromptEdit(io.ComfyNode):
         source_text: str = "",
         edited_text: str = "",
     ) -> io.NodeOutput:
+        """Return one conditioning for source and edits, and the latent repeated for them."""
         settings = PromptToPromptSettings(
             cross_steps=StepRange(cross_start, cross_end),
             self_steps=StepRange(self_start, self_end),
@@ -228,6 +232,7 @@ class EditMask(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         return io.Schema(
             node_id="BLIPDiffusionEditMask",
             display_name="Edit Mask",
@@ -250,6 +255,7 @@ class EditMask(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent: Latent) -> io.NodeOutput:
+        """Return a mask for each edited image."""
         return io.NodeOutput(edit_masks_of(latent))
 
 

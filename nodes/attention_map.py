@@ -17,6 +17,7 @@ class RecordAttention(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         return io.Schema(
             node_id="BLIPDiffusionAttentionRecord",
             display_name="Record Attention",
@@ -48,6 +49,7 @@ class RecordAttention(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning: Conditioning, clip: io.Clip.Type | None = None, text: str = "") -> io.NodeOutput:
+        """Return the conditioning that fills a record, and the record."""
         record = AttentionRecord(token_spans(conditioning, clip, text))
         return io.NodeOutput(record_attention(conditioning, record), record)
 
@@ -57,6 +59,7 @@ class SubjectAttentionMap(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         return io.Schema(
             node_id="BLIPDiffusionAttentionMap",
             display_name="Subject Attention Map",
@@ -96,6 +99,7 @@ class SubjectAttentionMap(io.ComfyNode):
 
     @classmethod
     def execute(cls, attention: AttentionRecord, image: Tensor, words: str, strength: float) -> io.NodeOutput:
+        """Return a labelled image for each word, and the heatmaps."""
         require_recorded(attention, image)
         return io.NodeOutput(*word_sheets(attention, image, parse_words(words), strength))
 

@@ -22,12 +22,12 @@ Record Attention goes the same way with a wrapper of its own, see :mod:`.recorde
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import comfy.hooks
 import comfy.samplers
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from ....blip_qformer.attention.edits import Edit, Reweight
@@ -59,7 +59,13 @@ def set_edits(conditioning: Conditioning, edits: Sequence[Sequence[Edit]]) -> Co
 
 
 def sample_with_edits(
-    executor: Callable, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any
+    executor: WrapperExecutor,
+    noise: Tensor,
+    latent_image: Tensor,
+    sampler: comfy.samplers.Sampler,
+    sigmas: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
     """Wrap a whole sampling run of the host; all state of the run is created here.
 
@@ -78,7 +84,7 @@ def sample_with_edits(
     Raises:
         ValueError: If the model is not SD1.5, or the latents or the sampler are not those that the edits need.
     """
-    guider = executor.class_obj
+    guider = cast(comfy.samplers.CFGGuider, executor.class_obj)
     edited = detach_edits(guider)
     if not edited:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -108,7 +114,7 @@ def detach_edits(guider: comfy.samplers.CFGGuider) -> dict[UUID, EditedCondition
     return edited
 
 
-def require_no_added_noise(noise: Tensor, sampler: Any) -> None:
+def require_no_added_noise(noise: Tensor, sampler: comfy.samplers.Sampler) -> None:
     """Refuse to reproduce a photograph with a sampler that adds noise to its latent.
 
     Args:
@@ -144,7 +150,8 @@ def attach(conditioning: Conditioning, key: str, values: Sequence[Any], wrapper:
         wrapper: Wrapper of type ``OUTER_SAMPLE``.
     """
     hook = comfy.hooks.TransformerOptionsHook({"wrappers": {WrappersMP.OUTER_SAMPLE: {key: [wrapper]}}})
-    hook.hook_ref = key  # the host compares hooks by this: ours are all one, however many conditionings bring it
+    # The host compares hooks by this: ours are all one, however many conditionings bring it.
+    hook.hook_ref = key  # pyright: ignore[reportAttributeAccessIssue]  # any value that can be compared and hashed
     marked = [[tensor, {**options, key: value}] for (tensor, options), value in zip(conditioning, values, strict=True)]
     return comfy.hooks.set_hooks_for_conditioning(marked, group_hooks([hook]))
 

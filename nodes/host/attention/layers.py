@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from comfy.ldm.modules.attention import CrossAttention, SpatialTransformer
@@ -18,18 +18,17 @@ ExtraOptions = dict[str, Any]  # the host's transformer_options, as every patch 
 
 def unet_blocks(unet: UNetModel) -> dict[tuple[str, int], nn.Module]:
     """Return a U-Net's blocks by the names that the host has for them, such as ``("input", 4)``."""
-    return {
-        **{("input", index): block for index, block in enumerate(unet.input_blocks)},
-        ("middle", 0): unet.middle_block,
-        **{("output", index): block for index, block in enumerate(unet.output_blocks)},
-    }
+    blocks: dict[tuple[str, int], nn.Module] = {("input", index): each for index, each in enumerate(unet.input_blocks)}
+    if unet.middle_block is not None:
+        blocks["middle", 0] = unet.middle_block
+    return blocks | {("output", index): each for index, each in enumerate(unet.output_blocks)}
 
 
 def calling_layer(unet: UNetModel, extra_options: ExtraOptions) -> CrossAttention:
     """Return the cross-attention layer that called a patch."""
     block = unet_blocks(unet)[extra_options["block"]]
-    (transformer,) = [layer for layer in block if isinstance(layer, SpatialTransformer)]
-    return transformer.transformer_blocks[extra_options["block_index"]].attn2
+    (transformer,) = [layer for layer in block.children() if isinstance(layer, SpatialTransformer)]
+    return cast(CrossAttention, transformer.transformer_blocks[extra_options["block_index"]].attn2)
 
 
 def conditioning_rows(batch_size: int, extra_options: ExtraOptions) -> list[tuple[UUID, slice]]:

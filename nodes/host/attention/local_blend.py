@@ -6,7 +6,7 @@ The functions on tensors are those of :mod:`blip_qformer.attention.local_blend` 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
 
@@ -14,6 +14,7 @@ import comfy.samplers
 import torch
 import torch.nn.functional as F
 from comfy.extra_samplers.uni_pc import sample_unipc, sample_unipc_bh2
+from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor
 
 from ....blip_qformer.attention.injection import ConditioningRows
@@ -55,7 +56,7 @@ class LocalBlend:
         """Note whether the latents that a sampler hands the model are the ones it goes on from."""
         self.writes_to_sampler = getattr(sampler, "sampler_function", None) not in COPYING_SAMPLERS
 
-    def predict_noise(self, executor: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def predict_noise(self, executor: WrapperExecutor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Blend the latents before a call of the model, and its prediction after it.
 
         The paper's sampler goes on from the blended latents, and so does one whose own latents these are. Where they

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import comfy.samplers
-from comfy.patcher_extension import merge_nested_dicts
+from comfy.patcher_extension import WrapperExecutor, merge_nested_dicts
 from torch import Tensor
 
 from ....blip_qformer.attention.maps import Area, AttentionRecord, mean_attention
@@ -50,7 +49,7 @@ def record_attention(conditioning: Conditioning, record: AttentionRecord) -> Con
     return attach(conditioning, RECORDED_PROMPTS, recorded_prompts, sample_and_record)
 
 
-def sample_and_record(executor: Callable, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def sample_and_record(executor: WrapperExecutor, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Wrap a whole sampling run of the host: records are emptied before it, and filled by a patch that ends with it.
 
     Args:
@@ -65,7 +64,7 @@ def sample_and_record(executor: Callable, noise: Tensor, *args: Any, **kwargs: A
     Raises:
         ValueError: If the model has no cross-attention.
     """
-    guider = executor.class_obj
+    guider = cast(comfy.samplers.CFGGuider, executor.class_obj)
     require_cross_attention(guider.model_patcher)
     recorder = AttentionRecorder(guider)
     for record in recorder.records:

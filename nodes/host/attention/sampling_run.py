@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import comfy.samplers
 from comfy.ldm.modules.attention import optimized_attention
-from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ....blip_qformer.attention.edits import PromptToPrompt
@@ -55,7 +55,8 @@ class AttentionRun:
         Args:
             guider: Guider of the run, whose model options are its own copy.
         """
-        options = guider.model_options["transformer_options"]
+        model_options: dict[str, Any] = guider.model_options
+        options = model_options["transformer_options"]
         patches = options.setdefault("patches", {})
         patches["attn2_patch"] = [self.patch_cross, *patches.get("attn2_patch", [])]
         if self.prompt_to_prompts:
@@ -65,13 +66,13 @@ class AttentionRun:
             for block in {*unet_blocks(guider.model_patcher.model.diffusion_model), *replaced}:
                 replaced[block] = partial(self.replace_cross, replaced.get(block))
         if any(edit.source_unguided for edit in self.prompt_to_prompts):
-            post_cfg = guider.model_options.get("sampler_post_cfg_function", [])
-            guider.model_options["sampler_post_cfg_function"] = [*post_cfg, self.unguide_sources]
+            post_cfg = model_options.get("sampler_post_cfg_function", [])
+            model_options["sampler_post_cfg_function"] = [*post_cfg, self.unguide_sources]
         for wrapper_type, wrapper in (
             (WrappersMP.SAMPLER_SAMPLE, self.sampler_sample),
             (WrappersMP.PREDICT_NOISE, self.predict_noise),
         ):
-            add_wrapper_with_key(wrapper_type, KEY, wrapper, guider.model_options, is_model_options=True)
+            add_wrapper_with_key(wrapper_type, KEY, wrapper, model_options, is_model_options=True)
 
     def finish(self, samples: Tensor) -> Tensor:
         """Return the latents [B, 4, h, w] that the sampler ended with, blended after the last step too."""
@@ -79,7 +80,7 @@ class AttentionRun:
 
     # What the host calls, from the outside in.
 
-    def sampler_sample(self, executor: Callable, guider: comfy.samplers.CFGGuider, *args: Any) -> Tensor:
+    def sampler_sample(self, executor: WrapperExecutor, guider: comfy.samplers.CFGGuider, *args: Any) -> Tensor:
         """Wrap the sampler: tell apart the copies of conditionings that the host has made by now.
 
         Where only one side has an area, the other gets a copy of that entry, with its id but with its own prompt.
@@ -92,7 +93,7 @@ class AttentionRun:
         Returns:
             Sampled latents of shape [B, 4, h, w].
         """
-        self.local_blend.choose_sampler(executor.class_obj)
+        self.local_blend.choose_sampler(cast(comfy.samplers.Sampler, executor.class_obj))
         entries = [(side, entry) for side, entries in guider.conds.items() for entry in entries]
         edited_by_prompt = {
             id(entry["model_conds"].get("c_crossattn")): edited
@@ -107,7 +108,7 @@ class AttentionRun:
                     self.edited[entry["uuid"]] = edited
         return executor(guider, *args)
 
-    def predict_noise(self, executor: Callable, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def predict_noise(self, executor: WrapperExecutor, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Wrap a call of the model: plan the step it belongs to, and apply local blend before and after it.
 
         Args:
