@@ -49,11 +49,14 @@ os.environ.update(OFFLINE)
 #: Files that take longest begin first, so that the two processes of `make test` end together.
 LONGEST = (
     "tests/test_workflows.py",
-    "tests/training/test_trainer.py",
-    "tests/training/test_stages.py",
     "tests/test_demo.py",
     "tests/test_readme.py",
+    "tests/data/test_photographs.py",
     "tests/training/test_distributed.py",
+    "tests/checkpoint/test_loading_memory.py",
+    "tests/data/test_prepare.py",
+    "tests/training/test_checkpointing.py",
+    "tests/nodes/test_inversion.py",
 )
 
 #: Files that share the session's server and browser, and hence a process.
