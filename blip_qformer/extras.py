@@ -17,7 +17,7 @@ def import_extra(name: str, purpose: str) -> ModuleType:
         purpose: What needs it, as the subject of the error message.
 
     Raises:
-        ValueError: It is not installed; the message says what it is for and how to get it.
+        ValueError: The package is not installed; the message says what it is for and how to get it.
     """
     try:
         return importlib.import_module(name)

@@ -27,10 +27,11 @@ class Token:
     """One token between ``<bos>`` and ``<eos>``.
 
     Args:
-        value: Its id, or a vector [768] in place of one.
-        weight: Its weight in ComfyUI, as in ``(word:1.2)``.
-        group: The number of its group: a stretch of the prompt with one weight, kept in one block if short.
-        piece: Its text in CLIP's vocabulary, such as ``swim`` or ``ming</w>``; for a vector, the word it belongs to.
+        value: The token's id, or a vector [768] in place of one.
+        weight: The token's weight in ComfyUI, as in ``(word:1.2)``.
+        group: The number of the token's group: a stretch of the prompt with one weight, kept in one block if short.
+        piece: The token's text in CLIP's vocabulary, such as ``swim`` or ``ming</w>``; for a vector, the word that it
+            belongs to.
     """
 
     value: int | Tensor
@@ -45,7 +46,7 @@ class TokenSpan:
 
     Args:
         word: The word.
-        positions: Its indices on the conditioning's token axis, counted over all blocks.
+        positions: The word's indices on the conditioning's token axis, counted over all blocks.
     """
 
     word: str

@@ -36,10 +36,10 @@ def slider_input(name: str, default: float, tooltip: str, minimum: float, maximu
 
     Args:
         name: Name of the input.
-        default: Its default.
-        tooltip: Its help.
-        minimum: Its left end.
-        maximum: Its right end.
+        default: Default of the input.
+        tooltip: Help text of the input.
+        minimum: Value at the left end.
+        maximum: Value at the right end.
     """
     display = io.NumberDisplay.slider
     return io.Float.Input(
@@ -52,8 +52,8 @@ def fraction_input(name: str, default: float, tooltip: str) -> io.Float.Input:
 
     Args:
         name: Name of the input.
-        default: Its default.
-        tooltip: Its help.
+        default: Default of the input.
+        tooltip: Help text of the input.
     """
     return slider_input(name, default, tooltip, 0.0, 1.0)
 
@@ -63,7 +63,7 @@ def text_input(name: str, tooltip: str) -> io.String.Input:
 
     Args:
         name: Name of the input.
-        tooltip: Its help.
+        tooltip: Help text of the input.
     """
     return advanced(io.String.Input(name, optional=True, default="", multiline=True, tooltip=tooltip))
 

@@ -22,7 +22,7 @@ class Component:
     """One network of a checkpoint.
 
     Args:
-        path: Its file, or the first of several.
+        path: The network's file, or the first of several.
         config: The content of its ``config.json``; empty if there is none.
         state_dict: A function that returns its weights in their published keys. Each call maps the files anew, so that
             the memory is free once the caller drops the result.

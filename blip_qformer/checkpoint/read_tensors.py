@@ -68,7 +68,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
         name: The name of the JSON file.
 
     Returns:
-        Its content; an empty dict if there is no such file.
+        Content of the JSON file; an empty dict if there is no such file.
 
     Raises:
         CheckpointError: The file is no JSON object.

@@ -104,7 +104,7 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> No
 
     Raises:
         FileExistsError: A folder is there, or a file that may not be replaced.
-        FileNotFoundError: Its folder does not exist.
+        FileNotFoundError: The folder of the path does not exist.
     """
     path = Path(path)
     if path.is_dir():

@@ -31,7 +31,7 @@ def refusal(
     """Return the first reason why an object is no subject.
 
     Args:
-        word: Its class, in English.
+        word: The object's class, in English.
         is_group: Whether the box is around several objects.
         is_inside: Whether the photograph was taken from inside the object.
         aspect_ratio: See :func:`aspect_ratio_of`; None skips the filter.

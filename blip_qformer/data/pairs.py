@@ -1,7 +1,7 @@
 """Training pairs, and the files that hold one.
 
 A *pair* is one training example: a subject on another background, the photograph it was cut out of, its word, and a
-caption of the photograph. Its files are ``{key}.subject.webp``, ``{key}.target.webp`` and ``{key}.json``.
+caption of the photograph. A pair's files are ``{key}.subject.webp``, ``{key}.target.webp`` and ``{key}.json``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Pair:
     """One training example.
 
     Args:
-        key: Its name, without a dot.
+        key: Name of the pair, without a dot.
         subject: RGB image of the subject on another background, the subject encoder's input.
         target: RGB photograph, which the U-Net learns to generate.
         word: The subject's word.

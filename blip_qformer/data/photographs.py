@@ -8,7 +8,7 @@
 
 ========== ============================================================================================
 box        ``XMin, YMin, XMax, YMax``, in fractions of the width and height
-area       the subject's fraction of the photograph; if missing, the box's, or that of the cut-out subject
+area       the subject's fraction of the photograph; if missing, the fraction of the box or of the cut-out subject
 is_group   ``IsGroupOf``: the box is around several objects
 is_inside  ``IsInside``: the photograph was taken from inside the object
 mask       ``MaskPath``: an image that is white where the subject is; if missing, CLIPSeg segments the word
@@ -243,7 +243,7 @@ def _open_image(path: Path, mode: str, role: str, short_edge: int | None = None)
     """Open an image upright as [H, W, 3 or 1] in 0..1, scaled down to a short edge.
 
     Raises:
-        SkippedPairError: It cannot be read.
+        SkippedPairError: The file cannot be read as an image.
     """
     try:
         with Image.open(path) as file:

@@ -12,7 +12,7 @@ from torch import Tensor
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 NUM_TRAIN_TIMESTEPS = 1000
-BETA_START, BETA_END = 0.00085, 0.012  # the square roots of the betas are evenly spaced between these two's
+BETA_START, BETA_END = 0.00085, 0.012  # first and last beta; their square roots are evenly spaced
 
 BETAS = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TRAIN_TIMESTEPS) ** 2
 

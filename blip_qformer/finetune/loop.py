@@ -65,7 +65,7 @@ class Step:
 
     Args:
         number: Number of the step, from 1 on.
-        loss: Its loss.
+        loss: Loss of the step.
     """
 
     number: int

@@ -30,7 +30,7 @@ def composite(foreground: Tensor, alpha: Tensor, background: Tensor, placement: 
 
     Args:
         foreground: The subject's colours, of shape [H, W, 3] in 0..1.
-        alpha: Its opacity, of shape [H, W] in 0..1.
+        alpha: The subject's opacity, of shape [H, W] in 0..1.
         background: An image of shape [h, w, 3] in 0..1.
         placement: Where the subject's image lies in the background's frame.
 

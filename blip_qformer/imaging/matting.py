@@ -2,8 +2,8 @@
 
 A trimap is 1 where a pixel surely belongs to the subject, 0 where it surely does not, and 0.5 where that is unknown.
 Closed-form matting (Levin, Lischinski and Weiss, IEEE TPAMI 30, 2008) fills in the unknown, and multi-level foreground
-estimation (Germer et al., arXiv 2006.14970) removes the old background from the colours at the edges. Both are
-pymatting's.
+estimation (Germer et al., arXiv 2006.14970) removes the old background from the colours at the edges. The package
+pymatting computes both.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def matte(
 
     Args:
         image: An image of shape [H, W, 3] in 0..1.
-        trimap: Its trimap of shape [H, W].
+        trimap: The image's trimap, of shape [H, W].
         longest_side: Larger images are solved at this size, in pixels, and the opacity is scaled up; the colours are
             estimated at full size in any case.
         on_step: Called in each step of the solver; may raise to stop it.

@@ -61,7 +61,7 @@ class CLIPTextModel(nn.Module):
     """A causal transformer over token embeddings, whose output the U-Net's cross-attention reads.
 
     Args:
-        config: Its sizes.
+        config: Sizes of the transformer.
     """
 
     def __init__(self, config: CLIPTextModelConfig) -> None:

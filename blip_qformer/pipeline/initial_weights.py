@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: Its arguments; None reads those of the process.
+        argv: Arguments without the program's name; None reads those of the process.
 
     Returns:
         The exit code: 0, or 1 with one line on stderr.

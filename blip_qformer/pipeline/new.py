@@ -61,12 +61,12 @@ def new_pipeline(sizes: Mapping[str, Any], seed: int, initialise: Initialiser | 
 def init_weights(network: nn.Module, width: int) -> None:
     """Initialise weights as BERT and CLIP do, in place: normal, biases zero, norms neutral.
 
-    Their standard deviation, 0.02, suits a width of 768. Here it grows as a network gets narrower, so that the output
-    of a layer keeps its variance.
+    BERT's and CLIP's standard deviation, 0.02, suits a width of 768. Here the deviation grows as a network gets
+    narrower, so that the output of a layer keeps its variance.
 
     Args:
         network: The network that is initialised.
-        width: Its width in numbers.
+        width: Width of the network in numbers.
     """
     std = 0.02 * (768 / width) ** 0.5
     for module in network.modules():

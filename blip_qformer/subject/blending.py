@@ -114,7 +114,7 @@ def describe_blend(subjects: Sequence[Subject], weights: Sequence[float], mode: 
 
     Args:
         subjects: The subjects.
-        weights: Their weights, of any positive sum.
+        weights: Weights of the subjects, of any positive sum.
         mode: The kind of mean.
         blended: The result.
     """

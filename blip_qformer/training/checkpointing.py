@@ -114,7 +114,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path, data_order: Mapping[st
         Steps that were done.
 
     Raises:
-        ValueError: It was written by a run that reads the pairs in another order, or by one of another model.
+        ValueError: The run that wrote the checkpoint reads the pairs in another order, or has another model.
     """
     state = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
     for name, ours in {"processes": accelerator.num_processes, **data_order}.items():

@@ -118,7 +118,7 @@ def read_config(file: Path) -> RunConfig:
         file: YAML file of the run.
 
     Returns:
-        Its settings, with the sizes of a new model where it names a file of them.
+        Settings of the run, with the sizes of a new model where it names a file of them.
 
     Raises:
         FileNotFoundError: There is no such file.

@@ -64,7 +64,7 @@ class TrainState:
             checkpoint: The checkpoint's own folder.
 
         Raises:
-            ValueError: It does not fit this run.
+            ValueError: The checkpoint does not fit this run.
         """
         self.step = load_checkpoint(self.accelerator, checkpoint, self.config.data_order)
 

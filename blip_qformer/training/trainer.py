@@ -166,12 +166,12 @@ def check_finite(value: Tensor, step: int, keys: Sequence[str], what: str = "los
     Args:
         value: Loss, or norm of the gradient.
         step: Step that is made.
-        keys: Keys of the pairs it is made of. A gradient is that of all processes and may come from the pairs of
-            another one, whose log names its own.
+        keys: Keys of the pairs of this process's batch. A gradient that is not finite may come from the pairs of another
+            process, whose log names them.
         what: Name of the value, for the error.
 
     Raises:
-        NonFiniteError: It is; the message names the step and the pairs.
+        NonFiniteError: The value is NaN or infinite; the message names the step and the pairs.
     """
     if not math.isfinite(number := float(value.detach())):
         raise NonFiniteError(

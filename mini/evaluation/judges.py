@@ -170,7 +170,7 @@ def load_judges(file: Path) -> Judges:
         The judges, frozen.
 
     Raises:
-        ValueError: It is another file, or incomplete.
+        ValueError: The file does not hold the judges, or is incomplete.
     """
     judges = Judges()
     try:

@@ -130,7 +130,7 @@ class Thing:
     """A held-out thing.
 
     Args:
-        word: Its word.
+        word: Word for the thing.
         views: Images of it, of which the last is for the judge alone.
     """
 

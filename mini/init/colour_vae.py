@@ -91,7 +91,7 @@ def _map_code(conv: nn.Conv2d, in_code: Tensor, out_code: Tensor, kernel: Tensor
         conv: The convolution, which is changed in place.
         in_code: Code of its input, of shape [in_channels, colours].
         out_code: Code of its output, of shape [out_channels, colours].
-        kernel: Its effect in the plane, of shape [height, width]; None is the identity.
+        kernel: Effect of the convolution in the plane, of shape [height, width]; None is the identity.
     """
     height, width = conv.kernel_size
     if kernel is None:

@@ -204,7 +204,7 @@ def cut_out(artwork: Artwork, appearance: Appearance, edge: int) -> Image.Image:
 
     Args:
         artwork: The piece of artwork.
-        appearance: Its appearance.
+        appearance: Appearance of the artwork in the scene.
         edge: Longer edge of the result, in pixels.
 
     Returns:
@@ -236,7 +236,7 @@ def paste_subject(subject: Image.Image, canvas: Image.Image, box: SubjectBox) ->
     Args:
         subject: The cut-out, RGBA, as large as it will appear.
         canvas: The image behind it, RGB; it stays as it is.
-        box: Box whose centre is the subject's.
+        box: Box at whose centre the subject's centre lies.
 
     Returns:
         The scene, RGB, of the canvas's size.
@@ -254,7 +254,7 @@ def render_scene(
 
     Args:
         artwork: The piece of artwork.
-        appearance: Its appearance.
+        appearance: Appearance of the artwork in the scene.
         background: What is behind it.
         box: The box it fits into.
         edge: Edge of the image, in pixels.

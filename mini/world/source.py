@@ -83,9 +83,10 @@ class World:
         }
 
     def pair(self, index: int, seed: int) -> Pair:
-        """Make one pair: one subject in one appearance in front of two backgrounds; the caption names the target's.
+        """Make one pair: one subject in one appearance in front of two backgrounds.
 
-        The subject's box varies in the input, and is the same in all targets.
+        The caption names the background of the target image. The subject's box varies in the input, and is the same in
+        all targets.
 
         Args:
             index: The pair's index.

@@ -154,7 +154,7 @@ def token_spans_of_text(clip: comfy.sd.CLIP, text: str, encoded: Tensor) -> list
     Args:
         clip: Text encoder.
         text: The text.
-        encoded: Its encoding of shape [B, tokens, width].
+        encoded: Encoding of the text, of shape [B, tokens, width].
 
     Raises:
         ValueError: The CLIP is not SD1.5's, or the text has another number of blocks.

@@ -350,7 +350,7 @@ def require_memory(
         checkpointing: Whether activations are recomputed in the backward pass.
 
     Raises:
-        ValueError: It needs more than is free; the message says how much each mode needs.
+        ValueError: The mode needs more memory than is free; the message says how much each mode needs.
     """
     device = model.load_device
     factor = ACTIVATION_FACTOR_CHECKPOINTED if checkpointing else ACTIVATION_FACTOR

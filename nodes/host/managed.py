@@ -112,7 +112,7 @@ class ManagedSegmenter:
     """A CLIPSeg under memory management.
 
     Args:
-        folder: Its folder, as transformers saves a model.
+        folder: Folder of the CLIPSeg, as transformers saves a model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -131,7 +131,7 @@ class ManagedSegmenter:
             word: What to find.
 
         Returns:
-            Its probability at each pixel, [H, W].
+            Probability, at each pixel, that the word names it, [H, W].
         """
         comfy.model_management.load_models_gpu([self.patcher])
         return self.patcher.model(image[None], word)[0]

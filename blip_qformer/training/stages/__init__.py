@@ -58,15 +58,19 @@ def read_options(stage: type[Stage], config: RunConfig) -> OptionGroup:
 def make_pipeline(config: RunConfig, initialise: Initialiser | None = None) -> Pipeline:
     """Read or make the model that a run starts from.
 
+    A folder is loaded, a mapping of sizes makes a new model. Networks that the settings name are then replaced, the
+    widths of all networks are checked against each other, and gradient checkpointing of the U-Net is switched on if the
+    settings ask for it.
+
     Args:
         config: Settings of the run.
-        initialise: Function that changes the random weights of a new model.
+        initialise: Function that changes the random weights of a new model; a loaded model stays as it is.
 
     Returns:
-        The model.
+        The model, on the CPU.
 
     Raises:
-        ValueError: It is not there, is damaged, or its networks do not fit each other.
+        ValueError: The model is not there, is damaged, or its networks do not fit each other.
     """
     model = config.model
     pipeline = new_pipeline(model, config.seed, initialise) if isinstance(model, dict) else load_pipeline(Path(model))

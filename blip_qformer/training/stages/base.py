@@ -30,8 +30,10 @@ class Stage(nn.Module, ABC):
     and the same after it was resumed. A loss is averaged so that the mean of all processes' losses is that of one
     process with all their pairs.
 
-    A subclass names its networks in ``uses`` and what of them trains in ``trains``, and has a class ``Options``; its
-    constructor takes the same arguments and adds the heads that its loss needs.
+    A subclass must define five things: ``name`` (the stage's name in a run's file), ``uses`` (the networks that it
+    needs), ``trains`` (the modules of those networks that train), :attr:`collate_fn` (a function that makes a batch of
+    pairs) and :meth:`forward` (the losses of a batch). If it has options, they are its class ``Options``. If the loss
+    needs heads, a constructor with the same arguments adds them. :meth:`samples` and :meth:`finish` may be overridden.
 
     Args:
         pipeline: Model that trains, changed in place.
@@ -97,7 +99,14 @@ class Stage(nn.Module, ABC):
 
 
 def make_generators(seeds: Iterable[int]) -> list[torch.Generator]:
-    """One generator for each seed, on the CPU so that its numbers are the same on every device."""
+    """Make one generator for each seed, on the CPU so that its numbers are the same on every device.
+
+    Args:
+        seeds: Seed of each pair.
+
+    Returns:
+        Generator of each pair.
+    """
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
@@ -116,11 +125,25 @@ def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_pil_image(pixels: Tensor) -> Image.Image:
-    """Turn pixels [3, H, W] in 0..1 into an image."""
+    """Convert pixels to an image.
+
+    Args:
+        pixels: Pixels of shape [3, H, W] in 0..1.
+
+    Returns:
+        Image in RGB.
+    """
     levels = (pixels.clamp(0, 1) * 255).round().byte()
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
 def image_grid(rows: Iterable[Iterable[Tensor]]) -> Image.Image:
-    """Put rows of images [3, H, W] of one size below each other."""
+    """Put rows of images below each other.
+
+    Args:
+        rows: Rows of images of one size, each image of shape [3, H, W] in 0..1; all rows are of one length.
+
+    Returns:
+        Image in RGB.
+    """
     return to_pil_image(torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1))

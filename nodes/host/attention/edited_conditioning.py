@@ -14,7 +14,7 @@ class EditedConditioning:
 
     Attributes:
         side: The sampler's name of the list it stands in, such as ``positive``.
-        edits: Its edits in the order in which they were made.
+        edits: Edits of the conditioning, in the order in which they were made.
         rows: Number of rows of its tensor.
         tokens: Number of tokens of its tensor.
     """
