@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +35,14 @@ class Alignment:
 def align(source: Sequence[TokenSpan], edited: Sequence[TokenSpan], tokens: int) -> Alignment:
     """Align two prompts.
 
-    If both have as many words, the words are swapped one by one. Otherwise the words that both have in the same order
-    (their longest common subsequence) correspond to each other, and the rest of the edited prompt is new; the paper
-    calls this refinement. A subject's vectors are never swapped with a plain word, so that a subject inserted by
-    Subject Prompt Compose is new, and the words behind it are shifted.
+    The words that both have in the same order (their longest common subsequence) correspond to each other, and the rest
+    of the edited prompt is new; the paper calls this refinement. If both have as many words, and as many of them match
+    one by one, the words that the source does not have are swapped with their counterparts. So a word that both
+    prompts have never gets the attention of another word. A subject's vectors are never swapped with a plain word, so
+    that a subject inserted by Subject Prompt Compose is new, and the words behind it are shifted.
+
+    Prompts that repeat a sentence, as Subject Prompt Compose does, are aligned sentence by sentence, all of them as the
+    first. Cut at 77 tokens, such prompts often have as many words by chance.
 
     Args:
         source: The source's words in order, as :func:`~blip_qformer.prompt.find_words` gives them.
@@ -57,38 +61,84 @@ def align(source: Sequence[TokenSpan], edited: Sequence[TokenSpan], tokens: int)
                 f"A prompt of {len(spans)} words is longer than can be aligned: shorten it to {MAX_WORDS} words."
             )
     mapper = torch.zeros(tokens, tokens)
-    pairs = _pair_by_index(source) if _can_swap(source, edited) else _longest_common_subsequence(source, edited)
-    for source_index, edited_index in pairs:
-        _map_word(mapper, source[source_index].positions, edited[edited_index].positions)
+    for source_span, edited_span in _corresponding_words(source, edited):
+        _map_word(mapper, source_span.positions, edited_span.positions)
     for source_positions, edited_positions in zip(_frame(source, tokens), _frame(edited, tokens), strict=True):
         _map_frame(mapper, source_positions, edited_positions)
     return Alignment(mapper, mapper.any(dim=0))
 
 
-def _can_swap(source: Sequence[TokenSpan], edited: Sequence[TokenSpan]) -> bool:
-    return [span.word == SUBJECT_WORD for span in source] == [span.word == SUBJECT_WORD for span in edited]
+def _corresponding_words(
+    source: Sequence[TokenSpan], edited: Sequence[TokenSpan]
+) -> Iterator[tuple[TokenSpan, TokenSpan]]:
+    """Pairs of a source word and an edited word that correspond to each other."""
+    source_sentences, edited_sentences = split_repetitions(source), split_repetitions(edited)
+    if len(source_sentences) == 1 or len(edited_sentences) == 1:
+        source_sentences, edited_sentences = [dict(enumerate(source))], [dict(enumerate(edited))]
+    pairs = _pair_words(
+        [span.word for span in source_sentences[0].values()], [span.word for span in edited_sentences[0].values()]
+    )
+    for source_sentence, edited_sentence in zip(source_sentences, edited_sentences, strict=False):
+        for i, j in pairs:
+            if i in source_sentence and j in edited_sentence:
+                yield source_sentence[i], edited_sentence[j]
 
 
-def _pair_by_index(source: Sequence[TokenSpan]) -> list[tuple[int, int]]:
-    return [(index, index) for index in range(len(source))]
+def split_repetitions(spans: Sequence[TokenSpan]) -> list[dict[int, TokenSpan]]:
+    """Split a prompt that repeats a sentence and a comma, as :func:`~blip_qformer.prompt.compose_prompt` writes it.
 
+    Args:
+        spans: The words of the prompt in order. A subject may be in the first sentence alone, and the last sentence may
+            be cut, also in the middle of a word.
 
-def _longest_common_subsequence(source: Sequence[TokenSpan], edited: Sequence[TokenSpan]) -> list[tuple[int, int]]:
-    """Index pairs of the longest common subsequence; of several, the one that begins earliest in the source.
-
-    A prompt that is repeated twenty times and cut at 77 tokens offers many.
+    Returns:
+        For each repetition its words, by their index in the first one, which has all of them. A prompt that repeats
+        nothing is a single repetition.
     """
+    plain = [index for index, span in enumerate(spans) if span.word != SUBJECT_WORD]
+    words = [spans[index].word for index in plain]
+    for period in range(1, len(words)):
+        length = plain[period]  # of the first sentence, with its subject
+        has_later_subject = len(spans) - length > len(words) - period
+        if words[period - 1].endswith(",") and _repeats(words, period) and not has_later_subject:
+            sentences = [dict(enumerate(spans[:length]))]
+            for start in range(length, len(spans), period):
+                sentences.append(dict(zip(plain[:period], spans[start : start + period], strict=False)))
+            return sentences
+    return [dict(enumerate(spans))]
+
+
+def _repeats(words: Sequence[str], period: int) -> bool:
+    """Whether each word is that of one period before; the last one may be cut."""
+    return words[period:-1] == words[: -1 - period] and words[-1 - period].startswith(words[-1])
+
+
+def _pair_words(source: Sequence[str], edited: Sequence[str]) -> list[tuple[int, int]]:
+    """Index pairs of the words that correspond to each other."""
+    common = _longest_common_subsequence(source, edited)
+    has_same_subjects = [word == SUBJECT_WORD for word in source] == [word == SUBJECT_WORD for word in edited]
+    if not has_same_subjects or sum(map(str.__eq__, source, edited)) < len(common):
+        return common
+    return [
+        (index, index)
+        for index, (word, counterpart) in enumerate(zip(edited, source, strict=True))
+        if word == counterpart or word not in source
+    ]
+
+
+def _longest_common_subsequence(source: Sequence[str], edited: Sequence[str]) -> list[tuple[int, int]]:
+    """Index pairs of the longest common subsequence; of several, the one that begins earliest in the source."""
     # lengths[i][j]: of the longest common subsequence of source[i:] and edited[j:]
     lengths = [[0] * (len(edited) + 1) for _ in range(len(source) + 1)]
     for i in reversed(range(len(source))):
         for j in reversed(range(len(edited))):
-            if source[i].word == edited[j].word:
+            if source[i] == edited[j]:
                 lengths[i][j] = lengths[i + 1][j + 1] + 1
             else:
                 lengths[i][j] = max(lengths[i + 1][j], lengths[i][j + 1])
     pairs, i, j = [], 0, 0
     while i < len(source) and j < len(edited):
-        if source[i].word == edited[j].word:
+        if source[i] == edited[j]:
             pairs.append((i, j))
             i, j = i + 1, j + 1
         elif lengths[i][j + 1] >= lengths[i + 1][j]:

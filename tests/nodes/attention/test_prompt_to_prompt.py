@@ -30,7 +30,7 @@ from tests.nodes.attention.graphs import (
     under_lora,
     until,
 )
-from tests.nodes.test_prompt import spans, stock
+from tests.nodes.test_prompt import compose, spans, stock
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,43 @@ def test_refine_equals_explicit_probabilities(host, small, graph):
     close(actual, expected)
     alone, negative, model = graph(host, small, source)
     close(actual[:1], sample(host, small, alone, model=model, negative=negative), 1e-4)
+
+
+def added_twenty_times(host, small):
+    """Subject Prompt Compose with its 20 repetitions: both prompts are cut at 75 tokens."""
+    source, edited = (
+        compose(host, small, small.subject, prompt=text, repetitions=20)[0]
+        for text in ("on a chair", "in a red hat on a chair")
+    )
+    pairs = [(each, each) for each in range(18)]  # <bos>, a, <subject>
+    for repetition in range(6):
+        first, edited_first = 17 + 6 * repetition, 17 + 10 * repetition  # a dog | in a red hat | on a chair ,
+        pairs += [(first, edited_first), (first + 1, edited_first + 1)]
+        pairs += [(first + 2 + each, edited_first + 6 + each) for each in range(4)]
+    return source, edited, [*pairs[:-1], (76, 76)]  # the last comma is behind the cut
+
+
+def added_and_taken_away(host, small):
+    """Two prompts of as many words, of which most stand elsewhere: big is new."""
+    source, edited = (stock(host, small.clip, text) for text in ADDED_AND_TAKEN_AWAY)
+    pairs = [(0, 0), (1, 1), (2, 3), (3, 4), (4, 5), *[(each, each) for each in range(6, 77)]]
+    return source, edited, pairs
+
+
+ADDED_AND_TAKEN_AWAY = ("a cat on a red chair", "a big cat on a chair")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "texts"), [(added_twenty_times, ("", "")), (added_and_taken_away, ADDED_AND_TAKEN_AWAY)]
+)
+def test_prompts_of_as_many_words_are_no_swap_where_words_are_added(host, small, prompts, texts):
+    source, edited, pairs = prompts(host, small)
+    mapper = torch.zeros(77, 77)
+    mapper[tuple(zip(*dict.fromkeys(pairs), strict=True))] = 1
+    cross = follow(mapper, lambda step, steps: mapper.sum(dim=0) * until(0.8)(step, steps))
+    explicit = ExplicitAttention([source[0][0], edited[0][0]], cross, inject(0.4)).on(small.model)
+    expected = sample(host, small, stacked(source, edited), side_by_side(), model=explicit)
+    close(sample(host, small, *pair(host, small, source, edited, texts=texts)), expected)
 
 
 @pytest.mark.parametrize(
