@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import Phase, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,6 +45,10 @@ from tools.frontend import Frontend  # noqa: E402
 from tools.host import OFFLINE, ComfyServer, make_base_directory  # noqa: E402
 
 os.environ.update(OFFLINE)
+
+# No test asserts on time, and a failure is not explained: tracing each line makes all that follows many times slower.
+settings.register_profile("suite", deadline=None, phases=[phase for phase in Phase if phase is not Phase.explain])
+settings.load_profile("suite")
 
 
 #: Files that take longest begin first, so that the two processes of `make test` end together.

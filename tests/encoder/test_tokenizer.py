@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+import unicodedata
 
 import pytest
 from hypothesis import example, given
@@ -35,10 +36,19 @@ def test_vocabulary_is_bert_base_uncased():
 UNPARTED = "".join(map(chr, range(0x2B820, 0x2B920)))
 
 
+def is_new_mark(character: str) -> bool:
+    """Whether a combining mark is younger than Unicode 3.2: the reference strips all, the library those it knows."""
+    return unicodedata.category(character) == "Mn" and unicodedata.ucd_3_2_0.category(character) != "Mn"
+
+
 @example(text="Teddy-Bear  café, naïve 狗 dog")
 @given(
     text=st.text(
-        st.characters(exclude_categories=["Cs", "Co", "Cn"], exclude_characters=UNPARTED), min_size=1, max_size=40
+        st.characters(exclude_categories=["Cs", "Co", "Cn"], exclude_characters=UNPARTED).filter(
+            lambda character: not is_new_mark(character)
+        ),
+        min_size=1,
+        max_size=40,
     )
 )
 def test_ids_are_the_references(reference, text):

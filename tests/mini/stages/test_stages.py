@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,19 @@ def test_the_vae_sees_crops_and_keeps_its_latents_at_one():
     latents = stage.pipeline.vae.encode(crops * 2 - 1).latent_dist.mean * factor
     assert factor != 0.18215
     assert latents.std().item() == pytest.approx(1, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("autoencoder", (4 * 16, 2 * 16)), ("appearance", (6 * 28, 3 * 28)), ("subject", (6 * 32, 3 * 32))],
+)
+def test_a_sheet_shows_how_far_it_has_come(name, size):
+    stage = tiny.make_stage(name, options={**tiny.OPTIONS[name]})
+    stage(tiny.make_batch(name, NUMBERS))
+    with torch.no_grad():
+        sheet = stage.eval().samples()
+    assert sheet.size == size
+    assert np.asarray(sheet).std() > 10
 
 
 def test_location_is_the_cross_entropy_of_row_and_column():
