@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,18 @@ class Alignment:
     def is_identity(self) -> bool:
         """Whether every token is its own source."""
         return bool(self.has_source.all()) and torch.equal(self.mapper, torch.eye(len(self.mapper)))
+
+
+class Frame(NamedTuple):
+    """The tokens of a block that belong to no word.
+
+    Args:
+        bos: Position of the ``<bos>`` token.
+        end: Positions behind the words: the ``<eos>`` token and padding.
+    """
+
+    bos: int
+    end: list[int]
 
 
 def align(source: Sequence[TokenSpan], edited: Sequence[TokenSpan], tokens: int) -> Alignment:
@@ -63,8 +76,9 @@ def align(source: Sequence[TokenSpan], edited: Sequence[TokenSpan], tokens: int)
     mapper = torch.zeros(tokens, tokens)
     for source_span, edited_span in _corresponding_words(source, edited):
         _map_word(mapper, source_span.positions, edited_span.positions)
-    for source_positions, edited_positions in zip(_frame(source, tokens), _frame(edited, tokens), strict=True):
-        _map_frame(mapper, source_positions, edited_positions)
+    for source_frame, edited_frame in zip(find_frames(source, tokens), find_frames(edited, tokens), strict=True):
+        mapper[source_frame.bos, edited_frame.bos] = 1
+        _map_end(mapper, source_frame.end, edited_frame.end)
     return Alignment(mapper, mapper.any(dim=0))
 
 
@@ -156,18 +170,25 @@ def _map_word(mapper: Tensor, source: Sequence[int], edited: Sequence[int]) -> N
         mapper[torch.tensor(source)[:, None], torch.tensor(edited)] = 1 / len(edited)
 
 
-def _map_frame(mapper: Tensor, source: Sequence[int], edited: Sequence[int]) -> None:
+def _map_end(mapper: Tensor, source: Sequence[int], edited: Sequence[int]) -> None:
     """Map tokens one to one; if the edited prompt has more, the source's last token is shared among the rest."""
     sources = [source[min(index, len(source) - 1)] for index in range(len(edited))]
     for source_position, edited_position in zip(sources, edited, strict=True):
         mapper[source_position, edited_position] = 1 / sources.count(source_position)
 
 
-def _frame(spans: Sequence[TokenSpan], tokens: int) -> list[list[int]]:
-    """The positions around the words: for each block its <bos>, and what follows the words, <eos> and padding."""
+def find_frames(spans: Sequence[TokenSpan], tokens: int) -> list[Frame]:
+    """Find the tokens around the words of a prompt.
+
+    Args:
+        spans: The words of the prompt in order.
+        tokens: Number of tokens of the prompt, a multiple of 77.
+
+    Returns:
+        The frame of each block.
+    """
     words = {position for span in spans for position in span.positions}
-    frame = []
-    for start in range(0, tokens, BLOCK):
-        rest = [position for position in range(start + 1, min(start + BLOCK, tokens)) if position not in words]
-        frame += [[start], rest]
-    return frame
+    return [
+        Frame(start, [position for position in range(start + 1, min(start + BLOCK, tokens)) if position not in words])
+        for start in range(0, tokens, BLOCK)
+    ]

@@ -12,7 +12,7 @@ from ..prompt import TokenSpan
 from .alignment import align
 from .edits import Edit, EditedImage, PromptToPrompt, Reweight
 from .schedule import StepRange
-from .words import WordRange, WordWeight, find_in_prompts, weight_tokens
+from .words import WordRange, WordWeight, find_in_prompts, weight_tokens, with_end
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ def build_edits(
         if not (factors == 1).all()
     ]
     steps = [[settings.cross_steps] * tokens for _ in edited]
+    edited_with_end = [with_end(spans, tokens) for spans in edited]
     for phrase, word_steps in settings.word_steps:
-        for token_steps, positions in zip(steps, find_in_prompts(edited, phrase), strict=True):
+        for token_steps, positions in zip(steps, find_in_prompts(edited_with_end, phrase), strict=True):
             for position in positions:
                 token_steps[position] = word_steps
     (source_words,) = _blend_words([source], settings.source_blend_words, settings.threshold, tokens)

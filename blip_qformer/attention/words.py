@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ..prompt import TokenSpan
+from .alignment import find_frames
 from .schedule import StepRange
 
+END_WORD = "<end>"  # the end of a prompt: <eos> and padding, in which the text encoder sums up what stands before them
 SEPARATORS = re.compile(r"[,;\n]")
 OCCURRENCE = re.compile(r"(.+?)\s*#\s*(\d+)")
 RANGE = re.compile(r"(?:([\d.]+)\s*-\s*)?([\d.]+)")
@@ -151,10 +153,23 @@ def find_in_prompts(prompts: Sequence[Sequence[TokenSpan]], phrase: str) -> list
     return found
 
 
+def with_end(spans: Sequence[TokenSpan], tokens: int) -> list[TokenSpan]:
+    """Add the word ``<end>`` to a prompt: in each block its end-of-text token and padding.
+
+    Args:
+        spans: The words of the prompt in order.
+        tokens: Number of tokens of the prompt.
+
+    Returns:
+        The words, and behind all of them one ``<end>`` for each block.
+    """
+    return [*spans, *(TokenSpan(END_WORD, tuple(frame.end)) for frame in find_frames(spans, tokens))]
+
+
 def weight_tokens(
     prompts: Sequence[Sequence[TokenSpan]], weights: Sequence[WordWeight], tokens: Sequence[int]
 ) -> list[Tensor]:
-    """Spread the weights of words over the tokens of prompts.
+    """Spread the weights of words, also of ``<end>``, over the tokens of prompts.
 
     Args:
         prompts: The words of each prompt in order.
@@ -167,6 +182,7 @@ def weight_tokens(
     Raises:
         ValueError: If a word stands in none of the prompts.
     """
+    prompts = [with_end(spans, count) for spans, count in zip(prompts, tokens, strict=True)]
     factors = [torch.ones(count) for count in tokens]
     for phrase, weight in weights:
         for factor, positions in zip(factors, find_in_prompts(prompts, phrase), strict=True):
@@ -203,7 +219,7 @@ def _match_at(spans: Sequence[TokenSpan], start: int, wanted: Sequence[str]) -> 
 
 def _word_list(spans: Sequence[TokenSpan]) -> str:
     words = (readable(span.word) for span in spans)
-    return ", ".join(dict.fromkeys(word for word in words if word not in ",;")) or "none"
+    return ", ".join(dict.fromkeys(word for word in words if word not in ",;" and word != END_WORD)) or "none"
 
 
 def _number(text: str) -> float | None:

@@ -47,3 +47,25 @@ def test_sigmas_outside_belong_to_the_ends():
 def test_a_range_covers_steps(start, end, steps, covered):
     assert [step for step in range(steps) if StepRange(start, end).covers(step, steps)] == list(covered)
     assert StepRange(start, end).is_empty is (not covered)
+
+
+@pytest.mark.parametrize(
+    ("end", "steps", "ours", "published"),
+    [
+        (0.8, 10, 8, 8),
+        (0.8, 20, 16, 16),
+        (0.4, 25, 10, 10),
+        (0.8, 50, 40, 40),
+        (0.0, 50, 0, 0),
+        (1.0, 50, 50, 50),
+        (0.8, 24, 19, 20),  # 19.2 and 20.0
+        (0.5, 7, 3, 4),
+    ],
+)
+def test_cross_end_counts_steps_as_self_end_does(end, steps, ours, published):
+    """The published code counts cross_replace_steps in a table of steps + 1 rows, and self_replace_steps in steps.
+
+    Both are the same here, so that a part of the steps means one thing; where it is whole steps, both codes agree.
+    """
+    assert sum(StepRange(0.0, end).covers(step, steps) for step in range(steps)) == ours
+    assert min(int(end * (steps + 1)), steps) == published

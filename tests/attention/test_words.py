@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from blip_qformer.attention.schedule import StepRange
-from blip_qformer.attention.words import find_phrase, parse_word_ranges, parse_word_weights, readable, weight_tokens
+from blip_qformer.attention.words import (
+    WordWeight,
+    find_phrase,
+    parse_word_ranges,
+    parse_word_weights,
+    readable,
+    weight_tokens,
+)
 from blip_qformer.prompt import SUBJECT_WORD, TokenSpan
 
 
@@ -92,6 +99,23 @@ def test_factors_of_tokens_in_several_prompts():
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match='There is no "cat" in this prompt; its words are: a, swimming, dog.'):
         weight_tokens([PROMPT, SWIMMING], parse_word_weights("dog:2, cat:2"), [77, 154])
+
+
+def test_the_end_of_a_prompt_has_factors():
+    """<eos> and padding of every block, or of one; never <bos> and words."""
+    prompts = [PROMPT, SWIMMING, []]
+    weights = parse_word_weights("dog:2, <end>:0.5, <end>#1:0")
+    factors = weight_tokens(prompts, weights, [77, 154, 77])
+    expected = [torch.ones(77), torch.ones(154), torch.ones(77)]
+    expected[0][18], expected[0][25], expected[0][35:77] = 2, 2, 0
+    expected[1][4:77], expected[1][79:154], expected[1][78] = 0, 0.5, 2
+    expected[2][1:77] = 0
+    for one, other in zip(factors, expected, strict=True):
+        assert torch.equal(one, other)
+    full = weight_tokens([[TokenSpan("word", (each,)) for each in range(1, 76)]], [WordWeight("<end>", 3.0)], [77])[0]
+    assert full.tolist() == [*[1.0] * 76, 3.0]
+    with pytest.raises(ValueError, match='"<end>#2" asks for number 2 of "<end>", but this prompt has 1'):
+        weight_tokens([PROMPT], parse_word_weights("<end>#2:0"), [77])
 
 
 def test_clip_spells_bytes():

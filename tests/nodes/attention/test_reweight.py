@@ -66,6 +66,18 @@ def test_phrases_and_words_of_several_tokens_of_a_stock_conditioning(host, small
     close(sample(host, small, edited), sample(host, small, positive, model=explicit))
 
 
+@pytest.mark.parametrize(("text", "first"), [("a dog in the snow", 6), ("a dog " + "and " * 73, 76)])
+def test_the_end_of_a_prompt_is_its_eos_and_padding(host, small, text, first):
+    """A prompt that fills its block has one such token."""
+    positive = stock(host, small.clip, text)
+    weighted = factors_at([(range(first, 77), 0.0), ([2], 2.0)])
+    explicit = ExplicitAttention([positive[0][0]], cross=scaled(lambda *step: weighted)).on(small.model)
+    expected = sample(host, small, positive, model=explicit)
+    edited = reweight(host, positive, "<end>:0, dog:2", clip=small.clip, text=text)
+    close(sample(host, small, edited), expected)
+    differ(sample(host, small, positive), expected)
+
+
 @pytest.mark.parametrize("inputs", [{"weights": ""}, {"weights": "snow:1"}, {"weights": "snow:2", "end": 0.0}])
 def test_neutral_weights_give_the_conditioning_back(host, small, inputs):
     positive, _ = compose(host, small, small.subject)
