@@ -47,7 +47,7 @@ def editing_rows(host: Host, loaded: SimpleNamespace) -> Iterator[Row]:
         inputs = {"source": source, "edited": edited, "latent": empty, "edited_text": text, **inputs}
         return host.run("BLIPDiffusionPromptToPrompt", clip=loaded.clip, source_text=SOURCE, **inputs)[0]
 
-    (reweighted,) = host.run(
+    reweighted, _ = host.run(
         "BLIPDiffusionAttentionReweight", conditioning=source, weights="cat:2, chair:0.5", clip=loaded.clip, text=SOURCE
     )
     where = f"{STEPS} steps, {EDGE}x{EDGE}"

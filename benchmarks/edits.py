@@ -75,7 +75,7 @@ class Setup:
     def edit(self, source: Any, edited: Any, **settings: Any) -> dict:
         """Return the LATENT of source and edited image, sampled as one batch."""
         latent = {"samples": torch.zeros(1, 4, EDGE // 8, EDGE // 8)}
-        positive, latent = self.host.run(
+        positive, latent, _ = self.host.run(
             "BLIPDiffusionPromptToPrompt", source=source, edited=edited, latent=latent, **settings
         )
         return self.sample(positive, latent)

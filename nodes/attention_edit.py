@@ -6,11 +6,12 @@ from ..blip_qformer.attention.prompt_to_prompt import PromptToPromptSettings
 from ..blip_qformer.attention.schedule import StepRange
 from ..blip_qformer.attention.words import parse_word_ranges, parse_word_weights, parse_words
 from .host.attention.batching import batch_edits
+from .host.attention.hooks import model_for_edits
 from .host.attention.local_blend import edit_masks_of
 from .host.attention.reweight import require_single_prompt, reweight
 from .host.conditioning import Conditioning, token_spans
 from .host.latents import Latent
-from .types import CATEGORY, advanced, fraction_input, io, text_input
+from .types import CATEGORY, advanced, fraction_input, io, model_input, model_output, text_input
 
 WORDS_HELP = "A word that stands several times is meant everywhere; dog#2 is its second occurrence alone."
 
@@ -59,12 +60,14 @@ class AttentionReweight(io.ComfyNode):
                     tooltip="Only for a conditioning from CLIP Text Encode: the clip it was made with.",
                 ),
                 text_input("text", "Only for a conditioning from CLIP Text Encode: the text it was made from."),
+                model_input(),
             ],
             outputs=[
                 io.Conditioning.Output(
                     display_name="conditioning",
                     tooltip="For a sampler's positive input, or ControlNet and area nodes before it.",
-                )
+                ),
+                model_output(),
             ],
         )
 
@@ -77,11 +80,14 @@ class AttentionReweight(io.ComfyNode):
         end: float,
         clip: io.Clip.Type | None = None,
         text: str = "",
+        model: io.Model.Type | None = None,
     ) -> io.NodeOutput:
-        """Return the conditioning with weights on its words."""
+        """Return the conditioning with weights on its words, and the model that samples it without a hook."""
         require_single_prompt(conditioning)
         words = token_spans(conditioning, clip, text)
-        return io.NodeOutput(reweight(conditioning, words, parse_word_weights(weights), StepRange(start, end)))
+        steps = StepRange(start, end)
+        edited = reweight(conditioning, words, parse_word_weights(weights), steps, in_model=model is not None)
+        return io.NodeOutput(edited, model_for_edits(model))
 
 
 class PromptToPromptEdit(io.ComfyNode):
@@ -182,6 +188,7 @@ class PromptToPromptEdit(io.ComfyNode):
                     "Only for CLIP Text Encode: the text that edited was made from. With edited_2 and "
                     "edited_3, a line for each.",
                 ),
+                model_input(),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="conditioning", tooltip="For the sampler's positive input."),
@@ -189,6 +196,7 @@ class PromptToPromptEdit(io.ComfyNode):
                     display_name="latent",
                     tooltip="For the sampler's latent_image: the source, then each edit, all with the same noise.",
                 ),
+                model_output(),
             ],
         )
 
@@ -213,8 +221,9 @@ class PromptToPromptEdit(io.ComfyNode):
         clip: io.Clip.Type | None = None,
         source_text: str = "",
         edited_text: str = "",
+        model: io.Model.Type | None = None,
     ) -> io.NodeOutput:
-        """Return one conditioning for source and edits, and the latent repeated for them."""
+        """Return one conditioning for source and edits, the latent repeated for them, and the model that edits it."""
         settings = PromptToPromptSettings(
             cross_steps=StepRange(cross_start, cross_end),
             self_steps=StepRange(self_start, self_end),
@@ -226,7 +235,9 @@ class PromptToPromptEdit(io.ComfyNode):
             source_unguided=source_unguided,
         )
         others = [each for each in (edited, edited_2, edited_3) if each is not None]
-        return io.NodeOutput(*batch_edits(source, others, latent, settings, clip, source_text, edited_text))
+        in_model = model is not None
+        batch = batch_edits(source, others, latent, settings, clip, source_text, edited_text, in_model=in_model)
+        return io.NodeOutput(*batch, model_for_edits(model))
 
 
 class EditMask(io.ComfyNode):

@@ -7,9 +7,9 @@ from torch import Tensor
 from ..blip_qformer.attention.maps import AttentionRecord
 from ..blip_qformer.attention.word_sheets import word_sheets
 from ..blip_qformer.attention.words import parse_words
-from .host.attention.recorder import record_attention, require_recorded
+from .host.attention.recorder import model_for_records, record_attention, require_recorded
 from .host.conditioning import Conditioning, token_spans
-from .types import CATEGORY, RecordedAttention, advanced, io
+from .types import CATEGORY, RecordedAttention, advanced, io, model_input, model_output
 
 
 class RecordAttention(io.ComfyNode):
@@ -40,18 +40,27 @@ class RecordAttention(io.ComfyNode):
                         tooltip="Only for a prompt from CLIP Text Encode: the same text.",
                     )
                 ),
+                model_input(),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="conditioning", tooltip="For KSampler's positive input."),
                 RecordedAttention.Output(display_name="attention", tooltip="For Subject Attention Map."),
+                model_output(),
             ],
         )
 
     @classmethod
-    def execute(cls, conditioning: Conditioning, clip: io.Clip.Type | None = None, text: str = "") -> io.NodeOutput:
-        """Return the conditioning that fills a record, and the record."""
+    def execute(
+        cls,
+        conditioning: Conditioning,
+        clip: io.Clip.Type | None = None,
+        text: str = "",
+        model: io.Model.Type | None = None,
+    ) -> io.NodeOutput:
+        """Return the conditioning that fills a record, the record, and the model that fills it without a hook."""
         record = AttentionRecord(token_spans(conditioning, clip, text))
-        return io.NodeOutput(record_attention(conditioning, record), record)
+        recorded = record_attention(conditioning, record, in_model=model is not None)
+        return io.NodeOutput(recorded, record, model_for_records(model))
 
 
 class SubjectAttentionMap(io.ComfyNode):

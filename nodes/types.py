@@ -68,6 +68,24 @@ def text_input(name: str, tooltip: str) -> io.String.Input:
     return advanced(io.String.Input(name, optional=True, default="", multiline=True, tooltip=tooltip))
 
 
+def model_input() -> io.Model.Input:
+    """Return the optional MODEL input of the nodes that edit or record attention."""
+    return io.Model.Input(
+        "model",
+        optional=True,
+        tooltip="Can stay empty. With the sampler's model here, and this node's model output at the sampler, newer "
+        "versions of ComfyUI do not load the checkpoint a second time. The picture is the same.",
+    )
+
+
+def model_output() -> io.Model.Output:
+    """Return the MODEL output that goes with :func:`model_input`."""
+    return io.Model.Output(
+        display_name="model",
+        tooltip="For the sampler, if a model is connected here; else the sampler has its model as before.",
+    )
+
+
 def checkpoint_input() -> io.Combo.Input:
     """Return the drop-down list of checkpoints that all loaders have."""
     return io.Combo.Input(
@@ -104,6 +122,8 @@ __all__ = [
     "checkpoint_input",
     "fraction_input",
     "io",
+    "model_input",
+    "model_output",
     "slider_input",
     "text_input",
 ]

@@ -14,7 +14,7 @@ SIZE = (12, 20)  # of the latents; halved, it stays even
 
 
 def record(host, conditioning, **inputs):
-    return host.run("BLIPDiffusionAttentionRecord", conditioning=conditioning, **inputs)
+    return host.run("BLIPDiffusionAttentionRecord", conditioning=conditioning, **inputs)[:2]
 
 
 def show(host, attention, image, **inputs):
@@ -94,7 +94,7 @@ def with_lora(host, loaded, positive, negative):
 
 def with_reweight(host, loaded, positive, negative):
     """Words weighted on both sides; the attention of later layers changes with them."""
-    (positive,) = host.run("BLIPDiffusionAttentionReweight", conditioning=positive, weights="<subject>:3, hat:-1")
+    positive, _ = host.run("BLIPDiffusionAttentionReweight", conditioning=positive, weights="<subject>:3, hat:-1")
     inputs = {"weights": "ugly:2", "clip": loaded.clip, "text": "ugly"}
     return positive, host.run("BLIPDiffusionAttentionReweight", conditioning=negative, **inputs)[0]
 
@@ -296,6 +296,8 @@ def test_other_images_are_refused(host, sampled, positive):
 
 def test_a_model_without_cross_attention_is_named(host):
     flux = type("Flux", (), {"diffusion_model": torch.nn.Identity()})()
-    executor = SimpleNamespace(class_obj=SimpleNamespace(model_patcher=SimpleNamespace(model=flux)))
+    entry = {"blip_attention_records": (), "uuid": 0, "model_conds": {}}
+    guider = SimpleNamespace(model_patcher=SimpleNamespace(model=flux), conds={"positive": [entry]})
+    executor = SimpleNamespace(class_obj=guider)
     with pytest.raises(ValueError, match="of the kind Flux, in which words are not looked at through cross-attention"):
         host.module("nodes.host.attention.recorder").sample_and_record(executor, torch.zeros(1, 16, 8, 8))

@@ -30,6 +30,8 @@ def batch_edits(
     clip: comfy.sd.CLIP | None = None,
     source_text: str = "",
     edited_text: str = "",
+    *,
+    in_model: bool = False,
 ) -> tuple[Conditioning, Latent]:
     """Join a source and its edited prompts to one conditioning with edits, and repeat a latent for each of them.
 
@@ -41,6 +43,7 @@ def batch_edits(
         clip: Text encoder of conditionings that do not know their words.
         source_text: Text that such a source was encoded from.
         edited_text: Text that such an edited conditioning was encoded from; with several, a line for each.
+        in_model: Whether the sampler gets a MODEL that knows of edits.
 
     Returns:
         A conditioning with a row for each image of a group, and latents of N groups that start from the same noise.
@@ -57,7 +60,7 @@ def batch_edits(
         reweights = reweights_of_each([source, *edited], index)
         edits.append(build_edits(source_words, edited_words, tensor.shape[1], settings, masks.keep, reweights))
     if any(edits):
-        joined = set_edits(joined, edits)
+        joined = set_edits(joined, edits, in_model=in_model)
     return joined, repeat_for_group(latent, 1 + len(edited), masks)
 
 
@@ -189,7 +192,9 @@ def have_same_contents(one: Any, other: Any) -> bool:
 
 
 def _common_options(options: dict[str, Any]) -> dict[str, Any]:
-    """What conditionings of one batch must have in common; of the hooks, those that do not bring our edits."""
+    """What conditionings of one batch must have in common, without what brings our edits."""
     group = options.get("hooks")
-    foreign = {hook for hook in group.hooks if hook.hook_ref != EDITS} if group else set()
-    return {**{key: value for key, value in options.items() if key not in OWN_KEYS}, "hooks": foreign}
+    hooks = {hook for hook in group.hooks if hook.hook_ref != EDITS} if group else set()
+    model_conds = {key: value for key, value in options.get("model_conds", {}).items() if key != EDITS}
+    common = {key: value for key, value in options.items() if key not in OWN_KEYS}
+    return {**common, "hooks": hooks, "model_conds": model_conds}

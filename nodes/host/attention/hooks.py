@@ -1,11 +1,12 @@
-"""Edits of attention travel in a conditioning, without a MODEL wire, and take effect in the sampler it comes to.
+"""Edits of attention travel in a conditioning, and take effect in the sampler it comes to.
 
 From the edit node to the first edited step, in the order in which the host calls:
 
-1. An edit node stores its edits in the entries of a conditioning, under ``EDITS``, together with a hook of the host
-   that brings a wrapper (:func:`set_edits`). Whatever other nodes do to the conditioning, it keeps both.
-2. The sampler node runs ``CFGGuider.sample``. It copies the conditionings, registers their hooks and calls the wrapper
-   that ours brings, of type ``OUTER_SAMPLE``: :func:`sample_with_edits`.
+1. An edit node stores its edits in the entries of a conditioning, under ``EDITS`` (:func:`set_edits`). The wrapper that
+   reads them travels in a hook of the conditioning or in a MODEL (:mod:`.carrier`). Whatever other nodes do to the
+   conditioning, it keeps both.
+2. The sampler node runs ``CFGGuider.sample``. It copies the conditionings, registers their hooks and calls the wrapper,
+   of type ``OUTER_SAMPLE``: :func:`sample_with_edits`.
 3. Edits and hook are removed from these copies (:func:`detach_edits`). The model and the sampler are checked, and an
    :class:`~.sampling_run.AttentionRun`, the state of this run, adds its patches and wrappers to the options of the run.
 4. The host gives each conditioning its areas, masks and ControlNets, and calls the wrapper of type ``SAMPLER_SAMPLE``,
@@ -21,18 +22,20 @@ Record Attention goes the same way with a wrapper of its own, see :mod:`.recorde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 from uuid import UUID
 
-import comfy.hooks
 import comfy.samplers
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor
+from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ....blip_qformer.attention.edits import Edit, Reweight
 from ..checks import require_sd15
 from ..conditioning import Conditioning
+from .carrier import attach, detach, wrap_model
 from .edited_conditioning import EditedConditioning
 from .sampling_run import AttentionRun
 
@@ -48,14 +51,20 @@ def get_edits(conditioning: Conditioning) -> list[tuple[Edit, ...]]:
     return [options.get(EDITS, ()) for _, options in conditioning]
 
 
-def set_edits(conditioning: Conditioning, edits: Sequence[Sequence[Edit]]) -> Conditioning:
+def set_edits(conditioning: Conditioning, edits: Sequence[Sequence[Edit]], *, in_model: bool = False) -> Conditioning:
     """Return a copy of a conditioning that carries edits, in place of those it had.
 
     Args:
         conditioning: Conditioning of any sampler node, with or without hooks of others.
         edits: Edits for each of its entries.
+        in_model: Whether the sampler gets a MODEL from :func:`model_for_edits`.
     """
-    return attach(conditioning, EDITS, [tuple(each) for each in edits], sample_with_edits)
+    return attach(conditioning, EDITS, [tuple(each) for each in edits], sample_with_edits, in_model=in_model)
+
+
+def model_for_edits(model: ModelPatcher | None) -> ModelPatcher | ExecutionBlocker:
+    """Return a copy of a MODEL with which conditionings need no hook for their edits, see :func:`.wrap_model`."""
+    return wrap_model(model, EDITS, sample_with_edits)
 
 
 def sample_with_edits(
@@ -135,58 +144,3 @@ def require_no_added_noise(noise: Tensor, sampler: comfy.samplers.Sampler) -> No
             "This sampler adds noise to the latent of DDIM Inversion, so that the photograph does not come back: use "
             "KSampler (Advanced) with add_noise disabled, or switch source_unguided off in Prompt-to-Prompt Edit."
         )
-
-
-# What edits and recordings have in common: a value in a conditioning, and a hook that wraps the sampling run.
-
-
-def attach(conditioning: Conditioning, key: str, values: Sequence[Any], wrapper: Callable) -> Conditioning:
-    """Return a copy of a conditioning that carries values and has the sampling run wrapped.
-
-    Args:
-        conditioning: Conditioning with or without hooks of others.
-        key: Key of the entries' dictionaries for the values, and reference of the hook.
-        values: Value for each entry.
-        wrapper: Wrapper of type ``OUTER_SAMPLE``.
-    """
-    hook = comfy.hooks.TransformerOptionsHook({"wrappers": {WrappersMP.OUTER_SAMPLE: {key: [wrapper]}}})
-    # The host compares hooks by this: ours are all one, however many conditionings bring it.
-    hook.hook_ref = key  # pyright: ignore[reportAttributeAccessIssue]  # any value that can be compared and hashed
-    marked = [[tensor, {**options, key: value}] for (tensor, options), value in zip(conditioning, values, strict=True)]
-    return comfy.hooks.set_hooks_for_conditioning(marked, group_hooks([hook]))
-
-
-def detach(guider: comfy.samplers.CFGGuider, key: str) -> list[tuple[str, dict[str, Any], Any]]:
-    """Remove values and their hook from the conditionings of a run.
-
-    The host samples conditionings with different hooks one after the other. Without ours, those whose other hooks are
-    the same share one group again, so that positive and negative stay one batch.
-
-    Args:
-        guider: Guider of the run, whose conditionings are its own copies.
-        key: Key and hook reference as in :func:`attach`.
-
-    Returns:
-        For each entry that had a value: the side it stands on, such as ``positive``, the entry, and the value.
-    """
-    entries = [(side, entry) for side, entries in guider.conds.items() for entry in entries]
-    detached = [(side, entry, entry.pop(key)) for side, entry in entries if key in entry]
-    groups: dict[frozenset, comfy.hooks.HookGroup] = {}
-    for _, entry in entries:
-        others = [hook for hook in getattr(entry.pop("hooks", None), "hooks", ()) if hook.hook_ref != key]
-        if others:
-            # Hooks of one reference may have strengths of their own, by their keyframes.
-            identity = frozenset((hook, id(hook.hook_keyframe)) for hook in others)
-            entry["hooks"] = groups.setdefault(identity, group_hooks(others))
-    # The host had counted ours when it chose to cache the hooks' weights; it restores its choice after the run.
-    if comfy.samplers.get_total_hook_groups_in_conds(guider.conds) <= 1:
-        guider.model_patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
-    return detached
-
-
-def group_hooks(hooks: Sequence[comfy.hooks.Hook]) -> comfy.hooks.HookGroup:
-    """Return hooks as one group of the host."""
-    group = comfy.hooks.HookGroup()
-    for hook in hooks:
-        group.add(hook)
-    return group

@@ -7,13 +7,15 @@ from typing import Any, cast
 from uuid import UUID
 
 import comfy.samplers
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, merge_nested_dicts
+from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ....blip_qformer.attention.maps import Area, AttentionRecord, mean_attention
 from ..checks import require_cross_attention
 from ..conditioning import Conditioning
-from .hooks import attach, detach
+from .carrier import attach, detach, wrap_model
 from .layers import ExtraOptions, calling_layer, conditioning_rows, map_size
 
 #: Key of a conditioning's dictionary for its :class:`RecordedPrompt`s, and reference of the hook that comes with them.
@@ -35,18 +37,24 @@ class RecordedPrompt:
     prompt: int
 
 
-def record_attention(conditioning: Conditioning, record: AttentionRecord) -> Conditioning:
+def record_attention(conditioning: Conditioning, record: AttentionRecord, *, in_model: bool = False) -> Conditioning:
     """Return a copy of a conditioning that fills a record whenever it is sampled with, and does nothing else.
 
     Args:
         conditioning: Conditioning with as many entries as the record has prompts.
         record: Record that is filled, in each run anew.
+        in_model: Whether the sampler gets a MODEL from :func:`model_for_records`.
     """
     recorded_prompts = [
         (*options.get(RECORDED_PROMPTS, ()), RecordedPrompt(record, prompt))
         for prompt, (_, options) in enumerate(conditioning)
     ]
-    return attach(conditioning, RECORDED_PROMPTS, recorded_prompts, sample_and_record)
+    return attach(conditioning, RECORDED_PROMPTS, recorded_prompts, sample_and_record, in_model=in_model)
+
+
+def model_for_records(model: ModelPatcher | None) -> ModelPatcher | ExecutionBlocker:
+    """Return a copy of a MODEL with which conditionings need no hook to be recorded, see :func:`.wrap_model`."""
+    return wrap_model(model, RECORDED_PROMPTS, sample_and_record)
 
 
 def sample_and_record(executor: WrapperExecutor, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -65,8 +73,13 @@ def sample_and_record(executor: WrapperExecutor, noise: Tensor, *args: Any, **kw
         ValueError: If the model has no cross-attention.
     """
     guider = cast(comfy.samplers.CFGGuider, executor.class_obj)
+    prompts: dict[UUID, tuple[RecordedPrompt, ...]] = {
+        entry["uuid"]: recorded_prompts for _, entry, recorded_prompts in detach(guider, RECORDED_PROMPTS)
+    }
+    if not prompts:
+        return executor(noise, *args, **kwargs)
     require_cross_attention(guider.model_patcher)
-    recorder = AttentionRecorder(guider)
+    recorder = AttentionRecorder(guider, prompts)
     for record in recorder.records:
         record.start(*noise.shape[-2:])
     try:
@@ -80,16 +93,14 @@ class AttentionRecorder:
     """Fills the records of one sampling run.
 
     Args:
-        guider: Guider of the run; records and hook are removed from its conditionings, and a patch is added to its
-            model options, which are its own copies.
+        guider: Guider of the run; a patch is added to its model options, which are its own copies.
+        prompts: Records that want the attention on a conditioning, by the host's id of it.
     """
 
-    def __init__(self, guider: comfy.samplers.CFGGuider) -> None:
+    def __init__(self, guider: comfy.samplers.CFGGuider, prompts: dict[UUID, tuple[RecordedPrompt, ...]]) -> None:
         self.guider = guider
         self.unet = guider.model_patcher.model.diffusion_model
-        self.prompts: dict[UUID, tuple[RecordedPrompt, ...]] = {
-            entry["uuid"]: recorded_prompts for _, entry, recorded_prompts in detach(guider, RECORDED_PROMPTS)
-        }
+        self.prompts = prompts
         options = {"transformer_options": {"patches": {"attn2_patch": [self.patch_cross]}}}
         merge_nested_dicts(guider.model_options, options, copy_dict1=False)
 

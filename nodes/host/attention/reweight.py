@@ -17,6 +17,8 @@ def reweight(
     words: Sequence[Sequence[TokenSpan]],
     weights: Sequence[WordWeight],
     steps: StepRange,
+    *,
+    in_model: bool = False,
 ) -> Conditioning:
     """Return a copy of a conditioning in which words have weights, beside the edits that it carries already.
 
@@ -25,6 +27,7 @@ def reweight(
         words: Words of each entry of the conditioning, in order.
         weights: Weights of some of the words.
         steps: Steps in which the weights apply.
+        in_model: Whether the sampler gets a MODEL that knows of edits.
 
     Returns:
         The conditioning itself if nothing is to be done.
@@ -36,7 +39,7 @@ def reweight(
     if steps.is_empty or all((each == 1).all() for each in factors):
         return conditioning
     edits = [(*edits, Reweight(each, steps)) for edits, each in zip(get_edits(conditioning), factors, strict=True)]
-    return set_edits(conditioning, edits)
+    return set_edits(conditioning, edits, in_model=in_model)
 
 
 def require_single_prompt(conditioning: Conditioning) -> None:

@@ -56,7 +56,7 @@ def reweight(host, conditioning, weights, **inputs):
 
 
 def pair(host, small, source, edited, latent=None, texts=("", ""), **inputs):
-    """Run Prompt-to-Prompt Edit."""
+    """Run Prompt-to-Prompt Edit and return conditioning and latent."""
     return host.run(
         "BLIPDiffusionPromptToPrompt",
         source=source,
@@ -66,7 +66,7 @@ def pair(host, small, source, edited, latent=None, texts=("", ""), **inputs):
         source_text=texts[0],
         edited_text=texts[1],
         **inputs,
-    )
+    )[:2]
 
 
 def sample(host, small, positive, latent=None, model=None, negative=None, **settings) -> torch.Tensor:

@@ -124,6 +124,6 @@ def test_a_batch_that_cannot_be_paired_is_refused(host, small):
 
 def test_a_watched_prompt_is_refused_with_what_to_do(host, small):
     source, edited = inserted(host, small)
-    watched, _ = host.run("BLIPDiffusionAttentionRecord", conditioning=edited, clip=small.clip, text=SOURCE)
+    watched, *_ = host.run("BLIPDiffusionAttentionRecord", conditioning=edited, clip=small.clip, text=SOURCE)
     with pytest.raises(ValueError, match="comes from Record Attention: put that behind this node"):
         pair(host, small, source, watched, texts=(SOURCE, ""))
