@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..blip_qformer.prompt import OVERFLOWS, Overflow, compose_prompt
 from ..blip_qformer.subject import Subject
 from .host.conditioning import encode_subject_prompt
+from .host.subject_rows import expect_an_image_for_each_subject
 from .types import CATEGORY, BlipSubject, advanced, io
 
 
@@ -98,7 +99,8 @@ class SubjectPromptCompose(io.ComfyNode):
     ) -> io.NodeOutput:
         """Compose the text and encode it with the subject's vectors in it."""
         text = compose_prompt(prompt, target_subject.strip() or subject.word, prompt_strength, repetitions)
-        return io.NodeOutput(encode_subject_prompt(clip, subject, text, overflow, subject_strength), text)
+        conditioning = encode_subject_prompt(clip, subject, text, overflow, subject_strength)
+        return io.NodeOutput(expect_an_image_for_each_subject(conditioning), text)
 
 
 NODES = [SubjectPromptCompose]

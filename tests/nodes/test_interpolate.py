@@ -126,6 +126,37 @@ def test_a_trajectory_is_one_run_and_equals_single_runs(host, loaded, subjects):
     torch.testing.assert_close(together, torch.cat(singles), atol=1e-3 * together.std().item(), rtol=0)
 
 
+def test_a_trajectory_needs_a_picture_for_each_step(host, loaded, subjects):
+    """With fewer, the host would leave out the last steps without a word; more than there are steps are drawn."""
+    inputs = {**named(subjects[:2]), "steps": 5}
+    (path,), _, _ = host.run("BLIPDiffusionSubjectTrajectory", **inputs)
+    positive, _ = compose(host, loaded, path)
+    for batch_size in (1, 4):
+        (empty,) = host.run("EmptyLatentImage", width=64, height=64, batch_size=batch_size)
+        with pytest.raises(ValueError, match=f"draws {batch_size} picture.*needs 5 side by side.*latent output"):
+            sample(host, loaded, positive, empty)
+    without_hook = [[tensor, {}] for tensor, _ in positive]
+    for batch_size in (5, 7):
+        (empty,) = host.run("EmptyLatentImage", width=64, height=64, batch_size=batch_size)
+        sampled = sample(host, loaded, positive, empty)
+        assert torch.equal(sampled, sample(host, loaded, without_hook, empty))
+
+
+def test_one_subject_needs_no_hook(host, loaded, subjects):
+    positive, _ = compose(host, loaded, subjects[0])
+    assert "hooks" not in positive[0][1]
+
+
+def test_a_trajectory_has_no_hook_where_that_would_load_the_checkpoint_again(host, loaded, subjects, monkeypatch):
+    import comfy.model_patcher
+
+    (path,), _, _ = host.run("BLIPDiffusionSubjectTrajectory", **named(subjects[:2]), steps=5)
+    dynamic = type("ModelPatcherDynamic", (comfy.model_patcher.ModelPatcher,), {})
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", dynamic, raising=False)
+    positive, _ = compose(host, loaded, path)
+    assert "hooks" not in positive[0][1]
+
+
 def test_a_trajectory_in_parts_is_the_same(host, loaded, subjects):
     """The following nodes run once for each batch, so that the whole need not fit into memory."""
     (empty,) = host.run("EmptyLatentImage", width=64, height=64, batch_size=1)
