@@ -64,6 +64,17 @@ def shared_partial(path: Path) -> Path:
     return path.with_name(f".{path.name}{PARTIAL}")
 
 
+def publish_folder(path: Path) -> None:
+    """Rename a complete folder from its :func:`shared_partial` name to its own; one process does it for all.
+
+    Unlike :func:`atomic_folder`, it replaces nothing and does not flush: each process has flushed its files already.
+
+    Args:
+        path: The folder; nothing may exist there.
+    """
+    shared_partial(path).rename(path)
+
+
 def flush(path: Path) -> None:
     """Force a file, or every file in a folder, onto the disk."""
     files = (each for each in path.rglob("*") if each.is_file()) if path.is_dir() else (path,)

@@ -28,10 +28,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ..encoder.preprocessing import fit_mask
+from ..imaging.image_files import UnreadableImageError, open_upright
 from ..imaging.masks import Box, NoSubjectError, blur_mask, bounding_box
 from ..imaging.matting import THRESHOLDS, MattingError
 from ..imaging.segmentation import Segmenter, check_segmentation_folder
@@ -234,9 +235,9 @@ def _limit_to_box(probability: Tensor, box: Box | None) -> Tensor:
     height, width = probability.shape
     rows, columns = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5  # pixels' middles: [H, 1], [W]
     left, top, right, bottom = box
-    is_inside = (rows > (top - BOX_MARGIN) * height) & (rows < (bottom + BOX_MARGIN) * height)
-    is_inside = is_inside & (columns > (left - BOX_MARGIN) * width) & (columns < (right + BOX_MARGIN) * width)
-    return torch.where(is_inside, probability, 0.0)
+    within_box = (rows > (top - BOX_MARGIN) * height) & (rows < (bottom + BOX_MARGIN) * height)
+    within_box = within_box & (columns > (left - BOX_MARGIN) * width) & (columns < (right + BOX_MARGIN) * width)
+    return torch.where(within_box, probability, 0.0)
 
 
 def _open_image(path: Path, mode: str, role: str, short_edge: int | None = None) -> Tensor:
@@ -246,9 +247,8 @@ def _open_image(path: Path, mode: str, role: str, short_edge: int | None = None)
         SkippedPairError: The file cannot be read as an image.
     """
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert(mode)
-    except Exception as error:  # there is no list of what a damaged image can raise
+        image = open_upright(path, mode)
+    except UnreadableImageError as error:
         raise SkippedPairError(f"unreadable {role}", f"{path}: {error}") from error
     if short_edge is not None and min(image.size) > short_edge:
         scale = short_edge / min(image.size)

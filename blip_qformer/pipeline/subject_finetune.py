@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ..atomic import atomic_file
 from ..checkpoint.ldm_keys import stable_diffusion_checkpoint
 from ..checkpoint.write_safetensors import write_safetensors
 from ..encoder import preprocess
@@ -32,6 +33,7 @@ from ..finetune.validation import (
     preview_grid,
     validation_noise,
 )
+from ..imaging.image_files import UnreadableImageError, open_upright
 from ..prompt import compose_prompt
 from ..subject import Subject, save_subject
 from ..subject.provenance import encoder_hash, image_hash
@@ -147,11 +149,13 @@ class FinetuneRun:
         paths = [folder / f"{name}.safetensors", folder / f"{name}-{kind}.safetensors"]
         save_subject(paths[0], subject, overwrite=True)
         write_safetensors(paths[1], self._state_dict(), metadata={"format": "pt"}, dtype=torch.float16, overwrite=True)
-        paths.append(folder / f"{name}-curve.png")
-        loss_curve(result.losses, result.scores, result.kept_step).save(paths[-1])
+        images = {"curve": loss_curve(result.losses, result.scores, result.kept_step)}
         if result.samples:
-            paths.append(folder / f"{name}-previews.png")
-            Image.fromarray((preview_grid(result.samples) * 255).round().byte().numpy()).save(paths[-1])
+            images["previews"] = Image.fromarray((preview_grid(result.samples) * 255).round().byte().numpy())
+        for ending, image in images.items():
+            paths.append(folder / f"{name}-{ending}.png")
+            with atomic_file(paths[-1]) as temporary:
+                image.save(temporary, format="PNG")  # the temporary name has another suffix
         return paths
 
     def _state_dict(self) -> dict[str, Tensor]:
@@ -219,15 +223,16 @@ def read_image(path: Path) -> Tensor:
         The image, of shape [1, H, W, 3] in 0..1.
 
     Raises:
-        ValueError: It is no image, or too small.
+        ValueError: The file is missing, damaged, no image, or too small.
     """
+    if not path.exists():
+        raise ValueError(f"There is no picture {path}: check its name, or leave it out.")
     try:
-        with Image.open(path) as file:
-            pixels = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
-    except UnidentifiedImageError as error:
+        pixels = np.array(open_upright(path))  # [H, W, 3]
+    except UnreadableImageError as error:
         raise ValueError(f"{path} is no picture that can be read: leave it out.") from error
     check_size(*pixels.shape[:2])
-    return torch.from_numpy(pixels.copy())[None] / 255
+    return torch.from_numpy(pixels)[None] / 255
 
 
 def _center_square(image: Tensor, edge: int) -> Tensor:

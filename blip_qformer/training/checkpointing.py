@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..atomic import flush, remove_folder, remove_partial, shared_partial
+from ..atomic import flush, publish_folder, remove_folder, remove_partial, shared_partial
 
 KEPT = 2  # the newest, and one before it
 
@@ -95,7 +95,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, data_orde
             f"make room there and start the run again, it goes on from {kept.name if kept else 'the beginning'}."
         ) from problem
     if accelerator.is_main_process:
-        partial.rename(path)
+        publish_folder(path)
         for old in sorted(_checkpoints(folder), key=_step)[:-KEPT]:
             remove_folder(old)
     accelerator.wait_for_everyone()

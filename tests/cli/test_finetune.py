@@ -93,12 +93,21 @@ def test_it_writes_images_of_how_it_went(model, images, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"no image", "is no picture that can be read: leave it out"), (b"", "is no picture that can be read")],
+    [
+        (b"no image", "is no picture that can be read: leave it out"),
+        (b"", "is no picture that can be read"),
+        ("truncated", "is no picture that can be read: leave it out"),
+        (None, "check its name, or leave it out"),
+    ],
 )
 def test_a_file_that_is_no_image_is_named(model, images, tmp_path, capsys, content, message):
-    (tmp_path / "bad.png").write_bytes(content)
-    assert finetune(model, [*images, tmp_path / "bad.png"], tmp_path) == 2
-    assert message in capsys.readouterr().err
+    bad = tmp_path / "bad.png"
+    if content is not None:
+        bad.write_bytes(images[0].read_bytes()[:3000] if content == "truncated" else content)
+    assert finetune(model, [*images, bad], tmp_path) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(bad) in error
     assert not list(tmp_path.glob("*.safetensors"))
 
 
