@@ -7,12 +7,14 @@ where the row may attend to the column; the first Q rows and columns are the que
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
+
+from .distributed import mean_over_processes
+
+MIN_NEGATIVE_WEIGHT = 1e-4  # so that any wrong pair can come; as in BLIP (salesforce/BLIP, models/blip_pretrain.py)
 
 
 def contrastive_mask(attention_mask: Tensor, queries: int) -> Tensor:
@@ -129,7 +131,7 @@ def hard_negatives(
         raise ValueError(
             "Matching needs a wrong text for each picture, and one pair has none: set batch_size to 2 or more."
         )
-    weights = (similarity / temperature).float().softmax(dim=1) + 1e-4
+    weights = (similarity / temperature).float().softmax(dim=1) + MIN_NEGATIVE_WEIGHT
     own = torch.arange(row_offset, row_offset + len(similarity), device=similarity.device)
     weights = weights.scatter(1, own[:, None], 0.0).cpu()
     sampled = [torch.multinomial(row, 1, generator=each) for row, each in zip(weights, generators, strict=True)]
@@ -152,58 +154,3 @@ def generation_loss(logits: Tensor, input_ids: Tensor, attention_mask: Tensor, s
     predicted = logits[:, :-1].flatten(0, 1).float()
     loss = F.cross_entropy(predicted, labels, label_smoothing=smoothing, reduction="sum")
     return loss / mean_over_processes((labels != -100).sum())
-
-
-class _GatherRows(torch.autograd.Function):
-    """Rows of all processes; a gradient finds its way back to the process that the row came from."""
-
-    @staticmethod
-    def forward(context: Any, rows: Tensor) -> Tensor:
-        context.count = len(rows)
-        gathered = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        torch.distributed.all_reduce(gradient)
-        first = torch.distributed.get_rank() * context.count
-        return gradient[first : first + context.count]
-
-
-def gather_rows(rows: Tensor) -> Tensor:
-    """Concatenate the rows of all processes; gradients flow through.
-
-    Args:
-        rows: Rows of this process, of shape [B, ...].
-
-    Returns:
-        Rows of shape [processes * B, ...], in the order of the processes.
-    """
-    return _GatherRows.apply(rows) if _is_distributed() else rows
-
-
-def mean_over_processes(count: Tensor) -> Tensor:
-    """Average a number over all processes.
-
-    Args:
-        count: Number of this process.
-
-    Returns:
-        The mean, the same in all of them.
-    """
-    if not _is_distributed():
-        return count
-    total = count.clone()
-    torch.distributed.all_reduce(total)
-    return total / torch.distributed.get_world_size()
-
-
-def process_index() -> int:
-    """Index of this process among those that train together."""
-    return torch.distributed.get_rank() if _is_distributed() else 0
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

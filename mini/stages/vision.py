@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from blip_qformer.data.collate import Batch
 from blip_qformer.pipeline import Pipeline
-from blip_qformer.training.losses import contrastive_loss, gather_rows, process_index
+from blip_qformer.training.distributed import gather_rows, process_index
+from blip_qformer.training.losses import contrastive_loss
 from blip_qformer.training.options import Number, OptionGroup, PositiveCount
 from blip_qformer.training.stages.base import CollateFn, Stage
 

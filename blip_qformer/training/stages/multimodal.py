@@ -18,15 +18,14 @@ from ...data.collate import Batch, multimodal_batch
 from ...encoder.qformer import QFormer
 from ...encoder.tokenizer import DEC_TOKEN, bert_tokenizer
 from ...pipeline import Pipeline
+from ..distributed import gather_rows, process_index
 from ..losses import (
     contrastive_loss,
     contrastive_mask,
-    gather_rows,
     generation_loss,
     generation_mask,
     hard_negatives,
     matching_mask,
-    process_index,
     query_text_similarity,
 )
 from ..options import Count, Fraction, OptionGroup, PositiveCount
