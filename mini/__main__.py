@@ -1,6 +1,8 @@
 """The small model, from its artwork to its report: ``python -m mini COMMAND``.
 
-``make mini`` runs every command in turn. Each can be interrupted and continues where it was.
+``make mini`` runs the commands in turn, all but ``evaluate tuned``. Each can be interrupted and continues where it was.
+
+Worker processes import this module again, so each command imports the trainer, diffusers and the like for itself.
 """
 
 from __future__ import annotations
@@ -13,25 +15,20 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from http.client import HTTPException
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
-
+from blip_qformer.atomic import atomic_file
 from blip_qformer.cli.command_line import run_command
-from blip_qformer.data.prepare import prepare
-from blip_qformer.pipeline import load_pipeline
-from blip_qformer.training.config import read_config
-from blip_qformer.training.trainer import train
 
-from .evaluation.judges import Judges, JudgesTraining, load_judges, save_judges, train_judges
-from .evaluation.report import Report, ReportSettings, evaluate
-from .evaluation.tuned import TunedReport, TunedSettings, evaluate_tuned
-from .init import initialise
-from .init.placed_queries import initialise_saved_model
-from .stages import STAGES
-from .stages.cpu_attention import fast_attention
 from .world.artwork import LISTING, SPLITS
 from .world.fetch import REGISTRY, fill
-from .world.source import World
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .evaluation.judges import Judges
+    from .evaluation.report import Report
+    from .evaluation.tuned import TunedReport
 
 REPORT, SHEET = "report.md", "report.jpg"
 TUNED_REPORT, TUNED_SHEET = "tuned.md", "tuned.jpg"
@@ -80,11 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--steps", metavar="N", type=int, help="stop there for today; without it, the run goes on")
     pretrain.set_defaults(command=_pretrain)
 
-    queries = commands.add_parser("place-queries", help="let each query begin at its own part of the image")
+    queries = commands.add_parser("place-queries", help="let each query begin at its own region of the image")
     queries.add_argument("model", metavar="MODEL", type=Path, help="a model's folder, its image encoder trained")
     queries.add_argument("pairs", metavar="PAIRS", help="a folder of shards, or their names")
     queries.add_argument("target", metavar="DST", type=Path, help="the folder to write")
-    queries.set_defaults(command=_place_queries)
+    queries.set_defaults(command=_initialise_queries)
 
     _add_evaluate(commands)
     return parser
@@ -124,6 +121,10 @@ def _artwork(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
+    from blip_qformer.data.prepare import prepare
+
+    from .world.source import World
+
     world = World(arguments.artwork, arguments.split, arguments.count, arguments.edge, arguments.alone)
     made = prepare(world, arguments.target, arguments.seed, arguments.workers, settings=world.settings)
     print(f"Wrote {made.pairs} pairs in {made.shards} shards to {arguments.target}.")
@@ -132,17 +133,30 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
+    from blip_qformer.training.config import read_config
+    from blip_qformer.training.trainer import train
+
+    from .init import initialise
+    from .stages import STAGES
+    from .stages.cpu_attention import fast_attention
+
     config = read_config(arguments.config)
     model = train(config, arguments.steps, stages=STAGES, initialise=initialise, step_context=fast_attention)
     print(f"The trained model is in {model}.")
 
 
-def _place_queries(arguments: argparse.Namespace) -> None:
+def _initialise_queries(arguments: argparse.Namespace) -> None:
+    from .init.placed_queries import initialise_saved_model
+
     initialise_saved_model(arguments.model, arguments.pairs, arguments.target)
-    print(f"The model whose queries begin at their own parts of the image is in {arguments.target}.")
+    print(f"The model whose queries begin at their own regions of the image is in {arguments.target}.")
 
 
 def _evaluate_report(arguments: argparse.Namespace) -> None:
+    from blip_qformer.pipeline import load_pipeline
+
+    from .evaluation.report import ReportSettings, evaluate
+
     arguments.target.mkdir(parents=True, exist_ok=True)
     judges = _judges(arguments.judges, arguments.artwork, arguments.target)
     pipeline = load_pipeline(arguments.model)
@@ -155,6 +169,8 @@ def _evaluate_report(arguments: argparse.Namespace) -> None:
 
 def _judges(given: Path | None, artwork: Path, target: Path) -> Judges:
     """Load the judges that were named, or else those kept beside the report, which are trained the first time."""
+    from .evaluation.judges import JudgesTraining, load_judges, save_judges, train_judges
+
     if given and not given.is_file():
         raise ValueError(f"No judges are at {given}: leave --judges out, and they are trained.")
     file = given or target / JUDGES
@@ -164,6 +180,11 @@ def _judges(given: Path | None, artwork: Path, target: Path) -> Judges:
 
 
 def _evaluate_tuned(arguments: argparse.Namespace) -> None:
+    from blip_qformer.pipeline import load_pipeline
+
+    from .evaluation.judges import load_judges
+    from .evaluation.tuned import TunedSettings, evaluate_tuned
+
     if not arguments.judges.is_file():
         raise ValueError(f"No judges are at {arguments.judges}: evaluate report trains them.")
     arguments.target.mkdir(parents=True, exist_ok=True)
@@ -177,8 +198,10 @@ def _write(report: Report | TunedReport, sheet: Image.Image, table_file: Path, s
     """Write the table with its settings, print it too, and write the contact sheet."""
     settings = ", ".join(f"{name} {value}" for name, value in asdict(report.settings).items())
     text = f"{report.table()}\n\nSettings: {settings}.\n"
-    table_file.write_text(text, encoding="utf-8")
-    sheet.save(sheet_file, quality=90)
+    with atomic_file(table_file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    with atomic_file(sheet_file) as temporary:
+        sheet.save(temporary, format="JPEG", quality=90)  # the temporary name has another suffix
     print(text)
 
 

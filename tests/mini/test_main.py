@@ -12,8 +12,8 @@ from PIL import Image
 
 from blip_qformer.data.stream import PairStream
 from blip_qformer.pipeline import load_pipeline, new_pipeline, save_pipeline
-from mini import __main__ as command_line
 from mini.__main__ import main
+from mini.evaluation import judges, report, tuned
 from tests import tiny
 from tests.artwork import TRAINED, write_artwork
 from tests.mini.world.test_fetch import registry
@@ -32,11 +32,9 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def little(monkeypatch):
     small = {"steps": 2, "edge": 64, "candidates": 4}
-    monkeypatch.setattr(command_line, "ReportSettings", partial(command_line.ReportSettings, blends=2, **small))
-    monkeypatch.setattr(
-        command_line, "TunedSettings", partial(command_line.TunedSettings, validate_every=1, rank=2, **small)
-    )
-    monkeypatch.setattr(command_line, "JudgesTraining", partial(command_line.JudgesTraining, steps=3, batch_size=4))
+    monkeypatch.setattr(report, "ReportSettings", partial(report.ReportSettings, blends=2, **small))
+    monkeypatch.setattr(tuned, "TunedSettings", partial(tuned.TunedSettings, validate_every=1, rank=2, **small))
+    monkeypatch.setattr(judges, "JudgesTraining", partial(judges.JudgesTraining, steps=3, batch_size=4))
 
 
 def test_both_reports_are_written_and_the_judges_kept(artwork, model, tmp_path, capsys):
