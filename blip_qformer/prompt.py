@@ -64,6 +64,9 @@ def compose_prompt(prompt: str, target: str, strength: float = 1.0, repetitions:
         strength: The share of the repetitions that is used.
         repetitions: The number of repetitions at strength 1. The sentence is repeated ``int(strength * repetitions)``
             times, at least once; more than fit into 77 tokens change nothing.
+
+    Returns:
+        The sentence with its repetitions, with commas between them.
     """
     sentence = f"a {target} {prompt.strip()}"
     return ", ".join([sentence] * max(1, int(strength * repetitions)))
@@ -117,6 +120,9 @@ def find_words(blocks: Sequence[Sequence[Token]], block_length: int) -> list[Tok
     Args:
         blocks: The tokens of each block, without ``<bos>``, ``<eos>`` and padding.
         block_length: The length of a block with them, 77.
+
+    Returns:
+        The words and their positions in the conditioning.
     """
     positioned = [
         (index * block_length + 1 + offset, token)

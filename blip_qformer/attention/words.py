@@ -49,6 +49,9 @@ def parse_words(text: str) -> list[str]:
 
     Args:
         text: Phrases with commas, semicolons or line breaks between them.
+
+    Returns:
+        The phrases in order, without empty ones.
     """
     return [item.strip() for item in SEPARATORS.split(text) if item.strip()]
 
@@ -58,6 +61,9 @@ def parse_word_weights(text: str) -> list[WordWeight]:
 
     Args:
         text: Items as for :func:`parse_words`; an empty text gives an empty list.
+
+    Returns:
+        The phrases with their weights, in order.
 
     Raises:
         ValueError: If an item is not a word, a colon and a finite number.
@@ -80,6 +86,9 @@ def parse_word_ranges(text: str) -> list[WordRange]:
 
     Args:
         text: Items as for :func:`parse_words`; an empty text gives an empty list.
+
+    Returns:
+        The phrases with their ranges of steps, in order.
 
     Raises:
         ValueError: If an item is not a word, a colon and one or two numbers from 0 to 1, the second not the smaller.
@@ -195,6 +204,9 @@ def readable(word: str) -> str:
 
     Args:
         word: A word in which each character stands for a byte of UTF-8.
+
+    Returns:
+        The word as it is written; unchanged if it is not from the vocabulary.
     """
     try:
         return bytes(_BYTES[character] for character in word).decode("utf-8")

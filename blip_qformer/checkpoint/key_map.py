@@ -51,6 +51,9 @@ class KeyMap:
             state_dict: Tensors in the file's keys.
             path: The file, for the error message.
 
+        Returns:
+            Tensors in the encoder's keys.
+
         Raises:
             CheckpointError: A key is neither in the table nor ignored.
         """
@@ -86,6 +89,9 @@ def qformer_keys(prefix: str, attention: str) -> dict[str, str]:
     Args:
         prefix: The beginning of every file key.
         attention: The name of the module that holds query, key and value.
+
+    Returns:
+        File key -> encoder key, as the entries of a :class:`KeyMap`.
     """
     table = {
         f"{prefix}embeddings.word_embeddings": "qformer.word_embedding",

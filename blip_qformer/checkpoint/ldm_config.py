@@ -81,7 +81,15 @@ def _down_and_middle_config(state_dict: Mapping[str, Tensor], heads: int) -> dic
 
 
 def transformer_depths(state_dict: Mapping[str, Tensor], level: str) -> list[int]:
-    """Return the number of transformer blocks behind each resnet of a U-Net level; 0 if there is no attention."""
+    """Count the transformer blocks behind each resnet of a U-Net level.
+
+    Args:
+        state_dict: The weights of a U-Net or ControlNet, in diffusers' keys.
+        level: The key of the level, such as ``down_blocks.0``.
+
+    Returns:
+        The number behind each resnet; 0 if there is no attention.
+    """
     return [
         count_children(state_dict, f"{level}.attentions.{layer}.transformer_blocks")
         for layer in range(count_children(state_dict, f"{level}.resnets"))
@@ -128,6 +136,9 @@ def text_encoder_config(state_dict: Mapping[str, Tensor], heads: int | None = No
         state_dict: The weights, their keys with or without ``text_model.``.
         heads: The number of heads of every attention; None makes them 64 wide, as CLIP's are.
 
+    Returns:
+        The configuration as a dictionary.
+
     Raises:
         ValueError: A tensor that tells a size is missing.
     """
@@ -162,16 +173,20 @@ def departures_from_stock(
     Raises:
         ValueError: A tensor that tells a size is missing.
     """
-    image, text, decoder = unet_config(unet), text_encoder_config(text_encoder), vae_config(vae)["ddconfig"]
+    unet_sizes, text_sizes, vae_sizes = (
+        unet_config(unet),
+        text_encoder_config(text_encoder),
+        vae_config(vae)["ddconfig"],
+    )
     found_and_stock = {
-        "U-Net width": (image["model_channels"], 320),
-        "U-Net context": (image["context_dim"], 768),
-        "U-Net projections": ("linear" if image["use_linear_in_transformer"] else "convolutions", "convolutions"),
-        "text encoder width": (text["hidden_size"], 768),
-        "text encoder layers": (text["num_hidden_layers"], 12),
-        "VAE width": (decoder["ch"], 128),
-        "VAE levels": (decoder["ch_mult"], [1, 2, 4, 4]),
-        "VAE resnets in a level": (decoder["num_res_blocks"], 2),
+        "U-Net width": (unet_sizes["model_channels"], 320),
+        "U-Net context": (unet_sizes["context_dim"], 768),
+        "U-Net projections": ("linear" if unet_sizes["use_linear_in_transformer"] else "convolutions", "convolutions"),
+        "text encoder width": (text_sizes["hidden_size"], 768),
+        "text encoder layers": (text_sizes["num_hidden_layers"], 12),
+        "VAE width": (vae_sizes["ch"], 128),
+        "VAE levels": (vae_sizes["ch_mult"], [1, 2, 4, 4]),
+        "VAE resnets in a level": (vae_sizes["num_res_blocks"], 2),
     }
     return [f"{what} {found} instead of {stock}" for what, (found, stock) in found_and_stock.items() if found != stock]
 

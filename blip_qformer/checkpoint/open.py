@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..encoder import SubjectEncoder, SubjectEncoderConfig
 from ..encoder.layers import AttentionFunction, scaled_dot_product_attention
+from ..prompt import SUBJECT_INDEX
 from .components import Component, find_components
 from .detect import Kind, describe, detect_kind
 from .infer_config import check_state_dict
@@ -27,7 +28,7 @@ NETWORKS = {
 }
 FRAGMENTS = (Kind.ORIGINAL_QFORMER, Kind.PROJECTION, Kind.UNET, Kind.VAE, Kind.TEXT_ENCODER)
 ENCODER_FOLDERS = ("qformer", "blip_model")  # in a Hub folder, in an original folder
-CONTEXT_POSITION = 2  # of the subject's vectors in every published model: behind <bos> and "a"
+CONTEXT_POSITION = 1 + SUBJECT_INDEX  # of the subject's vectors in every published model, <bos> counted too
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,11 @@ class Checkpoint:
             name: ``unet``, ``text_encoder``, ``vae`` or ``controlnet``.
             advice: Further sentences for the error.
 
+        Returns:
+            The component.
+
         Raises:
-            CheckpointError: This checkpoint does not have it.
+            CheckpointError: This checkpoint does not have the component.
         """
         component = getattr(self, name)
         if component is None:
@@ -84,6 +88,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Args:
         path: The folder or file.
+
+    Returns:
+        The opened checkpoint.
 
     Raises:
         CheckpointError: There is nothing, or something else, or it is incomplete.

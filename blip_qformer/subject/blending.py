@@ -105,7 +105,14 @@ def blend_vectors(vectors: Sequence[Tensor] | Tensor, weights: Sequence[float], 
 
 
 def is_extrapolation(weights: Sequence[float]) -> bool:
-    """Return whether a blend with these weights lies beyond the subjects."""
+    """Return whether a blend lies beyond the subjects.
+
+    Args:
+        weights: Weights of the blend.
+
+    Returns:
+        Whether a weight is negative.
+    """
     return any(weight < 0 for weight in weights)
 
 
@@ -117,6 +124,9 @@ def describe_blend(subjects: Sequence[Subject], weights: Sequence[float], mode: 
         weights: Weights of the subjects, of any positive sum.
         mode: The kind of mean.
         blended: The result.
+
+    Returns:
+        A sentence with each subject's share in per cent.
     """
     shares = [
         f'{weight:.0%} "{subject.word}" (subject_{number})'
@@ -130,6 +140,9 @@ def describe_blend(subjects: Sequence[Subject], weights: Sequence[float], mode: 
 
 def check_same_encoder(subjects: Sequence[Subject]) -> None:
     """Refuse subjects of different encoders, whose vectors mean different things. An unknown encoder fits any other.
+
+    Args:
+        subjects: The subjects.
 
     Raises:
         ValueError: Two subjects name different encoders.
@@ -146,7 +159,14 @@ def check_same_encoder(subjects: Sequence[Subject]) -> None:
 
 
 def join_sources(subjects: Sequence[Subject]) -> str:
-    """Join the image hashes of several subjects, each once: ``12ab+34cd``."""
+    """Join the image hashes of several subjects, each once: ``12ab+34cd``.
+
+    Args:
+        subjects: The subjects; one without a hash adds nothing.
+
+    Returns:
+        The hashes with ``+`` between them.
+    """
     return "+".join(dict.fromkeys(subject.source for subject in subjects if subject.source))
 
 

@@ -72,7 +72,7 @@ class RunConfig(OptionGroup):
         num_workers: Processes that read pairs, for each training process.
         shuffle_buffer: Pairs that each of them mixes, see :class:`~blip_qformer.data.stream.PairStream`.
         checkpoint_every: Steps between two checkpoints; 0 for none.
-        validate_every: Steps between two sheets of samples; 0 for none.
+        validate_every: Number of steps between two image sheets of samples in the log; 0 for none. Nothing is scored.
         log_every: Steps between two lines of the log; 0 for none.
         options: Options of the stage, see its class ``Options``.
     """

@@ -166,8 +166,8 @@ def check_finite(value: Tensor, step: int, keys: Sequence[str], what: str = "los
     Args:
         value: Loss, or norm of the gradient.
         step: Step that is made.
-        keys: Keys of the pairs of this process's batch. A gradient that is not finite may come from the pairs of another
-            process, whose log names them.
+        keys: Keys of the pairs of this process's batch. A gradient is that of all processes: the
+            pairs at fault may be another process's, whose log names them.
         what: Name of the value, for the error.
 
     Raises:

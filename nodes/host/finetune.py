@@ -231,6 +231,9 @@ class HostFinetuner:
             prompts: Validation prompts.
             on_step: Called after each step with all validation images so far; returns whether to go on.
 
+        Returns:
+            The tuned vectors, the weights and how the training went.
+
         Raises:
             ValueError: The device has too little memory.
         """
@@ -375,6 +378,9 @@ def diffusers_names(model: ModelPatcher) -> dict[str, str]:
 
     Args:
         model: Model of the host.
+
+    Returns:
+        Host's name -> diffusers' name, both without ``.weight`` and ``.bias``.
     """
     diffusers_to_host = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     endings = (".weight", ".bias")

@@ -58,7 +58,7 @@ def test_every_image_comes_as_often_as_any_other(latents):
         assert sorted(seen[number : number + 4].tolist()) == [0, 1, 2, 3]
 
 
-def test_each_step_batch_anew_and_a_seed_repeats_it(latents):
+def test_each_step_samples_anew_and_a_seed_repeats_it(latents):
     first, second = (sample_batch(latents, FinetuneSettings(seed=1), number) for number in (1, 2))
     again = sample_batch(latents, FinetuneSettings(seed=1), 1)
     other = sample_batch(latents, FinetuneSettings(seed=2), 1)

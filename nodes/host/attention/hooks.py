@@ -58,6 +58,9 @@ def set_edits(conditioning: Conditioning, edits: Sequence[Sequence[Edit]], *, in
         conditioning: Conditioning of any sampler node, with or without hooks of others.
         edits: Edits for each of its entries.
         in_model: Whether the sampler gets a MODEL from :func:`model_for_edits`.
+
+    Returns:
+        A conditioning of the same tensors; the given one stays as it is.
     """
     return attach(conditioning, EDITS, [tuple(each) for each in edits], sample_with_edits, in_model=in_model)
 

@@ -1,4 +1,4 @@
-"""Initial weights with which each query attends to its own part of an image."""
+"""Initial weights with which each query attends to its own region of an image."""
 
 from __future__ import annotations
 
