@@ -16,6 +16,9 @@ def import_extra(name: str, purpose: str) -> ModuleType:
         name: The name of the module.
         purpose: What needs it, as the subject of the error message.
 
+    Returns:
+        The module.
+
     Raises:
         ValueError: The package is not installed; the message says what it is for and how to get it.
     """

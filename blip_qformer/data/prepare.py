@@ -55,6 +55,9 @@ class PairSource(Protocol):
             index: Index of the pair, below the source's length.
             seed: Seed of everything random in the pairs.
 
+        Returns:
+            The pair.
+
         Raises:
             SkippedPairError: There is no pair for this index.
         """

@@ -71,6 +71,9 @@ def load_subject(path: str | Path, word: str = "") -> Subject:
         path: The file.
         word: The word for the subject; that of the file if empty.
 
+    Returns:
+        The subject, of one row.
+
     Raises:
         SubjectFileError: The file is missing, incomplete or something else, or no word is known.
     """

@@ -24,6 +24,9 @@ def encoder_hash(state_dict: Mapping[str, Tensor]) -> str:
     Args:
         state_dict: The weights, in the keys of ``SubjectEncoder.state_dict()`` and the dtype of the file: rounded to
             bfloat16 they have another hash.
+
+    Returns:
+        The hash in hexadecimal digits.
     """
     digest = hashlib.sha256()
     for weight in (state_dict[QUERIES], state_dict[PROJECTION][:PROJECTION_ROWS]):

@@ -23,6 +23,9 @@ def average_views(views: Subject, weights: Sequence[float] = ()) -> Subject:
         views: A subject with a row for each view.
         weights: A weight for each view; without weights, all count the same.
 
+    Returns:
+        A subject of one row.
+
     Raises:
         ValueError: The weights cannot be used, see :func:`~blip_qformer.subject.weights.normalise_weights`.
     """

@@ -16,8 +16,11 @@ def parse_weights(text: str) -> list[float]:
     Args:
         text: Numbers with commas, semicolons or spaces between them.
 
+    Returns:
+        The numbers in order.
+
     Raises:
-        ValueError: Something in it is no number.
+        ValueError: Something in the text is no number.
     """
     weights = []
     for number in filter(None, SEPARATORS.split(text)):
@@ -70,6 +73,9 @@ def bilinear_weights(x: float, y: float) -> tuple[float, float, float, float]:
     Args:
         x: The position from left to right, in 0..1.
         y: The position from top to bottom, in 0..1.
+
+    Returns:
+        A weight for each corner; they sum to 1.
     """
     return (1 - x) * (1 - y), x * (1 - y), (1 - x) * y, x * y
 
@@ -84,6 +90,9 @@ def slider_weights(count: int, x: float, y: float = 0.0) -> tuple[float, ...]:
         count: The number of subjects.
         x: The position of the first slider, in 0..1; outside it extrapolates.
         y: The position of the second slider, likewise.
+
+    Returns:
+        A weight for each subject; they sum to 1.
 
     Raises:
         ValueError: There are fewer than two or more than four subjects.
@@ -127,6 +136,9 @@ def trajectory_labels(count: int, steps: int) -> list[str]:
     Args:
         count: Number of subjects, two or four.
         steps: Number of steps along the line, or along each side of the square.
+
+    Returns:
+        A label for each step.
     """
     return [
         ", ".join(f"{axis} {value:.2f}" for axis, value in zip("xy", position, strict=False))
