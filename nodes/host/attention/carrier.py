@@ -65,6 +65,9 @@ def attach(
         values: Value for each entry.
         wrapper: Wrapper of type ``OUTER_SAMPLE``.
         in_model: Whether the wrapper is in the MODEL that the sampler gets, so that no hook has to bring it.
+
+    Returns:
+        A conditioning of the same tensors; the given one stays as it is.
     """
     marked = [[tensor, {**options, key: value}] for (tensor, options), value in zip(conditioning, values, strict=True)]
     if in_model:
