@@ -103,7 +103,6 @@ def edit_all(setup: Setup, image: Tensor, word: str) -> tuple[list[tuple[str, Te
     """
     plain, with_subject = setup.encode(0.0), setup.encode(1.0)
     other = setup.encode(0.0, target="dog")
-    last_word = PROMPT.split()[-1]
     refined = setup.edit(plain, with_subject)
     blended = setup.edit(plain, with_subject, blend_words="<subject>", source_blend_words=word.split()[-1])
     shown = [
@@ -113,7 +112,8 @@ def edit_all(setup: Setup, image: Tensor, word: str) -> tuple[list[tuple[str, Te
         ("replace, its shape kept", setup.decode(setup.edit(plain, with_subject, cross_end=1.0, self_end=0.8))),
     ]
     subject = setup.decode(setup.sample(with_subject))
-    for weights in (f"{last_word}:3", f"{last_word}:0", "<subject>:2", "<subject>:0.3"):
+    # Weights on the word of the place change almost nothing: in the small model <end> carries it.
+    for weights in ("<end>:3", "<end>:0", "<subject>:2", "<subject>:0.3"):
         reweighted = setup.decode(setup.sample(setup.reweight(with_subject, weights)))
         shown.append((f"re-weight {weights}", torch.cat([subject, reweighted])))
     (mask,) = setup.host.run("BLIPDiffusionEditMask", latent=blended)

@@ -40,8 +40,8 @@ class AttentionReweight(io.ComfyNode):
                     placeholder="swimming:2.0, <subject>:0.6, red hat:-0.5",
                     tooltip="Words with weights, commas between them. 1: as it is. 2: twice as much. 0: not at all. "
                     "Below 0: the opposite. <subject> is the subject's picture. <end> is the end of the prompt, behind "
-                    "its words: it carries the prompt as a whole, often the place, the light and the style. "
-                    f"{WORDS_HELP}",
+                    "its words: it carries the prompt as a whole, often the place, the light and the style, unless "
+                    f"repetitions fill the prompt. {WORDS_HELP}",
                 ),
                 advanced(
                     fraction_input("start", 0.0, "From which part of the steps on: 0 is the beginning, 0.5 the middle.")
