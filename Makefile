@@ -26,12 +26,13 @@ export TRANSFORMERS_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help env demo test bench lint browser mini
+.PHONY: help env demo test hosts bench lint browser mini
 
 help:
 	@echo "make env      the environment in .venv and the host in .host/ComfyUI (or the one at COMFYUI_PATH)"
 	@echo "make demo     draw workflows/subject-generation.json in a real ComfyUI; prints the picture's path"
 	@echo "make test     everything that is tested; pass options as ARGS='-k name'"
+	@echo "make hosts    the tests of nodes, workflows and frontend on each ComfyUI of HOSTS='dir dir', as a table"
 	@echo "make bench    speed, as ratios against the reference implementation"
 	@echo "make mini     train the small model from nothing and evaluate it, in output/mini"
 	@echo "make lint     style, which room imports what, types"
@@ -45,6 +46,10 @@ demo: env
 # Two processes share the test files out; tests/conftest.py says in which order, and gives each one thread.
 test: env browser
 	@$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+hosts: env browser
+	@test -n "$(HOSTS)" || { echo "HOSTS is empty: name the folders, as in 'make hosts HOSTS=\".host/ComfyUI ../ComfyUI\"'." >&2; exit 1; }
+	@$(RUN) -m tools.hosts $(HOSTS) $(ARGS)
 
 bench: env
 	@$(RUN) -m benchmarks $(ARGS)

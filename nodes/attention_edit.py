@@ -11,7 +11,7 @@ from .host.attention.local_blend import edit_masks_of
 from .host.attention.reweight import require_single_prompt, reweight
 from .host.conditioning import Conditioning, token_spans
 from .host.latents import Latent
-from .types import CATEGORY, advanced, fraction_input, io, model_input, model_output, text_input
+from .types import CATEGORY, advanced, fraction_input, io, model_input, model_output, newer_fields, text_input
 
 WORDS_HELP = "A word that stands several times is meant everywhere; dog#2 is its second occurrence alone."
 
@@ -26,6 +26,7 @@ class AttentionReweight(io.ComfyNode):
             node_id="BLIPDiffusionAttentionReweight",
             display_name="Attention Re-weight Edit",
             category=CATEGORY,
+            **newer_fields(["attention weight", "prompt weight", "emphasis"]),
             description="Makes words of a prompt louder, quieter or the opposite, and leaves the rest of the picture "
             "as it is. Stands between the prompt and any sampler; the negative prompt does not need it.",
             inputs=[
@@ -100,6 +101,7 @@ class PromptToPromptEdit(io.ComfyNode):
             node_id="BLIPDiffusionPromptToPrompt",
             display_name="Prompt-to-Prompt Edit",
             category=CATEGORY,
+            **newer_fields(["p2p", "image editing", "swap words"]),
             description="Draws a picture and an edit of it side by side: the same arrangement, another thing, or your "
             "subject in its place. Both outputs go to the sampler; the negative prompt goes there as ever.",
             inputs=[
@@ -250,6 +252,7 @@ class EditMask(io.ComfyNode):
             node_id="BLIPDiffusionEditMask",
             display_name="Edit Mask",
             category=CATEGORY,
+            **newer_fields(["local blend mask", "p2p mask"]),
             description="Shows where Prompt-to-Prompt Edit let the picture change, if it had blend words.",
             inputs=[
                 io.Latent.Input(

@@ -9,7 +9,7 @@ from ..blip_qformer.attention.word_sheets import word_sheets
 from ..blip_qformer.attention.words import parse_words
 from .host.attention.recorder import model_for_records, record_attention, require_recorded
 from .host.conditioning import Conditioning, token_spans
-from .types import CATEGORY, RecordedAttention, advanced, io, model_input, model_output
+from .types import CATEGORY, RecordedAttention, advanced, io, model_input, model_output, newer_fields
 
 
 class RecordAttention(io.ComfyNode):
@@ -22,6 +22,7 @@ class RecordAttention(io.ComfyNode):
             node_id="BLIPDiffusionAttentionRecord",
             display_name="Record Attention",
             category=CATEGORY,
+            **newer_fields(["cross-attention", "attention capture", "daam"]),
             description="Stands between a prompt and KSampler and notes where each word looks while the picture is "
             "drawn. The picture stays as it is. Subject Attention Map shows what was noted.",
             inputs=[
@@ -73,6 +74,7 @@ class SubjectAttentionMap(io.ComfyNode):
             node_id="BLIPDiffusionAttentionMap",
             display_name="Subject Attention Map",
             category=CATEGORY,
+            **newer_fields(["heatmap", "cross-attention map", "daam"]),
             description="Shows where each word of the prompt, and the subject, looked while the picture was drawn.",
             inputs=[
                 RecordedAttention.Input("attention", tooltip="From Record Attention."),

@@ -9,7 +9,7 @@ from ..blip_qformer.imaging.matting import THRESHOLDS
 from .host.composite import composite_batch, cut_out_by_mask, cut_out_by_word, drop_alpha
 from .host.managed import ManagedSegmenter
 from .host.model_paths import SEGMENTATION_MODELS
-from .types import CATEGORY, advanced, io
+from .types import CATEGORY, advanced, io, newer_fields
 
 OUTPUT_SIZES = ("background", "picture")
 
@@ -25,6 +25,7 @@ class SubjectOnBackground(io.ComfyNode):
             node_id="BLIPDiffusionSubjectOnBackground",
             display_name="Subject on Background",
             category=CATEGORY,
+            **newer_fields(["remove background", "cut out", "matting", "composite"]),
             description="Cuts a subject out, by a mask or by its name, and puts it onto another picture: where it was, "
             "or larger, smaller and moved. For an img2img or inpainting start, or to free a subject of its background.",
             inputs=[

@@ -11,7 +11,7 @@ from ..blip_qformer.subject.provenance import image_hash
 from ..blip_qformer.subject.views import average_views, describe_views
 from ..blip_qformer.subject.weights import parse_weights
 from .host.managed import ManagedEncoder
-from .types import CATEGORY, Blip2QFormer, BlipSubject, advanced, io
+from .types import CATEGORY, Blip2QFormer, BlipSubject, advanced, io, newer_fields
 
 
 class SubjectEncode(io.ComfyNode):
@@ -24,6 +24,7 @@ class SubjectEncode(io.ComfyNode):
             node_id="BLIPDiffusionSubjectEncode",
             display_name="BLIP-2 Subject Encode",
             category=CATEGORY,
+            **newer_fields(["image prompt", "reference image", "ip-adapter", "personalization"], CATEGORY),
             description="Looks at a picture and keeps what belongs to the thing you name. The result sits in a prompt "
             "like words: connect it to Subject Prompt Compose.",
             inputs=[

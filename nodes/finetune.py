@@ -9,7 +9,7 @@ from ..blip_qformer.finetune.lora import RANK
 from ..blip_qformer.finetune.validation import VALIDATION_PROMPTS
 from .host.finetune import FinetuneOptions, finetune_subject
 from .host.managed import ManagedEncoder
-from .types import CATEGORY, Blip2QFormer, BlipSubject, advanced, io
+from .types import CATEGORY, Blip2QFormer, BlipSubject, advanced, io, newer_fields
 
 LoraModel = io.Custom("LORA_MODEL")  # the stock Save LoRA Weights takes it
 
@@ -24,6 +24,7 @@ class SubjectFinetune(io.ComfyNode):
             node_id="BLIPDiffusionSubjectFinetune",
             display_name="Subject Fine-tune",
             category=CATEGORY,
+            **newer_fields(["dreambooth", "train lora", "personalization"], CATEGORY),
             description="Teaches the model your thing from 3 to 5 pictures, in about a minute on a large card. The "
             "model and the subject go where the untuned ones went. Cancelled, it keeps what it learned so far: press "
             "Queue again and the graph goes on with that.",

@@ -11,7 +11,7 @@ from ..blip_qformer.subject.subject import Subject, split_rows
 from ..blip_qformer.subject.weights import parse_weights, slider_weights, trajectory_labels
 from .host.checks import require_in_order
 from .host.latents import Latent, repeat_for_batches
-from .types import CATEGORY, BlipSubject, advanced, blend_mode_input, io, slider_input
+from .types import CATEGORY, BlipSubject, advanced, blend_mode_input, io, newer_fields, slider_input
 
 BEYOND = (-1.0, 2.0)  # of a slider from one subject at 0 to another at 1
 
@@ -26,6 +26,7 @@ class SubjectInterpolate(io.ComfyNode):
             node_id="BLIPDiffusionSubjectInterpolate",
             display_name="Subject Interpolate",
             category=CATEGORY,
+            **newer_fields(["blend subjects", "mix subjects", "style mixing"]),
             description="Mixes two, three or four subjects into one: a slider between two, a square between four, or "
             "weights of your own.",
             inputs=[
@@ -102,6 +103,7 @@ class SubjectTrajectory(io.ComfyNode):
             node_id="BLIPDiffusionSubjectTrajectory",
             display_name="Subject Trajectory",
             category=CATEGORY,
+            **newer_fields(["morph", "interpolation steps", "blend sequence"]),
             description="Goes from one subject to another in equal steps, or fills the square between four. One "
             "KSampler draws all steps, and Subject Grid lays them out.",
             inputs=[
@@ -187,6 +189,7 @@ class SubjectGrid(io.ComfyNode):
             node_id="BLIPDiffusionSubjectGrid",
             display_name="Subject Grid",
             category=CATEGORY,
+            **newer_fields(["contact sheet", "image grid", "xy plot"]),
             description="Lays the pictures of a trajectory out on one sheet, the pictures the subjects were made from "
             "at its ends or corners.",
             inputs=[

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .host.conditioning import Conditioning
 from .host.inversion import invert_latent, sampler_settings
 from .host.latents import Latent
-from .types import CATEGORY, advanced, io
+from .types import CATEGORY, advanced, io, newer_fields
 
 
 class DDIMInversion(io.ComfyNode):
@@ -18,6 +18,7 @@ class DDIMInversion(io.ComfyNode):
             node_id="BLIPDiffusionDDIMInversion",
             display_name="DDIM Inversion",
             category=CATEGORY,
+            **newer_fields(["invert image", "unsampler", "photo editing"]),
             description="Finds the noise that a picture of yours could have been drawn from. KSampler (Advanced), set "
             "as the output settings says, draws the picture again from it, or with another prompt an edit of it.",
             inputs=[

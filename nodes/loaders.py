@@ -9,7 +9,7 @@ from .host.checks import require_tuned_subject
 from .host.managed import ManagedEncoder
 from .host.model_paths import CHECKPOINTS
 from .host.networks import build_controlnet, build_networks
-from .types import CATEGORY, Blip2QFormer, BlipSubject, checkpoint_input, io
+from .types import CATEGORY, Blip2QFormer, BlipSubject, checkpoint_input, io, newer_fields
 
 
 class LoadBLIPDiffusion(io.ComfyNode):
@@ -22,6 +22,7 @@ class LoadBLIPDiffusion(io.ComfyNode):
             node_id="BLIPDiffusionLoader",
             display_name="Load BLIP-Diffusion",
             category=CATEGORY,
+            **newer_fields(["checkpoint loader", "subject model", "salesforce blipdiffusion"], CATEGORY),
             description="Loads everything a BLIP-Diffusion checkpoint holds. MODEL, CLIP and VAE go where a Load "
             "Checkpoint's would go; the Q-Former goes to BLIP-2 Subject Encode.",
             inputs=[checkpoint_input()],
@@ -55,6 +56,7 @@ class LoadBLIP2QFormer(io.ComfyNode):
             node_id="BLIPDiffusionQFormerLoader",
             display_name="Load BLIP-2 Q-Former",
             category=CATEGORY,
+            **newer_fields(["q-former", "qformer", "subject encoder loader"]),
             description="Loads only the part that reads pictures, about 1 GB in float16. Use it beside a Load "
             "Checkpoint that loads the converted file; the help page says how to convert.",
             inputs=[checkpoint_input()],
@@ -82,6 +84,7 @@ class LoadBLIPDiffusionControlNet(io.ComfyNode):
             node_id="BLIPDiffusionControlNetLoader",
             display_name="Load BLIP-Diffusion ControlNet",
             category=CATEGORY,
+            **newer_fields(["controlnet loader", "canny controlnet"]),
             description="Loads the ControlNet inside a BLIP-Diffusion folder: Salesforce/blipdiffusion-controlnet has "
             "one for Canny edges. Goes to Apply ControlNet. Any other SD1.5 ControlNet works as well, with the stock "
             "loader.",
@@ -111,6 +114,7 @@ class LoadTunedSubject(io.ComfyNode):
             node_id="BLIPDiffusionTunedSubjectLoader",
             display_name="Load Tuned Subject",
             category=CATEGORY,
+            **newer_fields(["fine-tuned subject", "dreambooth subject", "pth subject"]),
             description="A checkpoint that was tuned with the authors' code, such as checkpoint_40.pth, holds the "
             "subject it was tuned on. This takes it out; no picture and no BLIP-2 Subject Encode is needed then.",
             inputs=[

@@ -6,7 +6,7 @@ from ..blip_qformer.prompt import OVERFLOWS, Overflow, compose_prompt
 from ..blip_qformer.subject import Subject
 from .host.conditioning import encode_subject_prompt
 from .host.subject_rows import expect_an_image_for_each_subject
-from .types import CATEGORY, BlipSubject, advanced, io
+from .types import CATEGORY, BlipSubject, advanced, io, newer_fields
 
 
 class SubjectPromptCompose(io.ComfyNode):
@@ -19,6 +19,7 @@ class SubjectPromptCompose(io.ComfyNode):
             node_id="BLIPDiffusionPromptCompose",
             display_name="Subject Prompt Compose",
             category=CATEGORY,
+            **newer_fields(["subject prompt", "image prompt", "text encode with subject"], CATEGORY),
             description='Writes "a <the subject> <target> <prompt>" and encodes it. Goes to KSampler as the positive '
             "conditioning; the negative is a plain CLIP Text Encode.",
             inputs=[

@@ -10,7 +10,7 @@ from ..blip_qformer.subject.file_name import checked_name
 from ..blip_qformer.subject.provenance import encoder_mismatch
 from .host.managed import ManagedEncoder
 from .host.model_paths import SUBJECTS, new_subject_path
-from .types import CATEGORY, Blip2QFormer, BlipSubject, io
+from .types import CATEGORY, Blip2QFormer, BlipSubject, io, newer_fields
 
 logger = logging.getLogger("blip_diffusion")
 
@@ -25,6 +25,7 @@ class SaveSubject(io.ComfyNode):
             node_id="BLIPDiffusionSubjectSave",
             display_name="Save Subject",
             category=CATEGORY,
+            **newer_fields(["save embedding", "textual inversion", "export subject"]),
             description="Keeps a subject as one small file in models/embeddings. Load Subject reads it again, and "
             "embedding:name in any text box draws it, without this pack as well.",
             is_output_node=True,
@@ -80,6 +81,7 @@ class LoadSubject(io.ComfyNode):
             node_id="BLIPDiffusionSubjectLoad",
             display_name="Load Subject",
             category=CATEGORY,
+            **newer_fields(["load embedding", "textual inversion", "import subject"]),
             description="Reads a subject that Save Subject kept, or one that somebody gave you.",
             inputs=[
                 io.Combo.Input(

@@ -6,6 +6,7 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 
 from ..blip_qformer.subject.blending import BLEND_MODES
 from .host.model_paths import CHECKPOINTS
+from .host.versions import newer_fields
 
 CATEGORY = "BLIP-Diffusion"
 
@@ -124,6 +125,7 @@ __all__ = [
     "io",
     "model_input",
     "model_output",
+    "newer_fields",
     "slider_input",
     "text_input",
 ]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from tools.host import PACK_NAME, comfyui_path, make_base_directory
+from tools.host_versions import no_hidden_inputs
 from tools.workflow import widgets_of
 
 
@@ -150,7 +151,9 @@ async def _execute(node: type, inputs: dict[str, Any]) -> list[list[Any]]:
     import execution
 
     lists = {name: [value] for name, value in inputs.items()}
-    outputs, _, expands, is_pending = await execution.get_output_data("test", "1", node(), lists, hidden_inputs={})
+    outputs, _, expands, is_pending = await execution.get_output_data(
+        "test", "1", node(), lists, **no_hidden_inputs(execution.get_output_data)
+    )
     if expands or is_pending:
         raise NotImplementedError(f"{node.__name__} needs the host's scheduler: queue it on the server instead.")
     return outputs

@@ -35,6 +35,7 @@ SETTINGS = {
     "Comfy.Workflow.ShowMissingModelsWarning": False,
     "Comfy.Notification.ShowVersionUpdates": False,
     "Comfy.Minimap.Visible": False,
+    "Comfy.Validation.Workflows": True,  # repairs of a faulty graph are reported; newer frontends only do so if asked
     "Comfy.Graph.CanvasInfo": False,
 }
 DISMISSED = "localStorage.setItem('vueNodesBannerDismissed', 'true')"

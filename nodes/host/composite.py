@@ -108,6 +108,7 @@ def composite_batch(
     progress = comfy.utils.ProgressBar(count)
     composites = []
     for index, (foreground, alpha) in zip(range(count), cut_outs, strict=False):
+        comfy.model_management.throw_exception_if_processing_interrupted()
         composites.append(composite(foreground, alpha, backgrounds[index % len(backgrounds)], placement))
         progress.update(1)
     new_images, masks = (torch.stack(each) for each in zip(*composites, strict=True))

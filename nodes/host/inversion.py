@@ -141,6 +141,8 @@ def sample_backwards(
         return partial(predict_x0, index)
 
     def predict_x0(index: int, x: Tensor) -> Tensor:
+        # Not left to the progress bar: since 0.9.2 the host does not pass on each of its updates.
+        comfy.model_management.throw_exception_if_processing_interrupted()
         denoised = model(x, sigmas[index] * x.new_ones(len(x)), **extra_args)
         if callback is not None:
             callback({"i": last - index, "x": x, "denoised": denoised})

@@ -133,6 +133,36 @@ def test_every_input_and_output_has_a_tooltip(info, name):
     assert all(info[name]["output_tooltips"])
 
 
+#: Those that a first graph needs, and the one that teaches the model.
+ESSENTIALS = {
+    "BLIPDiffusionLoader",
+    "BLIPDiffusionSubjectEncode",
+    "BLIPDiffusionPromptCompose",
+    "BLIPDiffusionSubjectFinetune",
+}
+
+
+@pytest.mark.parametrize("field", ["search_aliases", "essentials_category"])
+def test_a_field_is_left_out_where_the_host_does_not_know_it(host, monkeypatch, field):
+    versions = host.module("nodes.host.versions")
+    known = {"search_aliases": ["heatmap"], "essentials_category": "group"}
+    monkeypatch.setattr(versions, "SCHEMA_FIELDS", frozenset(known))
+    assert versions.newer_fields(["heatmap"], "group") == known
+    monkeypatch.setattr(versions, "SCHEMA_FIELDS", frozenset(known) - {field})
+    assert versions.newer_fields(["heatmap"], "group") == {key: known[key] for key in known if key != field}
+
+
+def test_nodes_are_found_by_other_words_where_the_host_knows_them(host, info):
+    known = host.module("nodes.host.versions").SCHEMA_FIELDS
+    if "search_aliases" in known:
+        assert [name for name in NODES if len(info[name]["search_aliases"]) < 2] == []
+        assert "ip-adapter" in info["BLIPDiffusionSubjectEncode"]["search_aliases"]
+    else:
+        assert not any(node.get("search_aliases") for node in info.values())
+    if "essentials_category" in known:
+        assert {name for name in NODES if info[name].get("essentials_category") == "BLIP-Diffusion"} == ESSENTIALS
+
+
 @pytest.mark.parametrize("name", NODES)
 def test_widgets_keep_their_order(info, name):
     assert [key for key, (kind, _) in inputs_of(info[name]).items() if kind not in SOCKETS] == WIDGETS[name]
