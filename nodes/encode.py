@@ -7,10 +7,10 @@ from torch import Tensor
 from ..blip_qformer.encoder import PREPROCESSING_MODES
 from ..blip_qformer.encoder.preprocessing import PreprocessingMode
 from ..blip_qformer.subject import Subject
-from ..blip_qformer.subject.provenance import image_hash
 from ..blip_qformer.subject.views import average_views, describe_views
 from ..blip_qformer.subject.weights import parse_weights
-from .host.managed import ManagedEncoder
+from .host.lists import takes_lists
+from .host.managed import ManagedEncoder, encode_views
 from .types import CATEGORY, Blip2QFormer, BlipSubject, advanced, io, newer_fields
 
 
@@ -31,7 +31,8 @@ class SubjectEncode(io.ComfyNode):
                 Blip2QFormer.Input("qformer", tooltip="From Load BLIP-Diffusion or Load BLIP-2 Q-Former."),
                 io.Image.Input(
                     "image",
-                    tooltip="One picture of the thing, or a batch: several views of it, or several things.",
+                    tooltip="One picture of the thing, or a batch or list, of any sizes: several views of it, or "
+                    "several things.",
                 ),
                 io.String.Input(
                     "subject_word",
@@ -79,22 +80,24 @@ class SubjectEncode(io.ComfyNode):
                     tooltip="From how many pictures, and of three and more the one least like the others.",
                 ),
             ],
+            is_input_list=True,
         )
 
     @classmethod
+    @takes_lists("image", "mask")
     def execute(
         cls,
         qformer: ManagedEncoder,
-        image: Tensor,
+        image: list[Tensor],
         subject_word: str,
         average_batch: bool,
         preprocessing: PreprocessingMode,
-        mask: Tensor | None = None,
+        mask: list[Tensor] | None = None,
         view_weights: str = "",
     ) -> io.NodeOutput:
         """Encode the images, and average them unless each is a subject of its own."""
-        vectors = qformer.encode(image, subject_word, preprocessing, mask)
-        views = Subject(vectors, subject_word.strip(), qformer.encoder_hash, image_hash(image))
+        vectors, source = encode_views(qformer, image, subject_word, preprocessing, mask)
+        views = Subject(vectors, subject_word.strip(), qformer.encoder_hash, source)
         if not average_batch:
             return io.NodeOutput(views, f'{len(views)} x "{views.word}", one for each picture.')
         return io.NodeOutput(average_views(views, parse_weights(view_weights)), describe_views(views))

@@ -8,6 +8,7 @@ from ..blip_qformer.finetune.loop import FULL, LOW_RANK, FinetuneSettings
 from ..blip_qformer.finetune.lora import RANK
 from ..blip_qformer.finetune.validation import VALIDATION_PROMPTS
 from .host.finetune import FinetuneOptions, finetune_subject
+from .host.lists import takes_lists
 from .host.managed import ManagedEncoder
 from .types import CATEGORY, Blip2QFormer, BlipSubject, advanced, io, newer_fields
 
@@ -35,8 +36,8 @@ class SubjectFinetune(io.ComfyNode):
                 Blip2QFormer.Input("qformer", tooltip="From the same Load BLIP-Diffusion."),
                 io.Image.Input(
                     "image",
-                    tooltip="3 to 5 pictures of the one thing as a batch, from several sides, large in the picture and "
-                    "in different places. Of any size; the middle square is learned.",
+                    tooltip="3 to 5 pictures of the one thing as a batch or list, from several sides, large in the "
+                    "picture and in different places. Of any sizes; the middle square is learned.",
                 ),
                 io.String.Input(
                     "subject_word",
@@ -141,16 +142,18 @@ class SubjectFinetune(io.ComfyNode):
                 ),
                 io.String.Output(display_name="report", tooltip="What was trained and which step was kept."),
             ],
+            is_input_list=True,
         )
 
     @classmethod
+    @takes_lists("image", "mask")
     def execute(
         cls,
         model: io.Model.Type,
         clip: io.Clip.Type,
         vae: io.Vae.Type,
         qformer: ManagedEncoder,
-        image: Tensor,
+        image: list[Tensor],
         subject_word: str,
         steps: int,
         trains: str,
@@ -163,7 +166,7 @@ class SubjectFinetune(io.ComfyNode):
         look_prompts: str,
         gradient_checkpointing: bool,
         mirror: bool,
-        mask: Tensor | None = None,
+        mask: list[Tensor] | None = None,
     ) -> io.NodeOutput:
         """Fine-tune the model and the subject on the images."""
         word = subject_word.strip()

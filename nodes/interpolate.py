@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..blip_qformer.imaging.contact_sheet import contact_sheet
@@ -245,7 +244,7 @@ class SubjectGrid(io.ComfyNode):
         """Lay all batches of images out on one sheet."""
         sources = [source[0] if source else None for source in (source_1, source_2, source_3, source_4)]
         lines = labels[0].splitlines()
-        return io.NodeOutput(contact_sheet(torch.cat(images), sources, columns[0], lines, longest_side[0]))
+        return io.NodeOutput(contact_sheet(images, sources, columns[0], lines, longest_side[0]))
 
 
 NODES = [SubjectInterpolate, SubjectTrajectory, SubjectGrid]

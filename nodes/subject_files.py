@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from ..blip_qformer.subject import Subject
 from ..blip_qformer.subject.file import load_subject, save_subject
 from ..blip_qformer.subject.file_name import checked_name
 from ..blip_qformer.subject.provenance import encoder_mismatch
+from .host.lists import takes_lists
 from .host.managed import ManagedEncoder
 from .host.model_paths import SUBJECTS, new_subject_path
 from .types import CATEGORY, Blip2QFormer, BlipSubject, io, newer_fields
@@ -52,23 +54,30 @@ class SaveSubject(io.ComfyNode):
                     display_name="embedding", tooltip="embedding:name, to paste into a prompt behind the word a."
                 ),
             ],
+            is_input_list=True,
         )
 
     @classmethod
-    def validate_inputs(cls, name: str | None) -> bool | str:
+    def validate_inputs(cls, name: Sequence[str | None]) -> bool | str:
         """Refuse an unsafe name; one that comes over a link is None here and checked when it is saved."""
         try:
-            return name is None or bool(checked_name(name))
+            return all(each is None or bool(checked_name(each)) for each in name)
         except ValueError as error:
             return str(error)
 
     @classmethod
-    def execute(cls, subject: Subject, name: str, overwrite: bool) -> io.NodeOutput:
+    @takes_lists("subject")
+    def execute(cls, subject: list[Subject], name: str, overwrite: bool) -> io.NodeOutput:
         """Write the subject to the first embeddings folder."""
+        if len(subject) > 1:  # the host would write one after the other under the same name
+            raise ValueError(
+                f"There is a list of {len(subject)} subjects and a file holds one: take one of them with Subject "
+                "Interpolate, or encode all pictures as one subject."
+            )
         path = new_subject_path(name)
-        save_subject(path, subject, overwrite)
+        save_subject(path, subject[0], overwrite)
         embedding = f"embedding:{path.stem}"
-        return io.NodeOutput(subject, embedding, ui={"text": [embedding]})
+        return io.NodeOutput(subject[0], embedding, ui={"text": [embedding]})
 
 
 class LoadSubject(io.ComfyNode):

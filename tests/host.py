@@ -24,6 +24,10 @@ from tools.host_versions import no_hidden_inputs
 from tools.workflow import widgets_of
 
 
+class InputList(list):
+    """What a node with a list output gives: several runs of the next node, or one of a node that takes lists."""
+
+
 @dataclass(frozen=True)
 class Host:
     """A loaded ComfyUI.
@@ -141,6 +145,8 @@ def _validate(node: type, inputs: dict[str, Any], widgets: set[str]) -> None:
         return
     signature = inspect.getfullargspec(validate)
     known = {name: value if name in widgets else None for name, value in inputs.items()}
+    if getattr(node, "INPUT_IS_LIST", False):
+        known = {name: [value] for name, value in known.items()}
     verdict = validate(**{name: value for name, value in known.items() if signature.varkw or name in signature.args})
     if verdict is not True:
         raise ValueError(verdict)
@@ -150,7 +156,7 @@ async def _execute(node: type, inputs: dict[str, Any]) -> list[list[Any]]:
     """One list an output, as the host keeps them."""
     import execution
 
-    lists = {name: [value] for name, value in inputs.items()}
+    lists = {name: value if isinstance(value, InputList) else [value] for name, value in inputs.items()}
     outputs, _, expands, is_pending = await execution.get_output_data(
         "test", "1", node(), lists, **no_hidden_inputs(execution.get_output_data)
     )

@@ -80,7 +80,8 @@ def fit_mask(mask: Tensor, images: Tensor) -> Tensor:
     """Return a mask for each image of a batch, of the images' size.
 
     Args:
-        mask: A mask [B, H, W], [1, H, W] or [H, W] in 0..1. One of another size but the same aspect ratio is scaled.
+        mask: A mask [B, H, W], [1, H, W], [H, W] or [B, 1, H, W] in 0..1. One of another size but the same aspect
+            ratio is scaled.
         images: Images [B, H, W, C].
 
     Returns:
@@ -90,6 +91,8 @@ def fit_mask(mask: Tensor, images: Tensor) -> Tensor:
         ValueError: The number of masks is not that of the images, or the aspect ratio is another one.
     """
     mask = mask.to(images.device, torch.float32).clamp(0, 1)
+    if mask.ndim == 4 and mask.shape[1] == 1:  # some nodes keep a channel's axis
+        mask = mask[:, 0]
     mask = mask[None] if mask.ndim == 2 else mask
     count, height, width, _ = images.shape
     if mask.ndim != 3 or mask.shape[0] not in (1, count):

@@ -37,7 +37,7 @@ class Layout:
 
 
 def contact_sheet(
-    images: Tensor,
+    images: Tensor | Sequence[Tensor],
     sources: Sequence[Tensor | None] = (),
     columns: int = 0,
     labels: Sequence[str] = (),
@@ -46,7 +46,8 @@ def contact_sheet(
     """Lay images out in rows, each in a cell of its own with a label below it.
 
     Args:
-        images: Images of shape [N, H, W, C] in 0..1, in reading order.
+        images: Images of shape [N, H, W, C] in 0..1, in reading order, or several such batches, each of a size of its
+            own. A cell is as high and as wide as the largest.
         sources: Up to four images of shape [1, H, W, C] and any size, or None; see :func:`make_layout` for their cells.
         columns: Number of images in a row; 0 chooses, see :func:`make_layout`.
         labels: Labels of the images and then of the sources that are there; missing ones stay blank, more are dropped.
@@ -55,11 +56,13 @@ def contact_sheet(
     Returns:
         The sheet, of shape [1, height, width, 3].
     """
-    layout = make_layout(len(images), [source is not None for source in sources], columns)
-    cells = [(images[index : index + 1], cell) for index, cell in enumerate(layout.images)]
+    batches = [images] if isinstance(images, Tensor) else images
+    singles = [image for batch in batches for image in batch.split(1)]  # each [1, H, W, C]
+    layout = make_layout(len(singles), [source is not None for source in sources], columns)
+    cells = list(zip(singles, layout.images, strict=True))
     cells += [(source[:1], cell) for source, cell in zip(sources, layout.sources, strict=False) if source is not None]
 
-    height, width = images.shape[1:3]
+    height, width = (max(image.shape[axis] for image in singles) for axis in (1, 2))
     strip = min(max(height // LABEL_DIVISOR, LABEL_HEIGHTS[0]), LABEL_HEIGHTS[1]) if any(labels) else 0
     gap = max(1, min(height, width) // GAP_DIVISOR)
     scale = min(

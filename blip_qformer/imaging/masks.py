@@ -30,7 +30,8 @@ def check_mask(mask: Tensor) -> None:
     """
     if not (mask > OPAQUE).any():
         raise NoSubjectError(
-            "The mask is black everywhere, so it marks no subject: paint the subject white, or invert the mask."
+            "The mask is black everywhere, so it marks no subject: paint the subject white, invert the mask, "
+            "or leave the mask unconnected."
         )
     border = torch.cat([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
     if (border > 1 - OPAQUE).float().mean() > MAX_BORDER:

@@ -66,6 +66,24 @@ def require_additive_noise(model: ModelPatcher) -> None:
         )
 
 
+def require_latent_alone(model: ModelPatcher) -> None:
+    """Refuse to fine-tune a U-Net that reads more than the noisy latent.
+
+    Args:
+        model: Model to fine-tune.
+
+    Raises:
+        ValueError: The U-Net also reads a mask or an image, as those for inpainting and InstructPix2Pix do.
+    """
+    expected = model.get_model_object("latent_format").latent_channels
+    channels = getattr(model.model.diffusion_model, "in_channels", expected)
+    if channels != expected:
+        raise ValueError(
+            f"This model's U-Net reads {channels} channels, as inpainting and InstructPix2Pix models do, and "
+            f"fine-tuning gives it the {expected} of a latent: connect a plain SD1.5 model."
+        )
+
+
 def require_clip_l(clip: comfy.sd.CLIP | None, width: int) -> None:
     """Refuse a text encoder that a subject's vectors were not made for.
 

@@ -34,7 +34,6 @@ from ...blip_qformer.finetune.lora import LoRA, count_lora_parameters
 from ...blip_qformer.finetune.validation import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, Validation, validation_noise
 from ...blip_qformer.prompt import compose_prompt
 from ...blip_qformer.subject import Subject
-from ...blip_qformer.subject.provenance import image_hash
 from .autograd import (
     FullWeights,
     gradient_checkpointing,
@@ -43,9 +42,9 @@ from .autograd import (
     trainable,
     training_model,
 )
-from .checks import require_additive_noise, require_clip_l
+from .checks import require_additive_noise, require_clip_l, require_latent_alone
 from .finetune_report import curve_image, describe_result, preview_image, show_progress
-from .managed import ManagedEncoder
+from .managed import ManagedEncoder, encode_views
 
 BYTES_PER_PARAMETER = 16  # in float32: the parameter, its gradient and AdamW's two moments
 
@@ -93,8 +92,8 @@ def finetune_subject(
     clip: comfy.sd.CLIP,
     vae: comfy.sd.VAE,
     qformer: ManagedEncoder,
-    images: Tensor,
-    mask: Tensor | None,
+    images: Sequence[Tensor],
+    masks: Sequence[Tensor] | None,
     word: str,
     settings: FinetuneSettings,
     options: FinetuneOptions,
@@ -106,8 +105,8 @@ def finetune_subject(
         clip: Text encoder of the same checkpoint.
         vae: VAE of the same checkpoint.
         qformer: Subject encoder of the same checkpoint.
-        images: Images of shape [N, H, W, C] in 0..1.
-        mask: Masks of shape [N, H, W] or [1, H, W], white where the subject is; only the encoder uses them.
+        images: Images in batches of shape [B, H, W, C] in 0..1, each of a size of its own.
+        masks: Masks, white where the subject is; only the encoder uses them. See :func:`~.lists.match_masks`.
         word: The subject's word.
         settings: Hyperparameters.
         options: Which weights train, and what is shown on the way.
@@ -120,9 +119,12 @@ def finetune_subject(
         ValueError: The models or the images are not fit for it, or the device has too little memory.
     """
     require_additive_noise(model)
-    check_count(len(images))
-    check_size(*images.shape[1:3])
-    vectors = qformer.encode(images, word, "crop", mask).mean(dim=0)  # [16, width]
+    require_latent_alone(model)
+    check_count(sum(map(len, images)))
+    for batch in images:
+        check_size(*batch.shape[1:3])
+    views, source = encode_views(qformer, images, word, "crop", masks)
+    vectors = views.mean(dim=0)  # [16, width]
     require_clip_l(clip, vectors.shape[-1])
     latents = encode_squares(vae, images, options.resolution, options.mirror)
     finetuner = HostFinetuner(
@@ -140,24 +142,29 @@ def finetune_subject(
     if not tuned.result.losses:  # nothing was learned that a later run could go on with
         comfy.model_management.throw_exception_if_processing_interrupted()
     patched = cast(ModelPatcher, comfy.sd.load_lora_for_models(model, None, tuned.weights, 1.0, 0.0)[0])
-    subject = Subject(tuned.vectors[None], word, qformer.encoder_hash, image_hash(images))
+    subject = Subject(tuned.vectors[None], word, qformer.encoder_hash, source)
     curve, previews = curve_image(tuned.result), preview_image(tuned.result)
     return patched, subject, tuned.weights, curve, previews, describe_result(tuned.result, options.trains)
 
 
-def encode_squares(vae: comfy.sd.VAE, images: Tensor, resolution: int, mirror: bool) -> Tensor:
+def encode_squares(vae: comfy.sd.VAE, batches: Sequence[Tensor], resolution: int, mirror: bool) -> Tensor:
     """Encode the middle squares of images.
 
     Args:
         vae: VAE of the host.
-        images: Images of shape [N, H, W, C] in 0..1.
+        batches: Images in batches of shape [B, H, W, C] in 0..1, each of a size of its own.
         resolution: Edge of the squares in pixels.
         mirror: Whether mirrored images follow.
 
     Returns:
         Latents of shape [N, 4, h, w], or [2 N, 4, h, w] with mirrored ones, as the host keeps latents.
     """
-    squares = comfy.utils.common_upscale(composite_alpha(images), resolution, resolution, "lanczos", "center")
+    squares = torch.cat(
+        [
+            comfy.utils.common_upscale(composite_alpha(images), resolution, resolution, "lanczos", "center")
+            for images in batches
+        ]
+    )
     squares = torch.cat([squares, squares.flip(3)]) if mirror else squares
     return cast(Tensor, vae.encode(rearrange(squares, "b c h w -> b h w c")))
 

@@ -17,7 +17,8 @@ from ...blip_qformer.checkpoint import Checkpoint, load_subject_encoder
 from ...blip_qformer.encoder import SubjectEncoder, fit_mask, preprocess
 from ...blip_qformer.encoder.preprocessing import PreprocessingMode
 from ...blip_qformer.imaging.segmentation import Segmenter
-from ...blip_qformer.subject.provenance import encoder_hash
+from ...blip_qformer.subject.provenance import encoder_hash, image_hash
+from .lists import match_masks, merge_batches
 
 MAX_BATCH_SIZE = 8
 
@@ -54,31 +55,39 @@ class ManagedEncoder:
         """The encoder itself, wherever its weights are at the moment."""
         return self.patcher.model
 
-    def encode(self, images: Tensor, word: str, preprocessing: PreprocessingMode, mask: Tensor | None = None) -> Tensor:
+    def encode(
+        self,
+        batches: Sequence[Tensor],
+        word: str,
+        preprocessing: PreprocessingMode,
+        masks: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
         """Encode images of one subject, with a progress bar; can be cancelled.
 
         Args:
-            images: Images of shape [B, H, W, C] in 0..1.
+            batches: Images in batches of shape [B, H, W, C] in 0..1, each of a size of its own.
             word: What the images show.
             preprocessing: How an image becomes a square, one of ``PREPROCESSING_MODES``.
-            mask: Masks of shape [B, H, W] or [1, H, W], white where the subject is.
+            masks: For each batch masks of shape [B, H, W] or [1, H, W], white where the subject is, or None.
 
         Returns:
-            Subject vectors of shape [B, 16, width].
+            Subject vectors of shape [N, 16, width] of all N images.
 
         Raises:
-            ValueError: The images, the mask or the word cannot be used.
+            ValueError: The images, a mask or the word cannot be used.
         """
-        mask = None if mask is None else fit_mask(mask, images)
-        self._load(min(len(images), MAX_BATCH_SIZE))
-        progress = comfy.utils.ProgressBar(len(images))
+        masks = masks or [None] * len(batches)
+        fitted = [None if mask is None else fit_mask(mask, images) for images, mask in zip(batches, masks, strict=True)]
+        self._load(min(max(map(len, batches)), MAX_BATCH_SIZE))
+        progress = comfy.utils.ProgressBar(sum(map(len, batches)))
         vectors = []
-        for start in range(0, len(images), MAX_BATCH_SIZE):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            batch = slice(start, start + MAX_BATCH_SIZE)
-            pixel_values = preprocess(images[batch], preprocessing, None if mask is None else mask[batch], self._size)
-            vectors.append(self._encode(pixel_values, [word] * len(pixel_values)))
-            progress.update(len(pixel_values))
+        for images, mask in zip(batches, fitted, strict=True):
+            for start in range(0, len(images), MAX_BATCH_SIZE):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                rows = slice(start, start + MAX_BATCH_SIZE)
+                pixel_values = preprocess(images[rows], preprocessing, None if mask is None else mask[rows], self._size)
+                vectors.append(self._encode(pixel_values, [word] * len(pixel_values)))
+                progress.update(len(pixel_values))
         return torch.cat(vectors)
 
     def encode_with_words(self, images: Tensor, words: Sequence[str]) -> Tensor:
@@ -106,6 +115,35 @@ class ManagedEncoder:
         """Run the loaded encoder, [B, 3, size, size] -> [B, 16, width]."""
         vectors = self.encoder(pixel_values.to(self.patcher.load_device, torch.float32), list(words))
         return vectors.to(comfy.model_management.intermediate_device())
+
+
+def encode_views(
+    qformer: ManagedEncoder,
+    images: Sequence[Tensor],
+    word: str,
+    preprocessing: PreprocessingMode,
+    masks: Sequence[Tensor] | None,
+) -> tuple[Tensor, str]:
+    """Encode images of one subject as they arrive from the graph.
+
+    Args:
+        qformer: Subject encoder.
+        images: Images in batches of shape [B, H, W, C] in 0..1, each of a size of its own.
+        word: What the images show.
+        preprocessing: How an image becomes a square, one of ``PREPROCESSING_MODES``.
+        masks: Masks, white where the subject is; see :func:`~.lists.match_masks`.
+
+    Returns:
+        Subject vectors of shape [N, 16, width] of all N images, and the hash of the images.
+
+    Raises:
+        ValueError: The images, a mask or the word cannot be used.
+    """
+    matched = match_masks(masks, images)
+    if all(mask is None for mask in matched):
+        images, matched = merge_batches(images), None
+    vectors = qformer.encode(images, word, preprocessing, matched)
+    return vectors, "+".join(image_hash(batch) for batch in merge_batches(images))
 
 
 class ManagedSegmenter:

@@ -42,6 +42,12 @@ def test_a_mask_needs_neither_model_nor_package(host, no_models):
     assert torch.equal(found, torch.where(mask[..., None] == 1, image, background))
 
 
+def test_a_mask_with_an_axis_for_its_channel_is_one_mask(host, no_models):
+    image, background = random_images(1, 40, 60), random_images(1, 40, 60, seed=1)
+    found, _ = put(host, image, background, mask=square()[:, None])
+    assert torch.equal(found, put(host, image, background, mask=square())[0])
+
+
 def test_a_grey_mask_is_half_transparent(host):
     image, background, mask = random_images(1, 40, 60), random_images(1, 40, 60, seed=1), 0.5 * square()
     found, _ = put(host, image, background, mask=mask)
@@ -104,7 +110,7 @@ def test_transparent_and_grey_pictures(host):
 @pytest.mark.parametrize(
     ("mask", "sentence"),
     [
-        (torch.zeros(1, 64, 64), "The mask is black everywhere"),  # of a Load Image without transparency
+        (torch.zeros(1, 64, 64), "The mask is black everywhere.* leave the mask unconnected"),  # Load Image's
         (torch.cat([square(), torch.zeros(1, 40, 60)]), "The mask is black everywhere"),
         (1 - square(), "white all along the picture's border, so it marks the background: invert"),
         (torch.ones(1, 40, 60), "invert the mask"),

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.host import InputList
 from tests.nodes.test_prompt import compose
 
 SHORT = {"steps": 3, "resolution": 64, "look_every": 0, "rank": 2}
@@ -170,6 +171,12 @@ def test_bad_images_are_refused_in_a_sentence(host, loaded, images, changes, mes
         tune(host, loaded, images, **changes)
 
 
+def test_a_u_net_for_inpainting_is_refused_before_any_work(host, loaded, images, inpainting_model, monkeypatch):
+    monkeypatch.setattr(type(loaded.qformer), "encode", lambda *_: pytest.fail("an image was encoded"))
+    with pytest.raises(ValueError, match="U-Net reads 9 channels, as inpainting .* connect a plain SD1.5 model"):
+        tune(host, loaded, images, model=inpainting_model)
+
+
 def test_too_little_memory_is_said_before_the_first_step(host, loaded, images, monkeypatch):
     import comfy.model_management as management
 
@@ -178,6 +185,30 @@ def test_too_little_memory_is_said_before_the_first_step(host, loaded, images, m
         ValueError, match=r"Fine-tuning \(full\) needs about 0.1 GB .* has 0.0 GB free: .*low-rank needs 0."
     ):
         tune(host, loaded, images, trains="full")
+
+
+def test_a_list_is_one_fine_tuning_as_a_batch_is(host, loaded, images):
+    by_batch, by_list = tune(host, loaded, images), tune(host, loaded, InputList(images.split(1)))
+    assert torch.equal(by_list.subject.vectors, by_batch.subject.vectors)
+    assert by_list.subject.source == by_batch.subject.source
+    assert by_list.report == by_batch.report
+    for name, tensor in by_batch.weights.items():
+        assert torch.equal(by_list.weights[name], tensor)
+
+
+def test_pictures_of_several_sizes_are_learned_together(host, loaded, images):
+    """The sides of the wide ones are cut off in both, and white so that no filter sees the cut."""
+    square = torch.ones(1, 64, 64, 3)
+    square[:, 8:56, 8:56] = images[:1, :48, :48]
+    wide = torch.ones(1, 64, 96, 3)
+    wide[:, :, 16:80] = square
+    mixed = tune(host, loaded, InputList([wide, square]))
+    expected = tune(host, loaded, torch.cat([square, square]))
+    torch.testing.assert_close(mixed.subject.vectors, expected.subject.vectors, atol=1e-3, rtol=0)
+    other = tune(host, loaded, InputList([images[:1], square]))
+    assert not torch.allclose(other.subject.vectors, expected.subject.vectors, atol=1e-2)
+    with pytest.raises(ValueError, match="The pictures are 40 x 64 pixels"):
+        tune(host, loaded, InputList([square, torch.rand(1, 64, 40, 3)]))
 
 
 def test_one_image_is_enough(host, loaded, images):

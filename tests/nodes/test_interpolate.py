@@ -213,6 +213,16 @@ def test_the_grid_lays_out_a_line_with_labels(host):
     assert torch.equal(sheet[0, 1:65, 66:130], images[0])
 
 
+def test_the_grid_takes_pictures_of_several_sizes_and_kinds(host):
+    tall, wide = torch.rand(2, 64, 32, 3), torch.rand(1, 32, 48, 4)
+    sheet = grid(host, [tall, wide], labels="")
+    assert sheet.shape == (1, 2 * 65 + 1, 2 * 49 + 1, 3)  # a cell is as high and as wide as the largest
+    assert torch.equal(sheet[0, 1:65, 9:41], tall[0])  # in the middle of its cell
+    assert (sheet[0, 1:65, 1:9] == 1).all()
+    on_white = wide[0, ..., :3] * wide[0, ..., 3:] + 1 - wide[0, ..., 3:]
+    torch.testing.assert_close(sheet[0, 66 + 16 : 66 + 48, 1:49], on_white)
+
+
 def test_the_grid_takes_a_single_picture(host):
     sheet = grid(host, [torch.rand(1, 7, 9, 3)])
     assert sheet.shape == (1, 9, 11, 3)

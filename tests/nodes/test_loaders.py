@@ -67,7 +67,7 @@ def test_a_single_file_loads(host, models, loaded):
     save_qformer(file, checkpoint.encoder_state_dict, checkpoint.encoder_config, dtype=None)
     (qformer,) = host.run("BLIPDiffusionQFormerLoader", checkpoint=file.name)
     image = torch.rand(1, 50, 50, 3)
-    assert torch.equal(qformer.encode(image, "dog", "crop"), loaded.qformer.encode(image, "dog", "crop"))
+    assert torch.equal(qformer.encode([image], "dog", "crop"), loaded.qformer.encode([image], "dog", "crop"))
 
 
 def test_networks_have_the_sizes_of_the_folder(loaded, pipeline):
@@ -82,11 +82,11 @@ def test_networks_have_the_sizes_of_the_folder(loaded, pipeline):
 def test_the_qformer_is_under_the_hosts_memory_management(host, loaded):
     import comfy.model_management as management
 
-    loaded.qformer.encode(torch.rand(1, 50, 50, 3), "dog", "crop")
+    loaded.qformer.encode([torch.rand(1, 50, 50, 3)], "dog", "crop")
     assert loaded.qformer.patcher in [model.model for model in management.current_loaded_models]
     management.unload_all_models()
     assert loaded.qformer.patcher not in [model.model for model in management.current_loaded_models]
-    loaded.qformer.encode(torch.rand(1, 50, 50, 3), "dog", "crop")  # and comes back
+    loaded.qformer.encode([torch.rand(1, 50, 50, 3)], "dog", "crop")  # and comes back
 
 
 def test_the_qformer_runs_with_little_memory(host, checkpoints, loaded):
@@ -96,7 +96,7 @@ def test_the_qformer_runs_with_little_memory(host, checkpoints, loaded):
     qformer.patcher.load(qformer.patcher.load_device, lowvram_model_memory=1)
     assert qformer.patcher.model.model_lowvram
     pixel_values = preprocess(image, size=qformer.encoder.config.vision.image_size)
-    assert torch.equal(qformer.encoder(pixel_values, ["dog"]), loaded.qformer.encode(image, "dog", "crop"))
+    assert torch.equal(qformer.encoder(pixel_values, ["dog"]), loaded.qformer.encode([image], "dog", "crop"))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_the_hosts_flags_choose_the_precision(host, checkpoints, loaded, monkeyp
     (qformer,) = host.run("BLIPDiffusionQFormerLoader", checkpoint="hub")
     assert {weight.dtype for weight in qformer.encoder.parameters()} == {dtype}
     image = torch.rand(1, 50, 50, 3, generator=torch.Generator().manual_seed(0))
-    vectors, expected = (each.encode(image, "dog", "crop") for each in (qformer, loaded.qformer))
+    vectors, expected = (each.encode([image], "dog", "crop") for each in (qformer, loaded.qformer))
     assert vectors.dtype == torch.float32
     assert (vectors - expected).abs().max() < (0.2 if dtype is torch.bfloat16 else 0.03)
 
@@ -215,7 +215,7 @@ def test_eight_bit_weights_run(host, checkpoints, monkeypatch, flag):
     monkeypatch.setattr(args, "fp32_text_enc", False)
     monkeypatch.setattr(args, flag, True)
     (qformer,) = host.run("BLIPDiffusionQFormerLoader", checkpoint="hub")
-    assert torch.isfinite(qformer.encode(torch.rand(1, 50, 50, 3), "dog", "crop")).all()
+    assert torch.isfinite(qformer.encode([torch.rand(1, 50, 50, 3)], "dog", "crop")).all()
 
 
 def test_a_lora_is_called_a_lora(host, models):

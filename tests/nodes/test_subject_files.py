@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from blip_qformer.checkpoint import open_checkpoint, save_qformer
+from tests.host import InputList
 from tests.nodes.test_prompt import compose, stock
 
 
@@ -70,18 +71,24 @@ def test_a_blend_can_be_kept(host, loaded, subject, embeddings):
     assert (kept.word, kept.source) == ("dog", f"{subject.source}+1234")
 
 
+def test_a_list_of_subjects_is_no_file(host, subject, embeddings):
+    with pytest.raises(ValueError, match="There is a list of 3 subjects and a file holds one: take one of them"):
+        save(host, InputList([subject] * 3), "my_dog")
+    assert not list(embeddings[0].iterdir())
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "CON", "", " ", "..", "/tmp/x", "a\0b", "dog.", "x" * 300])
 def test_names_that_are_not_safe_are_refused_before_anything_runs(host, subject, embeddings, name):
     with pytest.raises(ValueError, match="name"):
         save(host, subject, name)
     node = host.nodes["BLIPDiffusionSubjectSave"]
     with pytest.raises(ValueError, match="name"):  # and again where the name came over a link
-        node.execute(subject, name, True)
+        node.execute(subject=[subject], name=[name], overwrite=[True])
     assert not list(embeddings[0].parent.rglob("*.*"))
 
 
 def test_a_name_from_a_link_is_not_judged_too_early(host):
-    assert host.nodes["BLIPDiffusionSubjectSave"].validate_inputs(name=None) is True
+    assert host.nodes["BLIPDiffusionSubjectSave"].validate_inputs(name=[None]) is True
     assert host.nodes["BLIPDiffusionSubjectLoad"].validate_inputs(subject_file=None) is True
 
 
