@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..stand_in import stand_in, stand_in_sentences
 from .detect import Kind, detect_kind
 from .read_tensors import SAFETENSORS, TENSOR_FILES, CheckpointError, read_config, read_tensors
 
@@ -43,11 +44,14 @@ def find_components(folder: Path) -> tuple[dict[Kind, Component], list[str]]:
         folder: The folder of a checkpoint.
 
     Returns:
-        The components, and a sentence for each file that could not be read.
+        The components, and a sentence for each file that could not be read, with one for all git-lfs pointers.
     """
     components: dict[Kind, Component] = {}
-    problems = []
-    for files in sorted(_models(folder), key=_preference):
+    models = sorted(_models(folder), key=_preference)
+    problems = stand_in_sentences(file for files in models for file in files)
+    for files in models:
+        if any(stand_in(file) for file in files):
+            continue  # named above, all in one sentence
         try:
             kind = detect_kind(_read(files))
             if kind and kind not in components:

@@ -66,7 +66,7 @@ class Checkpoint:
 
         Args:
             name: ``unet``, ``text_encoder``, ``vae`` or ``controlnet``.
-            advice: Further sentences for the error.
+            advice: Further sentences for the error, where no file is at fault.
 
         Returns:
             The component.
@@ -76,10 +76,10 @@ class Checkpoint:
         """
         component = getattr(self, name)
         if component is None:
-            missing = (
-                f"{self.path} ({self.format}) has no {name.replace('_', ' ')}: choose a whole BLIP-Diffusion folder."
-            )
-            raise CheckpointError(" ".join([missing, *advice, *self.problems]))
+            missing = f"{self.path} ({self.format}) has no {name.replace('_', ' ')}"
+            if self.problems:  # which are likely why, and each says what to do
+                raise CheckpointError(" ".join([f"{missing} that can be read.", *self.problems]))
+            raise CheckpointError(" ".join([f"{missing}: choose a whole BLIP-Diffusion folder.", *advice]))
         return component
 
 
@@ -159,11 +159,12 @@ def _open_folder(folder: Path) -> Checkpoint:
     if len(inner) == 1:
         return _open_folder(inner[0].parent)  # an archive unpacked into a folder of its own name
     found = "; ".join(f"{each.path.relative_to(folder)} is {kind.value}" for kind, each in components.items())
-    message = (
-        f"{folder} holds no whole BLIP-Diffusion checkpoint ({found or 'no weights of it were found'}): "
-        "download Salesforce/blipdiffusion, or unpack an original archive, as a whole into this folder."
+    message = f"{folder} holds no whole BLIP-Diffusion checkpoint ({found or 'no weights of it were found'})"
+    if problems:
+        raise CheckpointError(" ".join([f"{message}.", *problems]))
+    raise CheckpointError(
+        f"{message}: download Salesforce/blipdiffusion, or unpack an original archive, as a whole into this folder."
     )
-    raise CheckpointError(" ".join([message, *problems]))
 
 
 def _open_hub_folder(folder: Path, components: Mapping[Kind, Component], problems: Sequence[str]) -> Checkpoint:

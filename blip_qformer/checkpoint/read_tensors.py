@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..stand_in import stand_in
+
 SAFETENSORS = (".safetensors", ".sft")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 TENSOR_FILES = SAFETENSORS + PICKLES
@@ -32,7 +34,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         the file's name without ending.
 
     Raises:
-        CheckpointError: The file is missing, empty, truncated, no file of tensors, or would run code.
+        CheckpointError: The file is missing, empty, truncated, a git-lfs pointer, no file of tensors, or would run
+            code.
     """
     if path.is_symlink() and not path.exists():
         raise CheckpointError(f"{path} is a link to nothing: download what it pointed to again.")
@@ -40,10 +43,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"There is no file {path}: check the name, or download it again.")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty, so its download did not finish: get it again.")
+    check_content(path)
     tensors = _read_safetensors(path) if path.suffix.lower() in SAFETENSORS else _read_pickle(path)
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors: choose a file of model weights.")
     return tensors
+
+
+def check_content(path: Path) -> None:
+    """Refuse a git-lfs pointer or a web page in the place of a file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: It is one.
+    """
+    if found := stand_in(path):
+        raise CheckpointError(found.sentence([path]))
 
 
 def is_pickle(path: Path) -> bool:
@@ -76,6 +93,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
         return {}
+    check_content(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

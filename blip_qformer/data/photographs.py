@@ -36,6 +36,7 @@ from ..imaging.image_files import UnreadableImageError, open_upright
 from ..imaging.masks import Box, NoSubjectError, blur_mask, bounding_box
 from ..imaging.matting import THRESHOLDS, MattingError
 from ..imaging.segmentation import Segmenter, check_segmentation_folder
+from ..stand_in import stand_in
 from .filters import area_of, aspect_ratio_of, refusal
 from .pairs import Pair
 from .prepare import SkippedPairError
@@ -249,7 +250,8 @@ def _open_image(path: Path, mode: str, role: str, short_edge: int | None = None)
     try:
         image = open_upright(path, mode)
     except UnreadableImageError as error:
-        raise SkippedPairError(f"unreadable {role}", f"{path}: {error}") from error
+        found = stand_in(path)
+        raise SkippedPairError(f"unreadable {role}", found.sentence([path]) if found else f"{path}: {error}") from error
     if short_edge is not None and min(image.size) > short_edge:
         scale = short_edge / min(image.size)
         width, height = (round(edge * scale) for edge in image.size)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..stand_in import stand_in_sentences
+
 HUB_REPO = "CIDAS/clipseg-rd64-refined"
 
 
@@ -33,6 +35,8 @@ class Segmenter(nn.Module):
             self.processor: Any = CLIPSegProcessor.from_pretrained(folder, local_files_only=True)
             model = CLIPSegForImageSegmentation.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # depends on what the folder holds
+            if sentences := stand_in_sentences(sorted(Path(folder).glob("*"))):
+                raise ValueError(" ".join(sentences)) from error
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"{folder} cannot be read as a CLIPSeg ({reason}): download {HUB_REPO} again, the whole folder."

@@ -35,6 +35,7 @@ from ..finetune.validation import (
 )
 from ..imaging.image_files import UnreadableImageError, open_upright
 from ..prompt import compose_prompt
+from ..stand_in import stand_in
 from ..subject import Subject, save_subject
 from ..subject.provenance import encoder_hash, image_hash
 from .clip_text_model import encode_prompts
@@ -230,6 +231,8 @@ def read_image(path: Path) -> Tensor:
     try:
         pixels = np.array(open_upright(path))  # [H, W, 3]
     except UnreadableImageError as error:
+        if found := stand_in(path):
+            raise ValueError(found.sentence([path])) from error
         raise ValueError(f"{path} is no picture that can be read: leave it out.") from error
     check_size(*pixels.shape[:2])
     return torch.from_numpy(pixels)[None] / 255

@@ -14,6 +14,7 @@ from safetensors.torch import save
 
 from ..atomic import atomic_file
 from ..checkpoint.read_tensors import is_pickle
+from ..stand_in import stand_in
 from .subject import Subject
 
 SUFFIX = ".safetensors"
@@ -101,6 +102,8 @@ def _read(path: Path) -> tuple[torch.Tensor, dict[str, str]]:
     """Return the one tensor [n, width] of a file, and the metadata in its header."""
     if not path.is_file():
         raise SubjectFileError(f"There is no file {path}: check the name.")
+    if found := stand_in(path):
+        raise SubjectFileError(found.sentence([path]))
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())

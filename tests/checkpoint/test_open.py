@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 import shutil
 
 import pytest
@@ -258,7 +259,7 @@ def test_part_of_a_checkpoint_points_to_its_folder(layouts):
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors", ".pth"])
 def test_files_that_are_no_tensors(tmp_path, suffix):
     text = tmp_path / f"text{suffix}"
-    text.write_text("<!DOCTYPE html><title>404 Not Found</title>")
+    text.write_text("Entry not found")
     with pytest.raises(CheckpointError, match="is not a file of tensors|is no whole safetensors file"):
         open_checkpoint(text)
     empty = tmp_path / f"empty{suffix}"
@@ -339,4 +340,61 @@ def test_configs_that_do_not_fit(layouts, tmp_path):
     config.write_text(json.dumps(original))
     (folder / "model_index.json").write_text(json.dumps({"ctx_begin_pos": 5}))
     with pytest.raises(CheckpointError, match="position 5.*trained with 2"):
+        open_checkpoint(folder)
+
+
+LFS_POINTER = (
+    "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 3438375973\n"
+)
+STAND_INS = {
+    "git-lfs pointer": (LFS_POINTER, "run git lfs pull"),
+    "web page": ("\n<!DOCTYPE html><title>404 Not Found</title>", "download the file"),
+}
+
+
+@pytest.mark.parametrize("name", ["unet.bin", "model.safetensors", "checkpoint_40.pth"])
+@pytest.mark.parametrize("kind", STAND_INS)
+def test_a_stand_in_for_a_file_is_named_as_what_it_is(tmp_path, kind, name):
+    content, remedy = STAND_INS[kind]
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(str(tmp_path / name))} is a {kind}.*: {remedy}"):
+        open_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", STAND_INS)
+def test_a_folder_of_stand_ins_is_named_once(layouts, tmp_path, kind):
+    """What git clone leaves without git-lfs: every file of weights is a pointer."""
+    folder = shutil.copytree(layouts["Hub folder of pickles"], tmp_path / "hub")
+    for file in folder.glob("*/*.bin"):
+        file.write_text(STAND_INS[kind][0])
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(folder)
+    message = str(error.value)
+    assert message.count(f"{kind}s") == 1
+    assert message.count("hf download") == 1
+    assert f"{folder}: qformer/pytorch_model.bin, text_encoder/pytorch_model.bin, unet/" in message
+    assert "and 1 more are" in message
+
+
+def test_a_stand_in_for_one_component_is_named_when_it_is_needed(layouts, tmp_path):
+    folder = shutil.copytree(layouts["Hub folder of pickles"], tmp_path / "hub")
+    unet = folder / "unet" / "diffusion_pytorch_model.bin"
+    unet.write_text(LFS_POINTER)
+    checkpoint = open_checkpoint(folder)
+    load_subject_encoder(checkpoint)
+    with pytest.raises(CheckpointError, match=rf"has no unet that can be read\. {unet} is a git-lfs pointer.*git lfs"):
+        checkpoint.require("unet")
+
+
+def test_a_stand_in_beside_the_file_itself_does_not_matter(layouts, tmp_path):
+    folder = shutil.copytree(layouts["Hub folder of safetensors"], tmp_path / "hub")
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_text(LFS_POINTER)
+    assert open_checkpoint(folder).require("unet").path == folder / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("kind", STAND_INS)
+def test_a_stand_in_for_a_config_is_named(layouts, tmp_path, kind):
+    folder = shutil.copytree(layouts["Hub folder of pickles"], tmp_path / "hub")
+    (folder / "qformer" / "config.json").write_text(STAND_INS[kind][0])
+    with pytest.raises(CheckpointError, match=rf"config\.json is a {kind}"):
         open_checkpoint(folder)

@@ -98,6 +98,7 @@ def test_it_writes_images_of_how_it_went(model, images, tmp_path, capsys):
         (b"", "is no picture that can be read"),
         ("truncated", "is no picture that can be read: leave it out"),
         (None, "check its name, or leave it out"),
+        (b"<!DOCTYPE html>", "bad.png is a web page that was saved in place of the file itself: download"),
     ],
 )
 def test_a_file_that_is_no_image_is_named(model, images, tmp_path, capsys, content, message):

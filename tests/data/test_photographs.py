@@ -121,6 +121,7 @@ def test_a_box_leaves_out_what_is_beside_it(folder):
         ({"file": "gone.png"}, "unreadable photograph", "gone.png"),
         ({"file": "cut.png"}, "unreadable photograph", "cut.png"),
         ({"file": "empty.png"}, "unreadable photograph", "empty.png"),
+        ({"file": "page.png"}, "unreadable photograph", "page.png is a web page that was saved in place of the file"),
         ({"file": ""}, "bad line", "file or word is empty"),
         ({"file": 3}, "bad line", "file, caption or mask is no text"),
         ({"word": " "}, "bad line", "file or word is empty"),
@@ -144,6 +145,7 @@ def test_what_is_skipped_and_why(folder, changes, reason, detail):
     content = (photographs / "square.png").read_bytes()
     (photographs / "cut.png").write_bytes(content[: len(content) // 2])
     (photographs / "empty.png").write_bytes(b"")
+    (photographs / "page.png").write_text("<html>")
     Image.new("RGB", (1, 1), "white").save(photographs / "tiny.png")
     with pytest.raises(SkippedPairError) as skipped:
         source(folder, {**LINE, **changes}).pair(0, 0)

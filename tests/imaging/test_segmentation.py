@@ -54,3 +54,13 @@ def test_a_missing_or_other_checkpoint_gets_one_sentence(folder, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(ValueError, match="cannot be read as a CLIPSeg"):
         Segmenter(tmp_path)
+
+
+def test_a_folder_of_git_lfs_pointers_is_named(folder, tmp_path):
+    """What git clone leaves without git-lfs: texts are there, weights are pointers."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (weights,) = tmp_path.glob("*.safetensors")
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match=rf"^{weights} is a git-lfs pointer.*run git lfs pull"):
+        Segmenter(tmp_path)

@@ -245,3 +245,16 @@ def test_pictures_are_told_apart():
     assert image_hash(image) == image_hash(image + 1e-6)
     others = [image.flip(1), image[:, :10], torch.cat([image, image]), image.reshape(1, 30, 20, 3)]
     assert len({image_hash(each) for each in (image, *others)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a git-lfs pointer.*git lfs pull"),
+        ("<!doctype html><title>Sign in</title>", "is a web page .*: download the file"),
+    ],
+)
+def test_a_stand_in_for_a_file_is_named_as_what_it_is(tmp_path, content, sentence):
+    (tmp_path / "rex.safetensors").write_text(content)
+    with pytest.raises(SubjectFileError, match=sentence):
+        load_subject(tmp_path / "rex.safetensors", "dog")
