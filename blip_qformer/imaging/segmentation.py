@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..stand_in import stand_in_sentences
@@ -34,7 +35,8 @@ class Segmenter(nn.Module):
         try:
             self.processor: Any = CLIPSegProcessor.from_pretrained(folder, local_files_only=True)
             model = CLIPSegForImageSegmentation.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # depends on what the folder holds
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            # Which one depends on what the folder holds.
             if sentences := stand_in_sentences(sorted(Path(folder).glob("*"))):
                 raise ValueError(" ".join(sentences)) from error
             reason = " ".join(str(error).split())

@@ -54,6 +54,9 @@ def test_a_missing_or_other_checkpoint_gets_one_sentence(folder, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(ValueError, match="cannot be read as a CLIPSeg"):
         Segmenter(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read as a CLIPSeg .* download CIDAS/clipseg-rd64-refined again"):
+        Segmenter(tmp_path)
 
 
 def test_a_folder_of_git_lfs_pointers_is_named(folder, tmp_path):
