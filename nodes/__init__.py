@@ -12,16 +12,21 @@ from . import (
     prompt,
     subject_files,
 )
+from .host.plain_errors import with_plain_errors
 
 NODES = [
-    *loaders.NODES,
-    *encode.NODES,
-    *prompt.NODES,
-    *interpolate.NODES,
-    *subject_files.NODES,
-    *attention_edit.NODES,
-    *inversion.NODES,
-    *attention_map.NODES,
-    *composite.NODES,
-    *finetune.NODES,
+    with_plain_errors(node)
+    for module in (
+        loaders,
+        encode,
+        prompt,
+        interpolate,
+        subject_files,
+        attention_edit,
+        inversion,
+        attention_map,
+        composite,
+        finetune,
+    )
+    for node in module.NODES
 ]
