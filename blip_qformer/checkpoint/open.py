@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..encoder import SubjectEncoder, SubjectEncoderConfig
 from ..encoder.layers import AttentionFunction, scaled_dot_product_attention
 from ..prompt import SUBJECT_INDEX
-from .components import Component, find_components
+from .components import SHARD, Component, find_components, has_encoder_folder, is_component_folder
 from .detect import Kind, describe, detect_kind
+from .hub_cache import snapshot_folder
 from .infer_config import check_state_dict
 from .layouts import finetuned, hub, lavis
 from .layouts.single_file import config_from_file
@@ -27,7 +28,6 @@ NETWORKS = {
     "controlnet": Kind.CONTROLNET,
 }
 FRAGMENTS = (Kind.ORIGINAL_QFORMER, Kind.PROJECTION, Kind.UNET, Kind.VAE, Kind.TEXT_ENCODER)
-ENCODER_FOLDERS = ("qformer", "blip_model")  # in a Hub folder, in an original folder
 CONTEXT_POSITION = 1 + SUBJECT_INDEX  # of the subject's vectors in every published model, <bos> counted too
 
 
@@ -87,7 +87,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a Hub folder, an original (LAVIS) folder, a fine-tuned file, or a Q-Former in one file.
 
     Args:
-        path: The folder or file.
+        path: The folder or file; of the Hub's cache, the folder ``models--<owner>--<name>`` does as well as a snapshot.
 
     Returns:
         The opened checkpoint.
@@ -95,7 +95,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: There is nothing, or something else, or it is incomplete.
     """
-    path = Path(path)
+    path = snapshot_folder(Path(path))
     if path.is_dir():
         return _open_folder(path)
     tensors = read_tensors(path)
@@ -147,17 +147,19 @@ def load_subject_encoder(
 def _open_folder(folder: Path) -> Checkpoint:
     """Open a folder by what its files hold."""
     components, problems = find_components(folder)
-    if Kind.QFORMER in components:
-        if not components.keys() & {*NETWORKS.values()} and not problems:  # the only file of a model there
-            return open_checkpoint(components[Kind.QFORMER].path)
+    if Kind.QFORMER in components and not _is_lavis_beside_a_file(folder, components):
+        path = components[Kind.QFORMER].path
+        is_alone = not components.keys() & {*NETWORKS.values()} and not problems
+        if is_alone and not SHARD.search(path.name):  # the only file of a model there
+            return open_checkpoint(path)
         return _open_hub_folder(folder, components, problems)
     if {Kind.ORIGINAL_QFORMER, Kind.PROJECTION} <= components.keys():
         return _open_lavis_folder(folder, components, problems)
     if Kind.FINETUNED in components:
         return open_checkpoint(components[Kind.FINETUNED].path)
-    inner = [path for name in ENCODER_FOLDERS for path in folder.glob(f"*/{name}")]
-    if len(inner) == 1:
-        return _open_folder(inner[0].parent)  # an archive unpacked into a folder of its own name
+    inner = [path for path in map(snapshot_folder, folder.glob("*")) if has_encoder_folder(path)]
+    if len(inner) == 1 and not any(is_component_folder(path) for path in folder.glob("*")):
+        return _open_folder(inner[0])  # such as an archive unpacked into a folder of its own name
     found = "; ".join(f"{each.path.relative_to(folder)} is {kind.value}" for kind, each in components.items())
     message = f"{folder} holds no whole BLIP-Diffusion checkpoint ({found or 'no weights of it were found'})"
     if problems:
@@ -165,6 +167,12 @@ def _open_folder(folder: Path) -> Checkpoint:
     raise CheckpointError(
         f"{message}: download Salesforce/blipdiffusion, or unpack an original archive, as a whole into this folder."
     )
+
+
+def _is_lavis_beside_a_file(folder: Path, components: Mapping[Kind, Component]) -> bool:
+    """Return whether an original folder is whole, and the Hub's Q-Former is only a file that lies beside its parts."""
+    is_whole = {Kind.ORIGINAL_QFORMER, Kind.PROJECTION} <= components.keys()
+    return is_whole and components[Kind.QFORMER].path.parent == folder
 
 
 def _open_hub_folder(folder: Path, components: Mapping[Kind, Component], problems: Sequence[str]) -> Checkpoint:

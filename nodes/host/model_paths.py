@@ -8,6 +8,8 @@ from pathlib import Path
 
 import folder_paths
 
+from ...blip_qformer.checkpoint.components import has_encoder_folder, is_component_folder
+from ...blip_qformer.checkpoint.hub_cache import snapshot_folder
 from ...blip_qformer.checkpoint.read_tensors import TENSOR_FILES
 from ...blip_qformer.subject.file import SUFFIX
 from ...blip_qformer.subject.file_name import checked_name
@@ -15,9 +17,6 @@ from ...blip_qformer.subject.file_name import checked_name
 CHECKPOINT_FOLDER, SEGMENTATION_FOLDER = "blip_diffusion", "clipseg"  # ours: the host learns of them from us
 
 DIFFUSERS_FOLDER, SUBJECT_FOLDER = "diffusers", "embeddings"  # the host's own
-
-# Subfolders of the two published layouts; a list must not open files of gigabytes to know what they are.
-LAYOUT_SUBFOLDERS = ("qformer", "blip_model")
 
 
 @dataclass(frozen=True)
@@ -95,13 +94,16 @@ def new_subject_path(name: str) -> Path:
 
 
 def _checkpoints() -> dict[str, Path]:
-    """Folders and single files of ours, and BLIP-Diffusion folders among those of diffusers."""
+    """Folders and single files of ours, and BLIP-Diffusion folders among those of diffusers.
+
+    Folders are told by name: a list must not open files of gigabytes to know what they are.
+    """
     candidates = []
     for parent in _folders(CHECKPOINT_FOLDER):
-        candidates += _subfolders(parent)
+        candidates += _models_in(parent)
         candidates += [file for file in parent.glob("*") if file.suffix.lower() in TENSOR_FILES]
-    for folder in (folder for parent in _folders(DIFFUSERS_FOLDER) for folder in _subfolders(parent)):
-        if any((folder / subfolder).is_dir() for subfolder in LAYOUT_SUBFOLDERS):
+    for folder in (folder for parent in _folders(DIFFUSERS_FOLDER) for folder in _models_in(parent)):
+        if has_encoder_folder(snapshot_folder(folder)):
             candidates.append(folder)
     found: dict[str, Path] = {}
     for path in candidates:
@@ -110,7 +112,12 @@ def _checkpoints() -> dict[str, Path]:
 
 
 def _segmentation_models() -> dict[str, Path]:
-    return {folder.name: folder for parent in _folders(SEGMENTATION_FOLDER) for folder in _subfolders(parent)}
+    found: dict[str, Path] = {}
+    for parent in _folders(SEGMENTATION_FOLDER):
+        # The files of one model, put straight into the folder, are that model.
+        for folder in [*([parent] if (parent / "config.json").is_file() else []), *_subfolders(parent)]:
+            found.setdefault(folder.name, snapshot_folder(folder))
+    return found
 
 
 def _subjects() -> list[str]:
@@ -120,6 +127,13 @@ def _subjects() -> list[str]:
 
 def _folders(name: str) -> list[Path]:
     return [Path(folder) for folder in folder_paths.get_folder_paths(name)]
+
+
+def _models_in(parent: Path) -> list[Path]:
+    """Return the folders that may each be a model; the parent itself where a model's parts lie straight in it."""
+    folders = _subfolders(parent)
+    models = [folder for folder in folders if not is_component_folder(folder)]
+    return models if len(models) == len(folders) else [parent, *models]
 
 
 def _subfolders(parent: Path) -> list[Path]:
@@ -134,8 +148,8 @@ CHECKPOINTS = ModelList(
     locate=lambda name: _checkpoints().get(name),
     advice=lambda: (
         ". Download the whole folder https://huggingface.co/Salesforce/blipdiffusion (unet, vae, text_encoder, "
-        f"qformer; 6.2 GB) into {_folders(CHECKPOINT_FOLDER)[0]}, or put an original blip-diffusion folder, a "
-        "fine-tuned .pth or a blip2_qformer.safetensors there, and press R to refresh."
+        f"qformer; 6.2 GB) into {_folders(CHECKPOINT_FOLDER)[0] / 'blipdiffusion'}, or put an original blip-diffusion "
+        "folder, a fine-tuned .pth or a blip2_qformer.safetensors beside it, and press R to refresh."
     ),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import re
 import shutil
@@ -151,6 +152,69 @@ def test_weights_in_several_pieces_are_put_together(layouts, tmp_path):
     assert open_checkpoint(folder).require("unet").state_dict().keys() == weights.keys()
 
 
+def in_shards(file, name, count=2):
+    """Replace a file by shards called ``name``, in which ``{}`` stands for the shard, as ``00001-of-00002``."""
+    weights = load_file(file)
+    shards = [file.with_name(name.format(f"{number:05}-of-{count:05}")) for number in range(1, count + 1)]
+    for number, shard in enumerate(shards):
+        save_file({key: weights[key] for key in sorted(weights)[number::count]}, shard)
+    file.unlink()
+    return shards
+
+
+SHARD_NAMES = pytest.mark.parametrize(
+    "name",
+    [
+        "model-{}.safetensors",
+        "diffusion_pytorch_model-{}.fp16.safetensors",
+        "diffusion_pytorch_model.fp16-{}.safetensors",
+    ],
+)
+
+
+@SHARD_NAMES
+def test_shards_with_a_variant_are_put_together(layouts, tmp_path, name):
+    folder = shutil.copytree(layouts["Hub folder of safetensors"], tmp_path / "hub")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    shards = in_shards(file, name)
+    unet = open_checkpoint(folder).require("unet")
+    assert unet.path == shards[0]
+    found = unet.state_dict()
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[key], weights[key]) for key in weights)
+
+
+def test_a_qformer_alone_may_be_in_shards(layouts, tmp_path):
+    shutil.copytree(layouts["Hub folder of safetensors"] / "qformer", tmp_path / "qformer")
+    expected = load_subject_encoder(tmp_path).state_dict()
+    in_shards(tmp_path / "qformer" / "model.safetensors", "model-{}.safetensors")
+    found = load_subject_encoder(tmp_path).state_dict()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@SHARD_NAMES
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_missing_shard_is_named(layouts, tmp_path, name, lost):
+    folder = shutil.copytree(layouts["Hub folder of safetensors"], tmp_path / "hub")
+    shard = in_shards(folder / "unet" / "diffusion_pytorch_model.safetensors", name, 3)[lost]
+    shard.unlink()
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.require("unet")
+    lacks = f'{shard.parent} lacks "{shard.name}", of a model in 3 shards: download what is missing into this folder.'
+    assert str(error.value).endswith(f"has no unet that can be read. {lacks}")
+
+
+def test_shards_beside_the_whole_file_are_another_model(layouts, tmp_path):
+    folder = shutil.copytree(layouts["Hub folder of safetensors"], tmp_path / "hub")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    content = file.read_bytes()
+    in_shards(file, "diffusion_pytorch_model-{}.safetensors")[1].unlink()
+    file.write_bytes(content)
+    assert open_checkpoint(folder).require("unet").path == file
+
+
 def test_a_text_encoder_without_the_leading_name_is_known(layouts, tmp_path):
     folder = shutil.copytree(layouts["Hub folder of safetensors"], tmp_path / "hub")
     file = folder / "text_encoder" / "model.safetensors"
@@ -163,12 +227,62 @@ def test_a_folder_around_the_folder_is_looked_into(layouts, tmp_path):
     assert open_checkpoint(tmp_path / "outer").path == tmp_path / "outer" / "blip-diffusion"
 
 
+def test_a_folder_of_the_hubs_cache_is_opened(layouts, tmp_path):
+    """The repository's folder, its snapshots and one snapshot mean the same; refs/main tells which of two."""
+    repository = tmp_path / "hub" / "models--Salesforce--blipdiffusion"
+    snapshots = repository / "snapshots"
+    for commit in ("a1", "b2"):
+        shutil.copytree(layouts["Hub folder of safetensors"], snapshots / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a1\n")
+    for path in (repository, snapshots, snapshots / "a1", tmp_path / "hub", str(repository)):
+        assert open_checkpoint(path).path == snapshots / "a1"
+    (repository / "refs" / "main").write_text("pruned")
+    os.utime(snapshots / "b2", (2e9, 2e9))
+    assert open_checkpoint(repository).path == snapshots / "b2", "the newest"
+
+
 def test_of_twins_the_more_precise_is_taken(layouts, tmp_path):
     folder = shutil.copytree(layouts["Hub folder of safetensors"], tmp_path / "hub")
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     half = {name: weight.half() for name, weight in load_file(file).items()}
     save_file(half, file.with_name("diffusion_pytorch_model.fp16.safetensors"))
     assert open_checkpoint(folder).unet.path == file
+
+
+@pytest.mark.parametrize(
+    ("taken", "other"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors"),
+        ("unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.non_ema.safetensors"),
+        ("unet/model.fp16.safetensors", "unet/model-non-ema.fp32.safetensors"),
+        ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin"),
+        ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.a.safetensors"),
+        ("unet/diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"),
+        ("unet/a.safetensors", "unet/b.safetensors"),
+    ],
+)
+def test_of_several_files_one_is_taken_in_a_written_order(layouts, tmp_path, caplog, taken, other):
+    folder = shutil.copytree(layouts["Hub folder of safetensors"], tmp_path / "hub")
+    weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    for file, scale in ((folder / other, 2), (folder / taken, 1)):
+        scaled = {name: weight * scale for name, weight in weights.items()}
+        torch.save(scaled, file) if file.suffix == ".bin" else save_file(scaled, file)
+    with caplog.at_level("INFO", "blip_diffusion"):
+        unet = open_checkpoint(folder).require("unet")
+    assert unet.path == folder / taken
+    assert torch.equal(unet.state_dict()["conv_in.weight"], weights["conv_in.weight"])
+    assert caplog.messages == [f"{folder} holds several files for one part: {taken} and not {other} is read."]
+
+
+def test_only_non_ema_weights_are_read(layouts, tmp_path, caplog):
+    folder = shutil.copytree(layouts["Hub folder of safetensors"], tmp_path / "hub")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    other = file.rename(file.with_name("diffusion_pytorch_model.non_ema.safetensors"))
+    with caplog.at_level("INFO", "blip_diffusion"):
+        assert open_checkpoint(folder).require("unet").path == other
+    assert not caplog.messages
 
 
 # --- what is refused ---

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +61,90 @@ def test_folders_of_extra_model_paths_are_listed(host, models, tmp_path):
         host.run("BLIPDiffusionQFormerLoader", checkpoint="mine")
     finally:
         folder_paths.folder_names_and_paths["blip_diffusion"][0].remove(str(tmp_path / "elsewhere"))
+
+
+def write_hub_cache(repository: Path, source: Path, commit: str = "8a2b", main: str | None = None) -> Path:
+    """A repository as huggingface_hub keeps it in its cache: links with the files' names to blobs with none."""
+    for file in (path for path in source.rglob("*") if path.is_file()):
+        blob = repository / "blobs" / f"{commit}-{len([*repository.glob('blobs/*')])}"
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blob)
+        link = repository / "snapshots" / commit / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / "main").write_text(main or commit)
+    return repository
+
+
+@pytest.mark.parametrize("folder", ["blip_diffusion", "diffusers"])
+def test_the_hubs_cache_is_listed_and_loads(host, models, loaded, folder):
+    name = "models--Salesforce--blipdiffusion"
+    write_hub_cache(models / folder / name, models / "blip_diffusion" / "hub")
+    assert [option for option in options(host) if "Salesforce" in option or option in ("blobs", "snapshots")] == [name]
+    _, _, _, qformer = host.run("BLIPDiffusionLoader", checkpoint=name)
+    image = torch.rand(1, 50, 50, 3)
+    assert torch.equal(qformer.encode(image, "dog", "crop"), loaded.qformer.encode(image, "dog", "crop"))
+
+
+def test_other_repositories_in_the_cache_of_diffusers_are_not_listed(host, models):
+    write_hub_cache(models / "diffusers" / "models--someone--vae", models / "blip_diffusion" / "hub" / "vae")
+    assert "models--someone--vae" not in options(host)
+
+
+@pytest.mark.parametrize("kind", ["blip_diffusion", "diffusers"])
+@pytest.mark.parametrize("source", ["hub", "lavis"])
+def test_the_contents_of_a_folder_put_straight_in_are_one_model(
+    host, models, loaded, monkeypatch, tmp_path, kind, source
+):
+    """Beside them lie a model of its own and a single file, whose encoder must not be taken for the folder's."""
+    import folder_paths
+
+    root = tmp_path / "straight"
+    shutil.copytree(models / "blip_diffusion" / source, root)
+    shutil.copytree(models / "blip_diffusion" / "hub", root / "another")
+    opened = open_checkpoint(models / "blip_diffusion" / "hub")
+    other = {name: tensor * 2 for name, tensor in opened.encoder_state_dict.items()}
+    save_qformer(root / "blip2_qformer.safetensors", other, opened.encoder_config, dtype=None)
+    for name in ("blip_diffusion", "diffusers"):
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(root)] if name == kind else [], set()))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(root)], set()))
+    assert options(host) == [
+        "another",
+        *(["blip2_qformer.safetensors"] if kind == "blip_diffusion" else []),
+        "straight",
+    ]
+    _, _, _, qformer = host.run("BLIPDiffusionLoader", checkpoint="straight")
+    image = torch.rand(1, 50, 50, 3)
+    torch.testing.assert_close(qformer.encode(image, "dog", "crop"), loaded.qformer.encode(image, "dog", "crop"))
+
+
+def test_some_parts_put_straight_in_are_named_as_not_whole(host, models, monkeypatch, tmp_path):
+    import folder_paths
+
+    root = tmp_path / "straight"
+    for name in ("unet", "vae"):
+        shutil.copytree(models / "blip_diffusion" / "hub" / name, root / name)
+    shutil.copytree(models / "blip_diffusion" / "hub", root / "another")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "blip_diffusion", ([str(root)], set()))
+    assert {"unet", "vae"}.isdisjoint(options(host))
+    with pytest.raises(ValueError, match=r"straight holds no whole BLIP-Diffusion checkpoint .*diffusers VAE.*U-Net"):
+        host.run("BLIPDiffusionLoader", checkpoint="straight")
+
+
+def test_clipseg_is_found_in_the_hubs_cache_and_put_straight_in(host, models, monkeypatch, tmp_path):
+    import folder_paths
+
+    root = tmp_path / "clipseg"
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text("{}")
+    cache = write_hub_cache(root / "models--CIDAS--clipseg-rd64-refined", tmp_path / "source")
+    shutil.copy(tmp_path / "source" / "config.json", root)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "clipseg", ([str(root)], set()))
+    found = host.module("nodes.host.model_paths").SEGMENTATION_MODELS
+    assert found.options() == ["clipseg", cache.name]
+    assert found.path("clipseg") == root
+    assert found.path(cache.name) == cache / "snapshots" / "8a2b"
 
 
 def test_a_single_file_loads(host, models, loaded):
