@@ -90,7 +90,8 @@ def find_components(folder: Path) -> tuple[dict[Kind, Component], list[str]]:
         except CheckpointError as error:
             problems.append(str(error))
     _log_choices(folder, [components for components in fitting.values() if len(components) > 1])
-    return {kind: components[0] for kind, components in fitting.items()}, problems
+    # Two files with one broken config between them are one problem.
+    return {kind: components[0] for kind, components in fitting.items()}, [*dict.fromkeys(problems)]
 
 
 def has_encoder_folder(folder: Path) -> bool:
