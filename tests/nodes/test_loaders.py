@@ -84,7 +84,7 @@ def test_the_hubs_cache_is_listed_and_loads(host, models, loaded, folder):
     assert [option for option in options(host) if "Salesforce" in option or option in ("blobs", "snapshots")] == [name]
     _, _, _, qformer = host.run("BLIPDiffusionLoader", checkpoint=name)
     image = torch.rand(1, 50, 50, 3)
-    assert torch.equal(qformer.encode(image, "dog", "crop"), loaded.qformer.encode(image, "dog", "crop"))
+    assert torch.equal(qformer.encode([image], "dog", "crop"), loaded.qformer.encode([image], "dog", "crop"))
 
 
 def test_other_repositories_in_the_cache_of_diffusers_are_not_listed(host, models):
@@ -116,7 +116,7 @@ def test_the_contents_of_a_folder_put_straight_in_are_one_model(
     ]
     _, _, _, qformer = host.run("BLIPDiffusionLoader", checkpoint="straight")
     image = torch.rand(1, 50, 50, 3)
-    torch.testing.assert_close(qformer.encode(image, "dog", "crop"), loaded.qformer.encode(image, "dog", "crop"))
+    torch.testing.assert_close(qformer.encode([image], "dog", "crop"), loaded.qformer.encode([image], "dog", "crop"))
 
 
 def test_some_parts_put_straight_in_are_named_as_not_whole(host, models, monkeypatch, tmp_path):
