@@ -36,7 +36,7 @@ CONTEXT = "on the grass"
 #: Further changes to a workflow: node class -> inputs.
 CHANGES: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "attention-reweight": {
-        "BLIPDiffusionAttentionReweight": {"weights": "grass:2.0, <subject>:0.8"},
+        "BLIPDiffusionAttentionReweight": {"weights": "<end>:2.0, <subject>:2.0"},
         "BLIPDiffusionAttentionMap": {"words": "<subject>, grass"},
     },
     "edit-generated": {},
