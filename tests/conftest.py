@@ -21,8 +21,10 @@ from hypothesis import Phase, settings
 ROOT = Path(__file__).resolve().parent.parent
 
 # One thread for each process, those that tests start included: `make test` runs two, and threads of several processes
-# that wait for each other on two cores take many times as long. Read when torch is imported, hence first.
-os.environ.update({name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
+# that wait for each other on two cores take many times as long. Read when torch is imported, hence first. Numba (in
+# pymatting) would give torch's OpenMP as many threads as there are cores again.
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+os.environ.update(dict.fromkeys(THREADS, "1"))
 
 
 def _import_from_root(name: str) -> None:
