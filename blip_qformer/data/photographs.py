@@ -35,6 +35,7 @@ from ..encoder.preprocessing import fit_mask
 from ..imaging.image_files import UnreadableImageError, open_upright
 from ..imaging.masks import Box, NoSubjectError, blur_mask, bounding_box
 from ..imaging.matting import THRESHOLDS, MattingError
+from ..imaging.pil import to_pil_image
 from ..imaging.segmentation import Segmenter, check_segmentation_folder
 from ..stand_in import stand_in
 from .filters import area_of, aspect_ratio_of, refusal
@@ -130,7 +131,7 @@ class Photographs:
             aspect_ratio = aspect_ratio_of(bounding_box(alpha), width, height)
             area = alpha.mean().item() if annotation.area is None else annotation.area
             _raise_if_refused(annotation, refusal(word, aspect_ratio=aspect_ratio, area=area))
-        subject_image, target = _to_image(subject), _to_image(photograph)
+        subject_image, target = to_pil_image(subject), to_pil_image(photograph)
         return Pair(f"{index:08d}", subject_image, target, word, annotation.caption, {"file": file})
 
     @cached_property
@@ -258,8 +259,3 @@ def _open_image(path: Path, mode: str, role: str, short_edge: int | None = None)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image)).float() / 255
     return pixels.reshape(image.height, image.width, -1)
-
-
-def _to_image(pixels: Tensor) -> Image.Image:
-    """Convert [H, W, 3] in 0..1 to an image."""
-    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().numpy())

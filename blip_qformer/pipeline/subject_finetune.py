@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -34,6 +33,7 @@ from ..finetune.validation import (
     validation_noise,
 )
 from ..imaging.image_files import UnreadableImageError, open_upright
+from ..imaging.pil import to_pil_image
 from ..prompt import compose_prompt
 from ..stand_in import stand_in
 from ..subject import Subject, save_subject
@@ -152,7 +152,7 @@ class FinetuneRun:
         write_safetensors(paths[1], self._state_dict(), metadata={"format": "pt"}, dtype=torch.float16, overwrite=True)
         images = {"curve": loss_curve(result.losses, result.scores, result.kept_step)}
         if result.samples:
-            images["previews"] = Image.fromarray((preview_grid(result.samples) * 255).round().byte().numpy())
+            images["previews"] = to_pil_image(preview_grid(result.samples))
         for ending, image in images.items():
             paths.append(folder / f"{name}-{ending}.png")
             with atomic_file(paths[-1]) as temporary:

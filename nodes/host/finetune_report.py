@@ -14,6 +14,7 @@ from torch import Tensor
 from ...blip_qformer.finetune.loop import FinetuneResult, Step
 from ...blip_qformer.finetune.loss_curve import loss_curve
 from ...blip_qformer.finetune.validation import preview_grid
+from ...blip_qformer.imaging.pil import to_pil_image
 
 PREVIEW_EDGE = 512  # pixels, the longer one
 
@@ -47,7 +48,7 @@ def progress_image(losses: Sequence[float], samples: Sequence[Tensor]) -> Image.
     if not samples:
         return curve
     row = rearrange(samples[-1], "prompt c h w -> h (prompt w) c").cpu()
-    images = Image.fromarray((row * 255).round().byte().numpy())
+    images = to_pil_image(row)
     images = images.resize((curve.width, round(images.height * curve.width / images.width)))
     both = Image.new("RGB", (curve.width, curve.height + images.height))
     both.paste(curve, (0, 0))

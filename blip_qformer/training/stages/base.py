@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...data.collate import Batch
 from ...data.pairs import Pair
+from ...imaging.pil import to_pil_image as from_channels_last
 from ...pipeline import Pipeline
 from ..options import OptionGroup
 
@@ -133,8 +134,7 @@ def to_pil_image(pixels: Tensor) -> Image.Image:
     Returns:
         Image in RGB.
     """
-    levels = (pixels.clamp(0, 1) * 255).round().byte()
-    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+    return from_channels_last(pixels.permute(1, 2, 0))
 
 
 def image_grid(rows: Iterable[Iterable[Tensor]]) -> Image.Image:
