@@ -1,1 +1,1 @@
-"""Attention edits as functions on tensors: re-weighted words, prompt-to-prompt in closed form, local blend, maps."""
+"""Attention edits as functions on tensors: re-weighted words, prompt-to-prompt, local blend, regions, maps."""

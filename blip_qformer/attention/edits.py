@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,4 +98,44 @@ class PromptToPrompt:
         return all(each.is_empty for each in steps) and not self.has_local_blend and not self.source_unguided
 
 
-Edit = Reweight | PromptToPrompt
+class Box(NamedTuple):
+    """A rectangle of an image, in fractions of the image's width and height.
+
+    Args:
+        x: Distance from the left edge.
+        y: Distance from the upper edge.
+        width: Width of the rectangle.
+        height: Height of the rectangle.
+    """
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A region of the image that attends to a prompt of its own; :mod:`.regions` says how several share a pixel.
+
+    Args:
+        context: The region's prompt as the text encoder gives it, of shape [rows, tokens, width]; rows as the
+            conditioning's own, or one for all images.
+        mask: Where the region is, of shape [B or 1, H, W] in 0..1 and of any size; or a box.
+        strength: Factor on the mask: below 1 the rest is left to the scene, above 1 it outweighs other regions.
+        feather: Width of the soft edge, as a fraction of the image's shorter edge; half of it is inside.
+        base_share: Share of the region's weight that is left to the scene, 0..1.
+        steps: The steps in which it applies.
+        edits: Edits of the region's own prompt.
+    """
+
+    context: Tensor
+    mask: Tensor | Box
+    strength: float = 1.0
+    feather: float = 0.0
+    base_share: float = 0.0
+    steps: StepRange = StepRange()
+    edits: tuple[Edit, ...] = ()
+
+
+Edit = Reweight | PromptToPrompt | Region

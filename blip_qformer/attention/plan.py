@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .alignment import Alignment
-from .edits import Edit, EditedImage, PromptToPrompt, Reweight
+from .edits import Edit, EditedImage, PromptToPrompt, Region, Reweight
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,17 +52,34 @@ class StepPlan:
         cross_plans: Image index -> plan of its cross-attention, where the source's is injected.
         blend_plans: Image index -> the maps that local blend needs.
         injects_self: Whether the source's self-attention is injected.
+        regions: Regions that attend to prompts of their own; the rest of the plan is then that of the scene.
     """
 
     value_factors: tuple[tuple[int | None, Tensor], ...] = ()
     cross_plans: dict[int, CrossPlan] = field(default_factory=dict)
     blend_plans: dict[int, BlendPlan] = field(default_factory=dict)
     injects_self: bool = False
+    regions: tuple[RegionPlan, ...] = ()
 
     @property
     def needs_two_attentions(self) -> bool:
         """Whether an image attends both as its source does and by itself."""
         return any(cross.edited_factors is not None for cross in self.cross_plans.values())
+
+
+@dataclass(frozen=True, eq=False)
+class RegionPlan:
+    """What one region does in one step.
+
+    Args:
+        region: The region.
+        context: Its prompt on the device of the plan, of shape [rows, tokens, width].
+        plan: What the edits of its own prompt do.
+    """
+
+    region: Region
+    context: Tensor
+    plan: StepPlan
 
 
 def plan_step(edits: Sequence[Edit], step: int, num_steps: int, device: torch.device) -> StepPlan:
@@ -81,10 +98,16 @@ def plan_step(edits: Sequence[Edit], step: int, num_steps: int, device: torch.de
     cross_plans: dict[int, CrossPlan] = {}
     blend_plans: dict[int, BlendPlan] = {}
     injects_self = False
+    regions: list[RegionPlan] = []
     for edit in edits:
         if isinstance(edit, Reweight):
             if edit.steps.covers(step, num_steps):
                 value_factors.append((edit.image, edit.factors.to(device)))
+            continue
+        if isinstance(edit, Region):
+            if edit.steps.covers(step, num_steps):
+                plan = plan_step(edit.edits, step, num_steps, device)
+                regions.append(RegionPlan(edit, edit.context.to(device), plan))
             continue
         injects_self = edit.self_steps.covers(step, num_steps)
         for index, image in enumerate(edit.images, start=1):
@@ -94,7 +117,7 @@ def plan_step(edits: Sequence[Edit], step: int, num_steps: int, device: torch.de
             if image.has_local_blend:
                 blend = plan_blend(image, cross)
                 blend_plans[index] = BlendPlan(blend.source_columns.to(device), _to(device, blend.edited_columns))
-    return StepPlan(tuple(value_factors), cross_plans, blend_plans, injects_self)
+    return StepPlan(tuple(value_factors), cross_plans, blend_plans, injects_self, tuple(regions))
 
 
 def cross_replace_alpha(image: EditedImage, step: int, num_steps: int) -> Tensor:
