@@ -17,7 +17,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip_qformer.atomic import atomic_file
+from blip_qformer.atomic import atomic_files
 from blip_qformer.cli.command_line import run_command
 
 from .world.artwork import LISTING, SPLITS
@@ -198,10 +198,9 @@ def _write(report: Report | TunedReport, sheet: Image.Image, table_file: Path, s
     """Write the table with its settings, print it too, and write the contact sheet."""
     settings = ", ".join(f"{name} {value}" for name, value in asdict(report.settings).items())
     text = f"{report.table()}\n\nSettings: {settings}.\n"
-    with atomic_file(table_file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    with atomic_file(sheet_file) as temporary:
-        sheet.save(temporary, format="JPEG", quality=90)  # the temporary name has another suffix
+    with atomic_files([table_file, sheet_file]) as (table, image):
+        table.write_text(text, encoding="utf-8")
+        sheet.save(image, format="JPEG", quality=90)  # the temporary name has another suffix
     print(text)
 
 

@@ -1,10 +1,19 @@
 """A file or a folder is written whole or not at all."""
 
+import errno
 import os
 
 import pytest
 
-from blip_qformer.atomic import atomic_file, atomic_folder, remove_folder, remove_partial, shared_partial
+from blip_qformer.atomic import (
+    atomic_file,
+    atomic_files,
+    atomic_folder,
+    only_writer,
+    remove_folder,
+    remove_partial,
+    shared_partial,
+)
 
 
 def write(path, content, failure=None):
@@ -96,8 +105,151 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
     (tmp_path / ".0123.partial").touch()
     (tmp_path / "kept.partial").touch()
     (tmp_path / ".hidden").touch()
-    remove_partial(tmp_path)
+    for name in (".ab.0.partial", ".ab.1.partial", ".ab.partial.lock"):
+        (tmp_path / name).touch()
+    remove_partial(tmp_path, exclusive=True)
     assert sorted(os.listdir(tmp_path)) == [".hidden", "kept.partial"]
+
+
+def test_the_next_write_removes_what_no_process_holds(tmp_path):
+    (tmp_path / ".ab.partial.lock").touch()
+    (tmp_path / ".ab.0.partial").mkdir()
+    (tmp_path / ".ab.0.partial" / "gigabytes").touch()
+    write(tmp_path / "a.txt", "content")
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_running_write_is_let_be(tmp_path):
+    with atomic_file(tmp_path / "slow.txt") as temporary, atomic_folder(tmp_path / "slow") as folder:
+        temporary.write_text("half")
+        (folder / "file").write_text("half")
+        write(tmp_path / "quick.txt", "content")
+        remove_partial(tmp_path, exclusive=True)
+        assert temporary.read_text() == (folder / "file").read_text() == "half"
+    assert sorted(os.listdir(tmp_path)) == ["quick.txt", "slow", "slow.txt"]
+
+
+def test_without_a_lock_age_decides(tmp_path):
+    """As with what earlier versions left; a folder is as old as the newest file in it."""
+    for name in ("old", "new"):
+        folder = tmp_path / f".{name}.partial"
+        folder.mkdir()
+        (folder / "file").touch()
+        os.utime(folder, (0, 0))
+    os.utime(tmp_path / ".old.partial" / "file", (0, 0))
+    write(tmp_path / "a.txt", "content")
+    assert sorted(os.listdir(tmp_path)) == [".new.partial", "a.txt"]
+
+
+def test_files_that_belong_together_are_exchanged_together(tmp_path):
+    paths = [tmp_path / "subject", tmp_path / "lora"]
+    for content in ("old", "new"):
+        with atomic_files(paths) as temporaries:
+            for temporary in temporaries:
+                temporary.write_text(content)
+        assert [path.read_text() for path in paths] == [content] * 2
+        assert sorted(os.listdir(tmp_path)) == ["lora", "subject"]
+
+    def fail():
+        with atomic_files(paths) as temporaries:
+            temporaries[0].write_text("half")
+            raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        fail()
+    assert [path.read_text() for path in paths] == ["new"] * 2
+    assert sorted(os.listdir(tmp_path)) == ["lora", "subject"]
+
+
+def test_an_exchange_that_was_killed_halfway_is_brought_to_its_end(tmp_path):
+    (tmp_path / "subject").write_text("new")
+    (tmp_path / "lora").write_text("old")
+    (tmp_path / ".ab.1.partial").write_text("new")
+    (tmp_path / ".ab.partial.moves").write_text('{".ab.0.partial": "subject", ".ab.1.partial": "lora"}')
+    (tmp_path / ".ab.partial.lock").touch()
+    write(tmp_path / "a.txt", "content")
+    assert (tmp_path / "lora").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "lora", "subject"]
+
+
+@pytest.mark.parametrize(
+    "moves",
+    [
+        '{".ab.0.partial": "../stolen"}',
+        '{".ab.0.partial": "..\\\\stolen"}',
+        '{".ab.0.partial": "/tmp/stolen"}',
+        '{"precious": ".ab.partial"}',
+        '{"../precious": "stolen"}',
+        '{".ab.0.par',
+        "[" * 100_000,
+        "7",
+    ],
+)
+def test_a_list_of_renames_from_elsewhere_does_nothing(tmp_path, moves):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in (folder / "precious", tmp_path / "precious", folder / ".ab.0.partial"):
+        path.write_text("content")
+    (folder / ".ab.partial.moves").write_text(moves)
+    (folder / ".ab.partial.lock").touch()
+    write(folder / "a.txt", "content")
+    assert sorted(os.listdir(folder)) == ["a.txt", "precious"]
+    assert sorted(os.listdir(tmp_path)) == ["folder", "precious"]
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_folder_whose_exchange_was_killed_comes_back(tmp_path, new):
+    write(tmp_path / "model", "old")
+    (tmp_path / "model").rename(tmp_path / ".ab.model.old")
+    if new:
+        write(tmp_path / "model", "new")
+    (tmp_path / ".ab.partial.lock").touch()
+    remove_partial(tmp_path)
+    assert read(tmp_path / "model") == ("new" if new else "old")
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.ENOSPC, r"could not be written \(No space left on device\): make room on that disk or choose another"),
+        (errno.EDQUOT, r"could not be written \(Disk quota exceeded\): make room on that disk"),
+        (errno.EACCES, r"could not be written \(Permission denied\): you may not write there"),
+        (errno.EROFS, r"could not be written \(Read-only file system\): you may not write there"),
+    ],
+)
+@TARGETS
+def test_an_error_names_the_file_and_what_to_do(tmp_path, monkeypatch, name, number, sentence):
+    def fail(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=rf"^{tmp_path / name} {sentence}"):
+        write(tmp_path / name, "content")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_missing_folder_and_a_long_name_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"the folder .*gone is not there: create it, or choose another one\.$"):
+        write(tmp_path / "gone" / "a.txt", "content")
+    with pytest.raises(OSError, match=r"could not be written \(File name too long\): choose a shorter name"):
+        write(tmp_path / ("x" * 260 + ".txt"), "content")
+
+
+def test_an_error_about_another_file_is_not_blamed_on_this_one(tmp_path):
+    (tmp_path / "source").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"source/gone"), atomic_file(tmp_path / "a.txt") as temporary:
+        temporary.write_bytes((tmp_path / "source" / "gone").read_bytes())
+
+
+def test_one_process_at_a_time_writes_into_a_folder(tmp_path):
+    with only_writer(tmp_path, "prepare"):
+        for _ in range(2):  # the second one does not free the first one's lock
+            with pytest.raises(ValueError, match="Another prepare is writing .*: wait until it has ended, or choose"):
+                only_writer(tmp_path, "prepare").__enter__()
+    with only_writer(tmp_path, "prepare"):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_is_removed_half_counts_as_left_behind(tmp_path, monkeypatch):
@@ -109,5 +261,5 @@ def test_a_folder_that_is_removed_half_counts_as_left_behind(tmp_path, monkeypat
         patched.setattr("shutil.rmtree", interrupt)
         with pytest.raises(KeyboardInterrupt):
             remove_folder(tmp_path / "step-1")
-    remove_partial(tmp_path)
+    remove_partial(tmp_path, exclusive=True)
     assert os.listdir(tmp_path) == []

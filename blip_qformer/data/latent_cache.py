@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..atomic import atomic_file
+from ..atomic import atomic_file, remove_partial
 
 MEAN, STD = "mean", "deviation"  # keys in a file
 
@@ -30,6 +30,7 @@ class LatentCache:
             digest.update(name.encode() + weight.detach().cpu().float().numpy().tobytes())
         self.vae, self.folder = vae, folder / f"{resolution}-{digest.hexdigest()[:16]}"
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_partial(self.folder)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images, or read what was encoded before.
@@ -45,8 +46,9 @@ class LatentCache:
             if not path.is_file():
                 # One by one, so that latents are the same to the last bit whichever batch an image comes in first.
                 distribution = self.vae.encode(image[None] * 2 - 1, return_dict=False)[0]
-                with atomic_file(path) as temporary:
-                    save_file({MEAN: _to_float(distribution.mean[0]), STD: _to_float(distribution.std[0])}, temporary)
+                content = save({MEAN: _to_float(distribution.mean[0]), STD: _to_float(distribution.std[0])})
+                with atomic_file(path, clean=False) as temporary:
+                    temporary.write_bytes(content)
         latents = [load_file(path, device=str(images.device)) for path in paths]
         return torch.stack([each[MEAN] for each in latents]), torch.stack([each[STD] for each in latents])
 

@@ -24,7 +24,7 @@ import random
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import torch
@@ -37,7 +37,6 @@ from ..imaging.masks import Box, NoSubjectError, blur_mask, bounding_box
 from ..imaging.matting import THRESHOLDS, MattingError
 from ..imaging.pil import to_pil_image
 from ..imaging.segmentation import Segmenter, check_segmentation_folder
-from ..stand_in import stand_in
 from .filters import area_of, aspect_ratio_of, refusal
 from .pairs import Pair
 from .prepare import SkippedPairError
@@ -204,6 +203,8 @@ def parse_annotation(line: bytes) -> Annotation:
             raise ValueError("file or word is empty")
         if not all(isinstance(content.get(name) or "", str) for name in ("file", "caption", "mask")):
             raise ValueError("file, caption or mask is no text")
+        if elsewhere := [name for name in (file, content.get("mask") or "") if leaves_folder(name)]:
+            raise ValueError(f"{elsewhere[0]!r} does not lie in the photographs' folder")
         box, area = content.get("box"), content.get("area")
         return Annotation(
             file,
@@ -217,6 +218,16 @@ def parse_annotation(line: bytes) -> Annotation:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SkippedPairError("bad line", f"{type(error).__name__}: {error} in {line[:200]!r}") from error
+
+
+def leaves_folder(name: str) -> bool:
+    """Return whether a path in a line leads out of the photographs' folder, on Linux or on Windows.
+
+    Lines come with photographs from elsewhere: one must not put other images of this machine into the pairs, or have
+    Windows log in at a stranger's share.
+    """
+    paths = (PurePosixPath(name), PureWindowsPath(name))
+    return any(path.drive or path.root or ".." in path.parts for path in paths) or "\0" in name
 
 
 def _checked_box(left: float, top: float, right: float, bottom: float) -> Box:
@@ -251,8 +262,7 @@ def _open_image(path: Path, mode: str, role: str, short_edge: int | None = None)
     try:
         image = open_upright(path, mode)
     except UnreadableImageError as error:
-        found = stand_in(path)
-        raise SkippedPairError(f"unreadable {role}", found.sentence([path]) if found else f"{path}: {error}") from error
+        raise SkippedPairError(f"unreadable {role}", str(error)) from error
     if short_edge is not None and min(image.size) > short_edge:
         scale = short_edge / min(image.size)
         width, height = (round(edge * scale) for edge in image.size)

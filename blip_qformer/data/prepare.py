@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..atomic import atomic_file, remove_partial
+from ..atomic import atomic_file, only_writer, remove_partial
 from ..extras import import_extra
 from .pairs import Pair
 from .shards import INDEX_NAME, write_shard
@@ -104,12 +104,26 @@ def prepare(
         The numbers of pairs, shards and skipped pairs.
 
     Raises:
-        ValueError: The source is empty, or the folder was made with other settings.
+        ValueError: The source is empty, the folder was made with other settings, or another prepare is writing there.
         OSError: The disk is full, or the folder cannot be written to.
     """
     if not len(source):
         raise ValueError("There is nothing to make pairs from: the source is empty.")
     folder = Path(destination)
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder, "prepare"):
+        return _prepare(source, folder, seed, workers, pairs_per_shard, settings)
+
+
+def _prepare(
+    source: PairSource,
+    folder: Path,
+    seed: int,
+    workers: int,
+    pairs_per_shard: int,
+    settings: Mapping[str, object] | None,
+) -> PrepareResult:
+    """Make all pairs in a folder that no other process writes into, see :func:`prepare`."""
     settings = {**(settings or {}), "seed": seed, "pairs_per_shard": pairs_per_shard, "source_size": len(source)}
     _open_folder(folder, json.loads(json.dumps(settings)))  # as it will be read from the index
 
@@ -125,7 +139,7 @@ def prepare(
             for task in _run_tasks(missing, source, workers):
                 bar.update(len(task.indices))
     finally:
-        remove_partial(folder)
+        remove_partial(folder, exclusive=True)
     return _write_index(folder, settings, tasks)
 
 
@@ -155,7 +169,6 @@ def _open_folder(folder: Path, settings: Mapping[str, object]) -> None:
     Raises:
         ValueError: The folder was made with other settings, or holds shards without an index.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     index = folder / INDEX_NAME
     if index.is_file():
         before = json.loads(index.read_bytes())["settings"]
@@ -169,7 +182,7 @@ def _open_folder(folder: Path, settings: Mapping[str, object]) -> None:
         raise ValueError(f"{folder} holds shards and no {INDEX_NAME}: choose another folder, or empty it.")
     else:
         _write_json(index, {"complete": False, "settings": settings})
-    remove_partial(folder)
+    remove_partial(folder, exclusive=True)
 
 
 def _write_index(folder: Path, settings: Mapping[str, object], tasks: Sequence[_ShardTask]) -> PrepareResult:
@@ -261,17 +274,14 @@ def _make_shard(task: _ShardTask, source: PairSource) -> None:
                 yield source.pair(index, task.seed)
             except SkippedPairError as skip:
                 skipped.append((index, skip.reason, " ".join(skip.detail.split())))
-            except OSError as error:  # must not look like a failure to write the shard
+            except OSError as error:  # must not be taken for a failure to write the shard
                 raise ValueError(f"Pair {index} could not be made: {error}") from error
 
     try:
         count = write_shard(task.path, pairs())
         _write_json(task.report_path, {"pairs": count, "skipped": skipped})
     except OSError as error:
-        raise OSError(
-            f"{task.path} could not be written ({error.strerror or error}): make room on that disk and run it again; "
-            "the shards that are complete are kept."
-        ) from error
+        raise OSError(f"{error} The shards that are complete are kept.") from error
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from ..stand_in import stand_in
+
 
 class UnreadableImageError(ValueError):
-    """A file cannot be read as an image; the message is the reason, without the file's name."""
+    """A file cannot be read as an image; the message names the file, the reason, and what to do."""
 
 
 def open_upright(path: Path, mode: str = "RGB") -> Image.Image:
@@ -22,10 +25,29 @@ def open_upright(path: Path, mode: str = "RGB") -> Image.Image:
         The image.
 
     Raises:
-        UnreadableImageError: The file is missing, truncated, or no image.
+        UnreadableImageError: The file is missing, locked, truncated, no image, or a decompression bomb.
     """
     try:
-        with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert(mode)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow can read in spite of a fault is read; it names no file
+            with Image.open(path) as file:
+                return ImageOps.exif_transpose(file).convert(mode)
     except Exception as error:  # there is no list of what a damaged image can raise
-        raise UnreadableImageError(str(error)) from error
+        raise UnreadableImageError(_sentence(path, error)) from error
+
+
+def _sentence(path: Path, error: Exception) -> str:
+    """Say why an image cannot be read, and what to do."""
+    if isinstance(error, FileNotFoundError):
+        return f"There is no picture {path}: check its name, or leave it out."
+    if isinstance(error, PermissionError):
+        return f"{path} may not be read by you: change its permissions, or leave it out."
+    if isinstance(error, Image.DecompressionBombError):
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return f"{path} has more than {limit / 1e6:.0f} million pixels: scale it down, or leave it out."
+    if isinstance(error, MemoryError):
+        return f"{path} is too large for the memory: scale it down, or leave it out."
+    if found := stand_in(path):
+        return found.sentence([path])
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"{path} is no picture that can be read ({reason}): save it anew from its original, or leave it out."

@@ -82,7 +82,7 @@ def initial_pipeline(clip: Path, bert: Path, stable_diffusion: Path, seed: int =
     unet, vae = build_unet(found[COMPONENT_KINDS["unet"]]), build_vae(found[COMPONENT_KINDS["vae"]])
     if not (stable_diffusion / "tokenizer" / "vocab.json").is_file():
         raise ValueError(f"{stable_diffusion} has no tokenizer/vocab.json: choose a whole one.")
-    tokenizer = CLIPTokenizer.from_pretrained(stable_diffusion / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(stable_diffusion / "tokenizer", local_files_only=True)
     pipeline = Pipeline(encoder, text_encoder, unet, vae, tokenizer)
     pipeline.check_widths()
     return pipeline

@@ -51,7 +51,9 @@ def new_pipeline(sizes: Mapping[str, Any], seed: int, initialise: Initialiser | 
         init_weights(text_encoder, text_encoder.config.width)
         unet = _build("unet", UNet2DConditionModel, sizes)
         vae = _build("vae", AutoencoderKL, sizes)
-        tokenizer = CLIPTokenizer.from_pretrained(sizes["tokenizer"], model_max_length=text_encoder.config.positions)
+        tokenizer = CLIPTokenizer.from_pretrained(
+            sizes["tokenizer"], model_max_length=text_encoder.config.positions, local_files_only=True
+        )
         pipeline = Pipeline(encoder, text_encoder, unet, vae, tokenizer)
         if initialise:
             initialise(pipeline)

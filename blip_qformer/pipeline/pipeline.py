@@ -96,7 +96,9 @@ def load_pipeline(folder: Path) -> Pipeline:
     vae = build_vae(checkpoint.require("vae"))
     if not (folder / "tokenizer" / "vocab.json").is_file():
         raise ValueError(f"{folder} has no tokenizer/vocab.json: download the published folder as a whole.")
-    return Pipeline(encoder, text_encoder, unet, vae, CLIPTokenizer.from_pretrained(folder / "tokenizer"))
+    return Pipeline(
+        encoder, text_encoder, unet, vae, CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    )
 
 
 def replace_network(pipeline: Pipeline, name: str, folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..atomic import atomic_file
+from ..atomic import atomic_files
 from ..checkpoint.ldm_keys import stable_diffusion_checkpoint
 from ..checkpoint.write_safetensors import write_safetensors
 from ..encoder import preprocess
@@ -32,10 +32,9 @@ from ..finetune.validation import (
     preview_grid,
     validation_noise,
 )
-from ..imaging.image_files import UnreadableImageError, open_upright
+from ..imaging.image_files import open_upright
 from ..imaging.pil import to_pil_image
 from ..prompt import compose_prompt
-from ..stand_in import stand_in
 from ..subject import Subject, save_subject
 from ..subject.provenance import encoder_hash, image_hash
 from .clip_text_model import encode_prompts
@@ -134,7 +133,10 @@ class FinetuneRun:
             )
 
     def save(self, folder: Path, name: str, result: FinetuneResult) -> list[Path]:
-        """Write the fine-tuned subject, the weights, the loss curve and the validation images.
+        """Write the fine-tuned subject, the weights, the loss curve and the validation images, all of them or none.
+
+        Those of an earlier run under the same name are exchanged together: a subject never lies beside another run's
+        weights.
 
         Args:
             folder: The folder to write to.
@@ -147,16 +149,16 @@ class FinetuneRun:
         encoder = encoder_hash(self.pipeline.encoder.state_dict())
         subject = Subject(self.tuning.vectors.detach().cpu()[None], self.word, encoder, self.image_hash)
         kind = "lora" if self.lora else "checkpoint"
-        paths = [folder / f"{name}.safetensors", folder / f"{name}-{kind}.safetensors"]
-        save_subject(paths[0], subject, overwrite=True)
-        write_safetensors(paths[1], self._state_dict(), metadata={"format": "pt"}, dtype=torch.float16, overwrite=True)
         images = {"curve": loss_curve(result.losses, result.scores, result.kept_step)}
         if result.samples:
             images["previews"] = to_pil_image(preview_grid(result.samples))
-        for ending, image in images.items():
-            paths.append(folder / f"{name}-{ending}.png")
-            with atomic_file(paths[-1]) as temporary:
-                image.save(temporary, format="PNG")  # the temporary name has another suffix
+        paths = [folder / f"{name}.safetensors", folder / f"{name}-{kind}.safetensors"]
+        paths += [folder / f"{name}-{ending}.png" for ending in images]
+        with atomic_files(paths) as (subject_file, weights_file, *image_files):
+            save_subject(subject_file, subject)
+            write_safetensors(weights_file, self._state_dict(), metadata={"format": "pt"}, dtype=torch.float16)
+            for file, image in zip(image_files, images.values(), strict=True):
+                image.save(file, format="PNG")  # the temporary name has another suffix
         return paths
 
     def _state_dict(self) -> dict[str, Tensor]:
@@ -224,17 +226,13 @@ def read_image(path: Path) -> Tensor:
         The image, of shape [1, H, W, 3] in 0..1.
 
     Raises:
-        ValueError: The file is missing, damaged, no image, or too small.
+        ValueError: The file is missing, damaged, no image, too small, or too large; it is named.
     """
-    if not path.exists():
-        raise ValueError(f"There is no picture {path}: check its name, or leave it out.")
+    pixels = np.array(open_upright(path))  # [H, W, 3]
     try:
-        pixels = np.array(open_upright(path))  # [H, W, 3]
-    except UnreadableImageError as error:
-        if found := stand_in(path):
-            raise ValueError(found.sentence([path])) from error
-        raise ValueError(f"{path} is no picture that can be read: leave it out.") from error
-    check_size(*pixels.shape[:2])
+        check_size(*pixels.shape[:2])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return torch.from_numpy(pixels)[None] / 255
 
 

@@ -34,10 +34,10 @@ def save_subject(path: str | Path, subject: Subject, overwrite: bool = False) ->
     Args:
         path: The file to write.
         subject: The subject. A file that already holds the same subject is left as it is.
-        overwrite: Whether any other existing file may be replaced.
+        overwrite: Whether another subject that lies there may be replaced; other files never are.
 
     Raises:
-        FileExistsError: The file exists and ``overwrite`` is False.
+        FileExistsError: The file exists, and ``overwrite`` is False or it is no subject of ours.
         OSError: The folder cannot be written to.
         ValueError: The subject has several rows.
     """
@@ -51,6 +51,11 @@ def save_subject(path: str | Path, subject: Subject, overwrite: bool = False) ->
         return  # such as a graph that is queued again
     if path.is_dir() or (path.exists() and not overwrite):
         raise FileExistsError(f"{path} exists already: choose another name, or switch overwrite on.")
+    if path.exists() and not _is_ours(path):
+        raise FileExistsError(
+            f"{path} exists already and is no subject that was saved here, so that it is not replaced: choose another "
+            "name, or delete it yourself."
+        )
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -125,6 +130,15 @@ def _read(path: Path) -> tuple[torch.Tensor, dict[str, str]]:
     if not torch.isfinite(vectors).all():
         raise SubjectFileError(f"{path} holds NaN or infinite values: it is damaged; save the subject again.")
     return vectors, header
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a file has the header of a subject, whatever else is in it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
 
 
 def _holds(path: Path, subject: Subject) -> bool:

@@ -7,6 +7,7 @@ written, and write it under its final name: on a full disk, or killed meanwhile,
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ KEPT = 2  # the newest, and one before it
 PREFIX = "step-"
 
 RUN_FILE = "run.json"
+OUR_STATE = "custom_checkpoint_*.pkl"  # accelerate's name for what it is asked to save besides its own
 
 
 def find_latest(folder: Path, accelerator: Accelerator) -> Path | None:
@@ -41,7 +43,7 @@ def find_latest(folder: Path, accelerator: Accelerator) -> Path | None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        remove_partial(folder)
+        remove_partial(folder, exclusive=True)
     accelerator.wait_for_everyone()
     latest = latest_checkpoint(folder)
     step = torch.tensor([_step(latest) if latest else 0], device=accelerator.device)
@@ -103,7 +105,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, data_orde
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path, data_order: Mapping[str, Any]) -> int:
-    """Load a checkpoint into all that the accelerator wraps.
+    """Load a checkpoint into all that the accelerator wraps. A pickle in it that would run code is not opened.
 
     Args:
         accelerator: Accelerator of this process.
@@ -124,8 +126,15 @@ def load_checkpoint(accelerator: Accelerator, path: Path, data_order: Mapping[st
                 "in another order: set it back, or choose another output to begin anew."
             )
     try:
+        for file in path.glob(OUR_STATE):
+            torch.load(file, map_location="cpu", weights_only=True)  # accelerate would let this one run code
         accelerator.load_state(str(path))
-    except (RuntimeError, ValueError) as error:
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds a pickle that is damaged or would run code, so it was left closed: go on from a checkpoint "
+            "of your own, or choose another output to begin anew."
+        ) from error
+    except (RuntimeError, ValueError, KeyError, EOFError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit this run ({reason}): choose another output to begin anew.") from error
     return int(state["step"])

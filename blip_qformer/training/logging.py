@@ -11,6 +11,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
+from ..atomic import atomic_file
 from ..extras import import_extra
 
 log = logging.getLogger("blip_diffusion")
@@ -67,7 +68,8 @@ class RunLog:
         with self._writing():
             for tracker in self._accelerator.trackers:
                 tracker.log_images({"samples": np.asarray(image)[None]}, step, dataformats="NHWC")
-            image.save(self._output / "samples.png")
+            with atomic_file(self._output / "samples.png") as temporary:
+                image.save(temporary, format="PNG")  # the temporary name has another suffix
 
     def close(self) -> None:
         """Write out what is buffered."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from blip_qformer.atomic import atomic_file
@@ -157,7 +157,7 @@ def save_judges(judges: Judges, file: Path) -> None:
         OSError: The file cannot be written.
     """
     with atomic_file(file) as temporary:
-        save_file({name: weight.half() for name, weight in judges.state_dict().items()}, temporary)
+        temporary.write_bytes(save({name: weight.half() for name, weight in judges.state_dict().items()}))
 
 
 def load_judges(file: Path) -> Judges:

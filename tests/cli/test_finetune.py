@@ -14,6 +14,7 @@ from blip_qformer.cli.command_line import main as blip_qformer
 from blip_qformer.pipeline import save_pipeline
 from blip_qformer.subject import load_subject
 from tests import tiny
+from tests.images import bomb, damaged_avif
 
 EDGE, STEPS, RATE = 64, 3, 1e-4
 OPTIONS = [
@@ -94,9 +95,11 @@ def test_it_writes_images_of_how_it_went(model, images, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no image", "is no picture that can be read: leave it out"),
-        (b"", "is no picture that can be read"),
-        ("truncated", "is no picture that can be read: leave it out"),
+        (b"no image", "is no picture that can be read (cannot identify image file"),
+        (b"", "is no picture that can be read (cannot identify image file"),
+        ("truncated", "is no picture that can be read (image file is truncated"),
+        (bomb(20_000), "has more than 179 million pixels: scale it down, or leave it out."),
+        (damaged_avif(), "is no picture that can be read ("),
         (None, "check its name, or leave it out"),
         (b"<!DOCTYPE html>", "bad.png is a web page that was saved in place of the file itself: download"),
     ],
@@ -115,4 +118,4 @@ def test_a_file_that_is_no_image_is_named(model, images, tmp_path, capsys, conte
 def test_a_tiny_image_is_refused(model, tmp_path, capsys):
     Image.new("RGB", (40, 80)).save(tmp_path / "small.png")
     assert finetune(model, [tmp_path / "small.png"], tmp_path) == 2
-    assert "The pictures are 40 x 80 pixels" in capsys.readouterr().err
+    assert f"{tmp_path / 'small.png'}: The pictures are 40 x 80 pixels" in capsys.readouterr().err

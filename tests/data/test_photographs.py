@@ -20,6 +20,7 @@ from blip_qformer.data.prepare import SkippedPairError, prepare
 from blip_qformer.data.stream import PairStream
 from blip_qformer.imaging.segmentation import Segmenter
 from tests.clipseg import write_clipseg
+from tests.images import bomb
 
 RED, BLUE, GREEN = (220, 40, 30), (30, 60, 220), (40, 200, 50)
 
@@ -122,6 +123,14 @@ def test_a_box_leaves_out_what_is_beside_it(folder):
         ({"file": "cut.png"}, "unreadable photograph", "cut.png"),
         ({"file": "empty.png"}, "unreadable photograph", "empty.png"),
         ({"file": "page.png"}, "unreadable photograph", "page.png is a web page that was saved in place of the file"),
+        ({"file": "bomb.png"}, "unreadable photograph", "bomb.png has more than 179 million pixels: scale it down"),
+        ({"file": "cut.avif"}, "unreadable photograph", "cut.avif is no picture that can be read ("),
+        ({"mask": "bomb.png"}, "unreadable mask", "bomb.png has more than 179 million pixels"),
+        ({"file": "../backgrounds/grass/green.png"}, "bad line", "does not lie in the photographs' folder"),
+        ({"file": "/etc/hostname"}, "bad line", "does not lie in the photographs' folder"),
+        ({"mask": "masks/../../mask.png"}, "bad line", "does not lie in the photographs' folder"),
+        ({"mask": "\\\\server\\share\\mask.png"}, "bad line", "does not lie in the photographs' folder"),
+        ({"file": "C:mask.png"}, "bad line", "does not lie in the photographs' folder"),
         ({"file": ""}, "bad line", "file or word is empty"),
         ({"file": 3}, "bad line", "file, caption or mask is no text"),
         ({"word": " "}, "bad line", "file or word is empty"),
@@ -146,6 +155,9 @@ def test_what_is_skipped_and_why(folder, changes, reason, detail):
     (photographs / "cut.png").write_bytes(content[: len(content) // 2])
     (photographs / "empty.png").write_bytes(b"")
     (photographs / "page.png").write_text("<html>")
+    (photographs / "bomb.png").write_bytes(bomb(20_000))
+    Image.open(photographs / "square.png").save(photographs / "cut.avif")
+    (photographs / "cut.avif").write_bytes((photographs / "cut.avif").read_bytes()[:-200])
     Image.new("RGB", (1, 1), "white").save(photographs / "tiny.png")
     with pytest.raises(SkippedPairError) as skipped:
         source(folder, {**LINE, **changes}).pair(0, 0)

@@ -190,7 +190,9 @@ except OSError as error:
         check=True,
         cwd=ROOT.parent,
     )
-    sentence = f"{folder}/pairs-000000.tar could not be written (File too large): make room on that disk and run it "
-    assert result.stdout == sentence + "again; the shards that are complete are kept.\n"
+    sentence = f"{folder}/pairs-000000.tar could not be written (File too large): make room on that disk or "
+    assert result.stdout == sentence + (
+        "choose another folder, and run it again. The shards that are complete are kept.\n"
+    )
     assert [path.name for path in folder.iterdir()] == ["index.json"]
     assert prepare(squares(60), folder, pairs_per_shard=50).pairs == len(KEPT)
