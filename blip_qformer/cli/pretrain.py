@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..data.shards import ALLOWED
 from ..extras import import_extra
 from ..training.config import read_config
 
@@ -21,6 +22,15 @@ def add_pretrain_command(commands: argparse._SubParsersAction[argparse.ArgumentP
     )
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a run's YAML file")
     parser.add_argument("--steps", metavar="N", type=int, help="stop there for today; without it, the run goes on")
+    parser.add_argument(
+        "--allow",
+        metavar="WHAT",
+        choices=ALLOWED,
+        action="append",
+        default=[],
+        help="what the run's pairs may do besides being files, if you trust the run's file: urls fetches shards from "
+        "servers, commands runs the shell commands of pipe: sources; may be given twice (neither)",
+    )
     parser.set_defaults(command=pretrain)
 
 
@@ -38,4 +48,5 @@ def pretrain(arguments: argparse.Namespace) -> None:
         import_extra(name, "Training")
     from ..training.trainer import train  # its imports are optional packages
 
-    print(f"The trained model is in {train(read_config(arguments.config), arguments.steps)}.")
+    model = train(read_config(arguments.config), arguments.steps, allow=arguments.allow)
+    print(f"The trained model is in {model}.")

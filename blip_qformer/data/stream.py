@@ -11,7 +11,7 @@ import itertools
 import logging
 import random
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -46,9 +46,11 @@ class PairStream(IterableDataset[Pair]):
             then, or a bucket that fails for a while, shifts what comes later.
         batch_size: The DataLoader's batch size; it takes one batch from each worker in turn.
         shuffle_buffer: Number of pairs that a worker mixes; with 0 only the shards are shuffled.
+        allow: What the sources may do besides reading files, see :func:`~.shards.find_shards`.
 
     Raises:
-        ValueError: There is no pair or shard, or ``skip`` is no multiple of ``batch_size``.
+        ValueError: There is no pair or shard, a source needs what is not allowed, or ``skip`` is no multiple of
+            ``batch_size``.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class PairStream(IterableDataset[Pair]):
         skip: int = 0,
         batch_size: int = 1,
         shuffle_buffer: int = 1000,
+        allow: Collection[str] = (),
     ) -> None:
         super().__init__()
         if skip % batch_size:
@@ -70,7 +73,7 @@ class PairStream(IterableDataset[Pair]):
         self.process_index, self.process_count = process_index, process_count
         self.skip, self.batch_size = skip, batch_size
         self.shuffle_buffer = shuffle_buffer
-        shards = [shard for source in self.sources for shard in find_shards(source)]
+        shards = [shard for source in self.sources for shard in find_shards(source, allow)]
         self._archives = [shard for shard in shards if isinstance(shard, TarShard)]
         self._files = [pair for shard in shards if isinstance(shard, FileShard) for pair in shard.pairs]
         self._unreadable = torch.zeros(MAX_WORKERS, dtype=torch.int64).share_memory_()  # a counter for each worker

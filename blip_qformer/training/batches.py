@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -15,13 +15,14 @@ from .config import RunConfig
 from .stages.base import CollateFn
 
 
-def pair_stream(config: RunConfig, accelerator: Accelerator, done: int) -> PairStream:
+def pair_stream(config: RunConfig, accelerator: Accelerator, done: int, allow: Collection[str] = ()) -> PairStream:
     """Make the stream of this process's pairs.
 
     Args:
         config: Settings of the run.
         accelerator: Accelerator of this process.
         done: Steps that were done, whose pairs are skipped.
+        allow: What the sources of pairs may do besides reading files.
 
     Returns:
         Dataset of pairs without end.
@@ -34,6 +35,7 @@ def pair_stream(config: RunConfig, accelerator: Accelerator, done: int) -> PairS
         skip=done * config.gradient_accumulation * config.batch_size,
         batch_size=config.batch_size,
         shuffle_buffer=config.shuffle_buffer,
+        allow=allow,
     )
 
 

@@ -8,7 +8,7 @@ A run that was killed goes on from its last checkpoint, with the same pairs in t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import cast
@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from torch import Tensor
 
+from ..atomic import only_writer
 from ..data.collate import Batch
 from ..data.stream import PairStream
 from ..pipeline import save_pipeline
@@ -29,6 +30,8 @@ from .logging import RunLog
 from .metrics import MetricAverager
 from .stages import STAGES, Stage, make_stage
 from .train_state import TrainState, ema_weights
+
+WAIT = 30  # seconds: a killed run's workers notice after five that it is gone, and hold its folder until then
 
 StepContext = Callable[[torch.device], AbstractContextManager]
 
@@ -44,6 +47,7 @@ def train(
     stages: Mapping[str, type[Stage]] = STAGES,
     initialise: Initialiser | None = None,
     step_context: StepContext = lambda device: nullcontext(),
+    allow: Collection[str] = (),
 ) -> Path:
     """Run a stage to its end, from its last checkpoint if there is one.
 
@@ -54,13 +58,15 @@ def train(
         stages: Stages by name, of which the run's file names one.
         initialise: Function that changes the random weights of a new model, called once it is made.
         step_context: Context of each forward and backward pass, made for the device that trains.
+        allow: What the run's sources of pairs may do besides reading files: ``urls`` and ``commands``, see
+            :func:`~blip_qformer.data.shards.find_shards`.
 
     Returns:
         Folder of the trained model, in the Hub layout.
 
     Raises:
         NonFiniteError: A loss or a gradient became NaN or infinite; names the step and the pairs.
-        ValueError: A setting does not fit, or ``stop_at`` is no step.
+        ValueError: A setting does not fit, ``stop_at`` is no step, or another run writes into the same folder.
         OSError: The disk is full; the last checkpoint stays whole.
     """
     if stop_at is not None and stop_at < 1:
@@ -73,6 +79,23 @@ def train(
         # Not every batch needs every weight: where subjects are dropped, no encoder.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if not accelerator.is_main_process:
+        return _train(config, accelerator, stop_at, stages, initialise, step_context, allow)
+    config.output.mkdir(parents=True, exist_ok=True)
+    with only_writer(config.output, "pretrain", WAIT):
+        return _train(config, accelerator, stop_at, stages, initialise, step_context, allow)
+
+
+def _train(
+    config: RunConfig,
+    accelerator: Accelerator,
+    stop_at: int | None,
+    stages: Mapping[str, type[Stage]],
+    initialise: Initialiser | None,
+    step_context: StepContext,
+    allow: Collection[str],
+) -> Path:
+    """Run a stage in this process of the run, whose main process holds the output folder; see :func:`train`."""
     set_seed(config.seed, device_specific=True)
     stage = make_stage(config, stages, initialise).to(accelerator.device)
     state = TrainState(config, accelerator, stage)
@@ -80,7 +103,7 @@ def train(
     if latest := find_latest(checkpoints, accelerator):
         state.resume(latest)
     last = config.steps if stop_at is None else min(stop_at, config.steps)
-    stream = pair_stream(config, accelerator, state.step)
+    stream = pair_stream(config, accelerator, state.step, allow)
     batches = seeded_batches(config, accelerator, stream, stage.collate_fn, state.step)
 
     run_log = RunLog(accelerator, config.steps, state.step)

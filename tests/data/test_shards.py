@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from blip_qformer.data.pairs import encode_pair
-from blip_qformer.data.shards import write_shard
+from blip_qformer.data.shards import expand_braces, find_shards, is_remote, write_shard
 from blip_qformer.data.stream import PairStream
 from tests.data.examples import COUNT, first, indexed, keys, make_pair
 
@@ -50,9 +50,9 @@ def test_shards_come_from_a_bucket(shards, tmp_path, caplog):
     """Through webdataset's openers, by a pattern and by an index; what the bucket lacks is left out."""
     with bucket(indexed(shards, tmp_path)) as url:
         for source in (f"{url}/pairs-{{000000..000004}}.tar", f"{url}/index.json"):
-            assert len(set(keys(first(PairStream(source), COUNT)))) == COUNT
+            assert len(set(keys(first(PairStream(source, allow=["urls"]), COUNT)))) == COUNT
         assert "Skipped" not in caplog.text
-        found = keys(first(PairStream(f"{url}/pairs-{{000003..000005}}.tar"), 16))
+        found = keys(first(PairStream(f"{url}/pairs-{{000003..000005}}.tar", allow=["urls"]), 16))
     assert sorted(found) == [f"{number:04d}" for number in range(24, 40)]
     assert f"Skipped {url}/pairs-000005.tar" in caplog.text
 
@@ -106,3 +106,38 @@ def test_a_shard_that_fails_leaves_nothing_behind(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_shard(tmp_path / "a.tar", pairs())
     assert not list(tmp_path.iterdir())
+
+
+def test_brackets_and_braces_in_a_folders_name_are_only_a_name(shards, tmp_path):
+    folder = tmp_path / "my [best] {pairs}" / "set [1-2]"
+    folder.mkdir(parents=True)
+    for shard in shards.glob("*.tar"):
+        (folder / shard.name).symlink_to(shard)
+    one = folder / "pairs-000003.tar"
+    for source, count in ((folder, 5), (folder / "*.tar", 5), (folder / "pairs-{000001..000003}.tar", 3), (one, 1)):
+        assert len(find_shards(source)) == count
+        assert len(find_shards(str(source))) == count
+    assert find_shards(folder / "pairs-{000003..000003}.tar") == find_shards(one) == find_shards(one.as_uri())
+    assert len(set(keys(first(PairStream(folder / "pairs-{000000..000004}.tar"), COUNT)))) == COUNT
+
+
+def test_backslashes_stay_where_they_are():
+    expected = [rf"C:\data\new\pairs-{number:03d}.tar" for number in range(3)]
+    assert expand_braces(r"C:\data\new\pairs-{000..002}.tar") == expected
+    assert expand_braces(r"\\server\share\{a,b}.tar") == [r"\\server\share\a.tar", r"\\server\share\b.tar"]
+
+
+@pytest.mark.parametrize(
+    "path", [r"C:\data\x.tar", "C:/data/x.tar", "C://x.tar", r"\\server\x", "pairs/x.tar", "pipe/x"]
+)
+def test_a_path_is_no_url(path):
+    assert not is_remote(path)
+
+
+@pytest.mark.parametrize(
+    "braces", ["{0..1000000}", "{-9..999999999}", "{0..99}" * 4, "{a,b}" * 30, "{1..%s}" % ("9" * 400)]
+)
+def test_a_range_without_end_is_refused(braces):
+    with pytest.raises(ValueError, match="stands for more than 1,000,000 shards: write a smaller range"):
+        expand_braces(f"pairs-{braces}.tar")
+    assert len(expand_braces("{0..9}{a,b,c}")) == 30

@@ -51,6 +51,7 @@ HARD = {
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(processes, pairs, tmp_path, monkeypatch):
     """Killed by SIGKILL after its first checkpoint, bit for bit and pair for pair."""
+    assert torch.get_num_threads() == 1  # as in the other process: sums on several threads round otherwise
     config = tiny.make_config(pairs=pairs, output=str(tmp_path / "killed"), steps=1000, **HARD)
     process = processes.Process(target=train, args=(config,))  # the library's own, without the small model's weights
     process.start()
