@@ -14,6 +14,9 @@ from .types import CATEGORY, Blip2QFormer, BlipSubject, advanced, io, newer_fiel
 
 LoraModel = io.Custom("LORA_MODEL")  # the stock Save LoRA Weights takes it
 
+#: Inputs for further images. Hosts share no stock node that joins images: ImageBatch is deprecated since 0.21.0.
+MORE_IMAGES = ("image_2", "image_3", "image_4", "image_5")
+
 
 class SubjectFinetune(io.ComfyNode):
     """Fine-tunes the model and a subject on a few images."""
@@ -127,6 +130,10 @@ class SubjectFinetune(io.ComfyNode):
                     optional=True,
                     tooltip="White where the subject is, as in BLIP-2 Subject Encode. The background is still learned.",
                 ),
+                *(
+                    io.Image.Input(name, optional=True, tooltip="Another picture of the same thing, of any size.")
+                    for name in MORE_IMAGES
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The tuned model, for KSampler."),
@@ -146,7 +153,7 @@ class SubjectFinetune(io.ComfyNode):
         )
 
     @classmethod
-    @takes_lists("image", "mask")
+    @takes_lists("image", "mask", *MORE_IMAGES)
     def execute(
         cls,
         model: io.Model.Type,
@@ -167,14 +174,16 @@ class SubjectFinetune(io.ComfyNode):
         gradient_checkpointing: bool,
         mirror: bool,
         mask: list[Tensor] | None = None,
+        **more_images: list[Tensor],
     ) -> io.NodeOutput:
         """Fine-tune the model and the subject on the images."""
+        images = [*image, *(batch for name in MORE_IMAGES for batch in more_images.get(name, []))]
         word = subject_word.strip()
         settings = FinetuneSettings(steps, learning_rate, batch_size, seed=seed)
         options = FinetuneOptions(
             trains, rank, gradient_checkpointing, resolution, mirror, validate_every=look_every, prompts=look_prompts
         )
-        return io.NodeOutput(*finetune_subject(model, clip, vae, qformer, image, mask, word, settings, options))
+        return io.NodeOutput(*finetune_subject(model, clip, vae, qformer, images, mask, word, settings, options))
 
 
 NODES = [SubjectFinetune]

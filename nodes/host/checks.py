@@ -66,21 +66,46 @@ def require_additive_noise(model: ModelPatcher) -> None:
         )
 
 
-def require_latent_alone(model: ModelPatcher) -> None:
-    """Refuse to fine-tune a U-Net that reads more than the noisy latent.
+def require_plain_sd15(model: ModelPatcher) -> None:
+    """Refuse to fine-tune a model other than SD1.5, or an SD1.5 that reads more than the noisy latent.
 
     Args:
         model: Model to fine-tune.
 
     Raises:
-        ValueError: The U-Net also reads a mask or an image, as those for inpainting and InstructPix2Pix do.
+        ValueError: The model is of another kind, or its U-Net also reads a mask or an image, as those for inpainting
+            and InstructPix2Pix do.
     """
+    config = model.model.model_config
+    if not isinstance(config, comfy.supported_models.SD15):
+        raise ValueError(
+            f"This model is {type(config).__name__}, but a subject is fine-tuned with SD1.5's U-Net: connect a plain "
+            "SD1.5 model."
+        )
     expected = model.get_model_object("latent_format").latent_channels
-    channels = getattr(model.model.diffusion_model, "in_channels", expected)
+    channels = model.model.diffusion_model.in_channels
     if channels != expected:
         raise ValueError(
             f"This model's U-Net reads {channels} channels, as inpainting and InstructPix2Pix models do, and "
             f"fine-tuning gives it the {expected} of a latent: connect a plain SD1.5 model."
+        )
+
+
+def require_same_latents(vae: comfy.sd.VAE, model: ModelPatcher) -> None:
+    """Refuse a VAE whose latents have another number of channels than the model's.
+
+    Args:
+        vae: VAE of the host.
+        model: Model that its latents are for.
+
+    Raises:
+        ValueError: The numbers differ.
+    """
+    expected = model.get_model_object("latent_format").latent_channels
+    if vae.latent_channels != expected:
+        raise ValueError(
+            f"This VAE's latents have {vae.latent_channels} channels and this model reads {expected}: connect the VAE "
+            "of the same checkpoint."
         )
 
 

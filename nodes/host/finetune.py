@@ -42,7 +42,7 @@ from .autograd import (
     trainable,
     training_model,
 )
-from .checks import require_additive_noise, require_clip_l, require_latent_alone
+from .checks import require_additive_noise, require_clip_l, require_plain_sd15, require_same_latents
 from .finetune_report import curve_image, describe_result, preview_image, show_progress
 from .managed import ManagedEncoder, encode_views
 
@@ -118,14 +118,15 @@ def finetune_subject(
     Raises:
         ValueError: The models or the images are not fit for it, or the device has too little memory.
     """
+    require_plain_sd15(model)
     require_additive_noise(model)
-    require_latent_alone(model)
+    require_same_latents(vae, model)
+    require_clip_l(clip, qformer.encoder.config.qformer.width)
     check_count(sum(map(len, images)))
     for batch in images:
         check_size(*batch.shape[1:3])
     views, source = encode_views(qformer, images, word, "crop", masks)
     vectors = views.mean(dim=0)  # [16, width]
-    require_clip_l(clip, vectors.shape[-1])
     latents = encode_squares(vae, images, options.resolution, options.mirror)
     finetuner = HostFinetuner(
         model, clip, vae, qformer, word, options.trains, options.rank, options.gradient_checkpointing

@@ -97,18 +97,16 @@ def match_masks(masks: Sequence[Tensor] | None, images: Sequence[Tensor]) -> lis
         for batch in images:
             matched.append(torch.cat(rows[start : start + len(batch)]))
             start += len(batch)
-    return [drop_blank_mask(mask, batch) for mask, batch in zip(matched, images, strict=True)]
+    return [drop_blank_mask(mask) for mask in matched]
 
 
-def drop_blank_mask(mask: Tensor, images: Tensor) -> Tensor | None:
+def drop_blank_mask(mask: Tensor) -> Tensor | None:
     """Return the mask, or None for the one that Load Image gives beside a picture without transparency.
 
     Args:
         mask: Masks of shape [B, H, W].
-        images: Images of shape [B, H, W, C].
     """
-    edges = (BLANK_MASK_EDGE, BLANK_MASK_EDGE)
-    if mask.shape[-2:] == edges != images.shape[1:3] and (mask == mask.flatten()[0]).all():
+    if mask.shape[-2:] == (BLANK_MASK_EDGE, BLANK_MASK_EDGE) and (mask == mask.flatten()[0]).all():
         log.info("The mask says nothing, because its picture has no transparency: it is ignored.")
         return None
     return mask

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -44,20 +43,6 @@ def loaded(host: Host, checkpoints) -> SimpleNamespace:
     """What Load BLIP-Diffusion gives for "hub"."""
     model, clip, vae, qformer = host.run("BLIPDiffusionLoader", checkpoint="hub")
     return SimpleNamespace(model=model, clip=clip, vae=vae, qformer=qformer)
-
-
-@pytest.fixture(scope="session")
-def inpainting_model(host: Host, pipeline, loaded) -> object:
-    """The MODEL of "hub" with a U-Net that also reads a mask and an image, 9 channels, as inpainting models have it."""
-    weights = dict(pipeline.unet.state_dict())
-    first = weights["conv_in.weight"]  # [width, 4, 3, 3]
-    generator = torch.Generator().manual_seed(0)
-    more = torch.randn(len(first), 5, 3, 3, generator=generator) * first.std()
-    weights["conv_in.weight"] = torch.cat([first, more], dim=1)
-    component = host.module("blip_qformer.checkpoint").Component
-    unet = component(Path("inpainting"), dict(pipeline.unet.config), lambda: dict(weights))
-    vae = component(Path("vae"), dict(pipeline.vae.config), pipeline.vae.state_dict)
-    return host.module("nodes.host.networks").build_model(unet, vae)
 
 
 @pytest.fixture

@@ -80,8 +80,9 @@ def test_several_words_for_one_subject_are_refused(host, loaded):
     assert torch.equal(same.vectors, encode(host, loaded, image).vectors)
 
 
-def test_load_images_mask_of_an_opaque_picture_is_no_mask(host, loaded):
-    pixels = (torch.rand(48, 96, 3) * 255).byte().numpy()
+@pytest.mark.parametrize("size", [(48, 96), (64, 64)])  # the second is that of the mask itself
+def test_load_images_mask_of_an_opaque_picture_is_no_mask(host, loaded, size):
+    pixels = (torch.rand(*size, 3) * 255).byte().numpy()
     Image.fromarray(pixels).save(host.base / "input" / "opaque.png")
     image, mask = host.run("LoadImage", image="opaque.png")
     assert mask.shape == (1, 64, 64)

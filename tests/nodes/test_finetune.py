@@ -171,12 +171,6 @@ def test_bad_images_are_refused_in_a_sentence(host, loaded, images, changes, mes
         tune(host, loaded, images, **changes)
 
 
-def test_a_u_net_for_inpainting_is_refused_before_any_work(host, loaded, images, inpainting_model, monkeypatch):
-    monkeypatch.setattr(type(loaded.qformer), "encode", lambda *_: pytest.fail("an image was encoded"))
-    with pytest.raises(ValueError, match="U-Net reads 9 channels, as inpainting .* connect a plain SD1.5 model"):
-        tune(host, loaded, images, model=inpainting_model)
-
-
 def test_too_little_memory_is_said_before_the_first_step(host, loaded, images, monkeypatch):
     import comfy.model_management as management
 
@@ -194,6 +188,22 @@ def test_a_list_is_one_fine_tuning_as_a_batch_is(host, loaded, images):
     assert by_list.report == by_batch.report
     for name, tensor in by_batch.weights.items():
         assert torch.equal(by_list.weights[name], tensor)
+
+
+def test_further_pictures_each_have_an_input(host, loaded, images):
+    first, second, third = images[:1], torch.rand(1, 80, 64, 3), images[1:2]
+    masks = [torch.zeros(1, *each.shape[1:3]) for each in (first, second, third)]
+    for mask in masks:
+        mask[:, 20:50, 10:40] = 1
+    with_channel = [mask[:, None] for mask in masks]
+    mask_inputs = {"mask": InputList(with_channel)}, {"mask": InputList(masks)}
+    for apart_masks, masks_together in (({}, {}), mask_inputs):
+        apart = tune(host, loaded, first, image_2=second, image_4=third, **apart_masks)
+        together = tune(host, loaded, InputList([first, second, third]), **masks_together)
+        assert torch.equal(apart.subject.vectors, together.subject.vectors)
+        assert apart.subject.source == together.subject.source
+    with pytest.raises(ValueError, match=r"There are 3 picture\(s\) but 2 masks"):
+        tune(host, loaded, first, image_2=second, image_4=third, mask=InputList(masks[:2]))
 
 
 def test_pictures_of_several_sizes_are_learned_together(host, loaded, images):

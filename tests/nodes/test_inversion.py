@@ -80,10 +80,6 @@ def test_the_stock_sampler_finds_the_image_again(host, loaded, prompt, image):
     assert error(host, loaded.model, prompt, image) < FOUND
 
 
-def test_a_model_for_inpainting_finds_the_image_again(host, inpainting_model, prompt, image):
-    assert error(host, inpainting_model, prompt, image) < FOUND
-
-
 def test_steps_and_refinements_bring_it_closer(host, loaded, prompt, image):
     tries = [(10, 0), (10, 2), (20, 2), (20, 5)]
     errors = [error(host, loaded.model, prompt, image, steps=steps, refinements=more) for steps, more in tries]

@@ -66,7 +66,13 @@ def set_edits(conditioning: Conditioning, edits: Sequence[Sequence[Edit]], *, in
 
 
 def model_for_edits(model: ModelPatcher | None) -> ModelPatcher | ExecutionBlocker:
-    """Return a copy of a MODEL with which conditionings need no hook for their edits, see :func:`.wrap_model`."""
+    """Return a copy of a MODEL with which conditionings need no hook for their edits, see :func:`.wrap_model`.
+
+    Raises:
+        ValueError: The model is not SD1.5.
+    """
+    if model is not None:
+        require_sd15(model)
     return wrap_model(model, EDITS, sample_with_edits)
 
 

@@ -53,7 +53,13 @@ def record_attention(conditioning: Conditioning, record: AttentionRecord, *, in_
 
 
 def model_for_records(model: ModelPatcher | None) -> ModelPatcher | ExecutionBlocker:
-    """Return a copy of a MODEL with which conditionings need no hook to be recorded, see :func:`.wrap_model`."""
+    """Return a copy of a MODEL with which conditionings need no hook to be recorded, see :func:`.wrap_model`.
+
+    Raises:
+        ValueError: The model has no cross-attention.
+    """
+    if model is not None:
+        require_cross_attention(model)
     return wrap_model(model, RECORDED_PROMPTS, sample_and_record)
 
 
