@@ -7,11 +7,13 @@ up to the pack's own and import that without a host.
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ for package in ("tools", "tests", "benchmarks", "mini"):
         _import_from_root(package)
 
 from tests.host import Host, load_host  # noqa: E402
-from tools.frontend import Frontend  # noqa: E402
+from tools.frontend import RENDERERS, Frontend, NoRendererError  # noqa: E402
 from tools.host import OFFLINE, ComfyServer, make_base_directory  # noqa: E402
 
 os.environ.update(OFFLINE)
@@ -103,7 +105,22 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
 
 
 @pytest.fixture(scope="session")
-def frontend(server: ComfyServer) -> Iterator[Frontend]:
-    """The server's frontend in a headless browser."""
-    with Frontend(server) as opened:
-        yield opened
+def frontends(server: ComfyServer) -> Iterator[Callable[[str], Frontend]]:
+    """The server's frontend in a headless browser, by the renderer of its nodes; each is opened once."""
+    with ExitStack() as opened:
+        yield functools.cache(lambda renderer: opened.enter_context(Frontend(server, renderer)))
+
+
+@pytest.fixture
+def frontend(frontends: Callable[[str], Frontend]) -> Frontend:
+    """The frontend with nodes on the canvas."""
+    return frontends(RENDERERS[0])
+
+
+@pytest.fixture(params=RENDERERS)
+def page(frontends: Callable[[str], Frontend], request: pytest.FixtureRequest) -> Frontend:
+    """The frontend with each of its renderers."""
+    try:
+        return frontends(request.param)
+    except NoRendererError as error:
+        pytest.skip(str(error))

@@ -146,7 +146,7 @@ def test_a_nodes_own_validation_is_asked(host: Host) -> None:
         host.run("LoadImage", image="absent.png")
 
 
-def test_the_frontend_shows_itself(frontend: Frontend, tmp_path: Path) -> None:
-    image = Image.open(frontend.screenshot(tmp_path / "frontend.png"))
+def test_the_frontend_shows_itself(page: Frontend, tmp_path: Path) -> None:
+    image = Image.open(page.screenshot(tmp_path / "frontend.png"))
     assert image.size == (1600, 900)
-    assert frontend.node_help("NoSuchNode") is None
+    assert page.node_help("NoSuchNode") is None

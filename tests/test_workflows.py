@@ -18,7 +18,6 @@ from blip_qformer.checkpoint.ldm_keys import controlnet_to_ldm, stable_diffusion
 from blip_qformer.cli.command_line import main as blip_qformer
 from tests import oracle
 from tests.random_weights import DEMO, SMALL, write_hub_folder
-from tools.frontend import Frontend
 from tools.host import PACK_NAME, ROOT, ComfyServer, History, WorkflowError, comfyui_path
 from tools.thumbnails import CHANGES, small_prompt
 from tools.workflow import override, to_prompt
@@ -37,6 +36,7 @@ STOCK = dataclasses.replace(
     vae_channels=(128, 256, 512, 512),
 )
 CONTROLNETS = ("control_v11p_sd15_scribble_fp16.safetensors", "control_v11f1p_sd15_depth_fp16.safetensors")
+TINY = "blipdiffusion-controlnet"  # of sizes that only our own loader knows
 PLAIN_SD15, FAVOURITE = "v1-5-pruned-emaonly-fp16.safetensors", "my_favourite_sd15.safetensors"
 
 #: A picture of the same kind, for each that a workflow shows.
@@ -70,7 +70,7 @@ def stocked(server, tmp_path_factory) -> ComfyServer:
     models, folder = server.base / "models", tmp_path_factory.mktemp("weights")
     write_hub_folder(
         oracle.pipeline(DEMO, folder / "demo", comfyui_path()),
-        models / "blip_diffusion" / "blipdiffusion-controlnet",
+        models / "blip_diffusion" / TINY,
         controlnet=oracle.controlnet(DEMO),
     )
     tuned = oracle.pipeline(STOCK, folder / "stock", comfyui_path())
@@ -90,20 +90,26 @@ def stocked(server, tmp_path_factory) -> ComfyServer:
 def nearby(weights: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
     """The same weights and a little of others, in half precision: as checkpoints tuned from one another are."""
     torch.manual_seed(seed)
-    noisy = {name: weight + torch.randn(weight.shape) * 0.1 * weight.std() for name, weight in weights.items()}
-    return {name: weight.half().contiguous() for name, weight in noisy.items()}
+    tuned = {name: weight for name, weight in weights.items() if not name.startswith("first_stage_model.")}
+    noisy = {name: weight + torch.randn(weight.shape) * 0.1 * weight.std() for name, weight in tuned.items()}
+    return {name: weight.half().contiguous() for name, weight in {**weights, **noisy}.items()}
 
 
-@pytest.fixture(scope="module")
-def browser(stocked, request) -> Frontend:
-    """That server's frontend, opened when the models are there."""
-    return request.getfixturevalue("frontend")
+@pytest.fixture(scope="module", params=WORKFLOWS)
+def workflow(request) -> str:
+    """Each workflow; all tests of one follow each other, so that the server still has its models and results."""
+    return request.param
+
+
+def read_graph(workflow: str) -> dict:
+    """A workflow as it is saved."""
+    return json.loads((ROOT / "workflows" / f"{workflow}.json").read_text())
 
 
 def small(server: ComfyServer, workflow: str) -> dict:
-    """A workflow's prompt, made quick: three steps of 64 x 64 pixels, three pictures in a trajectory."""
-    graph = json.loads((ROOT / "workflows" / f"{workflow}.json").read_text())
-    prompt = to_prompt(graph, server.object_info())
+    """A workflow's prompt, made quick: three steps of 64 x 64 pixels, three pictures in a trajectory, a tiny model."""
+    prompt = to_prompt(read_graph(workflow), server.object_info())
+    needs_stock_sizes = any(nodes_of(prompt, loader) for loader in ("CheckpointLoaderSimple", "ControlNetLoader"))
     for node in prompt.values():
         inputs = node["inputs"]
         if node["class_type"] in SIZED:
@@ -114,8 +120,8 @@ def small(server: ComfyServer, workflow: str) -> dict:
             inputs["steps"] = STEPS
         elif node["class_type"] == "BLIPDiffusionSubjectFinetune":
             inputs |= {"steps": SAMPLED, "look_every": SAMPLED, "look_prompts": "in the snow", "resolution": TILE}
-        elif node["class_type"] == "BLIPDiffusionLoader" and workflow in ("edit-generated", "edit-photo"):
-            inputs["checkpoint"] = "blipdiffusion-controlnet"  # the other one has no level at a quarter of the latent
+        elif node["class_type"] == "BLIPDiffusionLoader" and not needs_stock_sizes:
+            inputs["checkpoint"] = TINY
     return prompt
 
 
@@ -140,7 +146,6 @@ def picture(server: ComfyServer, prompt: dict) -> np.ndarray:
     return np.concatenate([np.array(Image.open(file)) for file in saved(server.queue(prompt), prompt)])
 
 
-@pytest.mark.parametrize("workflow", WORKFLOWS)
 def test_runs_and_is_cached(stocked, workflow):
     prompt = small(stocked, workflow)
     first = stocked.queue(prompt)
@@ -150,7 +155,28 @@ def test_runs_and_is_cached(stocked, workflow):
     assert not stocked.queue(prompt).executed
 
 
-@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_opens_and_runs_in_the_page(stocked, workflow, page):
+    """What Run sends is the saved workflow, then what the widgets were set to; images show where nodes give some."""
+    graph, info = read_graph(workflow), stocked.object_info()
+    opened = page.open_workflow(graph)
+    assert (opened.missing_types, opened.messages, opened.console_errors) == ((), (), ())
+    assert opened.node_count == len(graph["nodes"])
+    assert opened.prompt == to_prompt(graph, info)
+    prompt = small(stocked, workflow)
+    changes = {number: changed_inputs(opened.prompt[number], node) for number, node in prompt.items()}
+    showing = {number for number, files in stocked.queue(prompt).files.items() if files[0].suffix == ".png"}
+    showing |= set(nodes_of(prompt, "LoadImage"))
+    run = page.run_workflow(changes, shows=showing)
+    assert (run.end, run.exception_message, run.console_errors) == ("execution_success", "", ())
+    assert run.prompt == prompt
+    assert run.shown == showing
+
+
+def changed_inputs(before: dict, after: dict) -> dict[str, object]:
+    """The inputs of a node that are others afterwards."""
+    return {name: value for name, value in after["inputs"].items() if value != before["inputs"][name]}
+
+
 def test_answers_to_picture_word_and_prompt(stocked, workflow):
     prompt = small(stocked, workflow)
     for number in nodes_of(prompt, "BLIPDiffusionSubjectFinetune"):
@@ -165,16 +191,6 @@ def test_answers_to_picture_word_and_prompt(stocked, workflow):
         assert not np.array_equal(picture(stocked, each), original)
 
 
-@pytest.mark.parametrize("workflow", WORKFLOWS)
-def test_opens_in_the_frontend(stocked, browser, workflow):
-    graph = json.loads((ROOT / "workflows" / f"{workflow}.json").read_text())
-    opened = browser.open_workflow(graph)
-    assert (opened.missing_types, opened.messages, opened.console_errors) == ((), (), ())
-    assert opened.node_count == len(graph["nodes"])
-    assert opened.prompt == to_prompt(graph, stocked.object_info())
-
-
-@pytest.mark.parametrize("workflow", WORKFLOWS)
 def test_is_offered_as_a_template_with_a_thumbnail(stocked, workflow):
     assert workflow in requests.get(f"{stocked.url}/api/workflow_templates").json()[PACK_NAME]
     thumbnail = requests.get(f"{stocked.url}/api/workflow_templates/{PACK_NAME}/{workflow}.jpg")
@@ -184,8 +200,7 @@ def test_is_offered_as_a_template_with_a_thumbnail(stocked, workflow):
 
 @pytest.mark.parametrize("workflow", CHANGES)
 def test_a_thumbnail_changes_inputs_that_are_there(stocked, workflow):
-    graph = json.loads((ROOT / "workflows" / f"{workflow}.json").read_text())
-    original = to_prompt(graph, stocked.object_info())
+    original = to_prompt(read_graph(workflow), stocked.object_info())
     changed = small_prompt(workflow, stocked.object_info(), "mini")
     assert changed != original
     assert {number: node["inputs"].keys() for number, node in changed.items()} == {
@@ -193,9 +208,15 @@ def test_a_thumbnail_changes_inputs_that_are_there(stocked, workflow):
     }
 
 
-@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_uses_no_node_that_the_host_calls_deprecated(server, workflow):
+    info = server.object_info()
+    assert [
+        node["type"] for node in read_graph(workflow)["nodes"] if info.get(node["type"], {}).get("deprecated")
+    ] == []
+
+
 def test_says_how_to_use_it_and_where_its_models_come_from(workflow):
-    nodes = json.loads((ROOT / "workflows" / f"{workflow}.json").read_text())["nodes"]
+    nodes = read_graph(workflow)["nodes"]
     (note,) = [node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote"]
     for node in nodes:
         for model in node["properties"].get("models", []):  # what the dialog of missing models offers
@@ -329,6 +350,22 @@ def test_a_missing_model_is_said_before_anything_runs(stocked):
     prompt = override(small(stocked, "subject-generation"), "BLIPDiffusionLoader", checkpoint="gone")
     with pytest.raises(WorkflowError, match=r'Load.*"gone" was not found in .*Salesforce/blipdiffusion'):
         stocked.queue(prompt)
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+def test_an_error_of_the_library_is_a_value_error_with_its_sentence(stocked, page):
+    """In what the server sends, and for what the page shows of it."""
+    graph = read_graph("subject-generation")
+    (stocked.base / "models" / "blip_diffusion" / "pointer.safetensors").write_text(LFS_POINTER)
+    (loader,) = [str(node["id"]) for node in graph["nodes"] if node["type"] == "BLIPDiffusionLoader"]
+    page.open_workflow(graph)
+    run = page.run_workflow({loader: {"checkpoint": "pointer.safetensors"}})
+    assert (run.end, run.exception_type) == ("execution_error", "ValueError")
+    assert "pointer.safetensors is a git-lfs pointer" in run.exception_message
+    assert "blip_qformer" not in run.text
+    page.open_workflow(graph)  # takes the message off the page
 
 
 def test_an_error_in_the_middle_leaves_nothing_behind(stocked):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 import requests
-from playwright.sync_api import ConsoleMessage, sync_playwright
+from playwright.sync_api import ConsoleMessage, ViewportSize, sync_playwright
+from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
 from tools.host import PACK_NAME, ComfyServer
 
@@ -47,6 +49,47 @@ OPEN_WORKFLOW = """async graph => {
     const prompt = await window.app.graphToPrompt()
     return {nodeCount: window.app.graph.nodes.length, missing: [...new Set(missing)], prompt: prompt.output}
 }"""
+# Sets widgets, given as node id -> name -> value, presses Run, and returns how the run ended.
+RUN_WORKFLOW = """async changes => {
+    for (const [id, values] of Object.entries(changes)) {
+        const node = window.app.graph.getNodeById(Number(id))
+        for (const [name, value] of Object.entries(values)) {
+            const widget = node.widgets.find(widget => widget.name === name)
+            widget.value = value
+            widget.callback?.(value)
+        }
+    }
+    const ends = ['execution_success', 'execution_error', 'execution_interrupted']
+    const end = new Promise((resolve, reject) => {
+        ends.forEach(kind =>
+            window.app.api.addEventListener(kind, ({detail}) => resolve({kind, ...detail}), {once: true}))
+        setTimeout(() => reject(new Error('The run did not end: ' + document.body.innerText)), RUN_TIMEOUT)
+    })
+    await window.app.extensionManager.command.execute('Comfy.QueuePrompt')
+    const {kind, exception_type, exception_message} = await end
+    const prompt = await window.app.graphToPrompt()
+    return {kind, type: exception_type ?? '', sentence: exception_message ?? '', prompt: prompt.output}
+}""".replace("RUN_TIMEOUT", "300_000")
+# The ids of the nodes that show an image which the browser has loaded.
+SHOWN_IMAGES = {
+    "classic": """() => window.app.graph.nodes
+        .filter(node => node.imgs?.some(image => image.naturalWidth > 0)).map(node => String(node.id))""",
+    "nodes 2.0": """() => [...document.querySelectorAll('[data-node-id]')]
+        .filter(node => [...node.querySelectorAll('img')].some(image => image.naturalWidth > 0))
+        .map(node => node.dataset.nodeId)""",
+}
+RENDERERS = tuple(SHOWN_IMAGES)
+# Searches nodes as the search box does, and tells whether it searches by aliases, as frontends since 1.38 or later do.
+SEARCH_NODES = """text => {
+    const pinia = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia
+    const service = pinia._s.get('nodeDef').nodeSearchService
+    const keys = service.nodeFuseSearch.fuse.options.keys
+    return {
+        found: service.searchNode(text).map(node => node.name),
+        byAlias: keys.some(key => (key.name ?? key) === 'search_aliases'),
+    }
+}"""
+RENDERER = "() => window.LiteGraph.vueNodesMode ? 'nodes 2.0' : 'classic'"
 # Pop-up messages are read, then closed, so that the next workflow's are its own.
 READ_MESSAGES = """() => {
     const texts = [...document.querySelectorAll('.p-toast-message-text')].map(message => message.innerText)
@@ -57,6 +100,10 @@ READ_MESSAGES = """() => {
 
 class BrowserError(RuntimeError):
     """There is no browser, or the frontend did not come up in it."""
+
+
+class NoRendererError(BrowserError):
+    """The frontend of this version of ComfyUI cannot show nodes in the way that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +125,29 @@ class OpenedWorkflow:
     prompt: dict[str, dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    """A workflow after the page has run it.
+
+    Attributes:
+        end: How it ended, as the host calls it: ``execution_success`` or ``execution_error``.
+        exception_type: Class of the error that the host reported, or "".
+        exception_message: Its sentence, or "".
+        text: Text of the page.
+        console_errors: Errors that the page reported meanwhile.
+        prompt: Prompt that Run would send now.
+        shown: Ids of the nodes that show an image.
+    """
+
+    end: str
+    exception_type: str
+    exception_message: str
+    text: str
+    console_errors: tuple[str, ...]
+    prompt: dict[str, dict[str, Any]]
+    shown: frozenset[str]
+
+
 def find_browser() -> str:
     """Return the path of a Chromium: ``CHROMIUM`` if set, else the first of the usual names.
 
@@ -96,13 +166,14 @@ class Frontend:
 
     Args:
         server: Running server.
+        renderer: One of :data:`RENDERERS`: who shows the nodes, the canvas or the page's own elements (Nodes 2.0).
         width: Width of the page in pixels.
         height: Height of the page in pixels.
     """
 
-    def __init__(self, server: ComfyServer, width: int = 1600, height: int = 900):
-        self.server = server
-        self.size = {"width": width, "height": height}
+    def __init__(self, server: ComfyServer, renderer: str = "classic", width: int = 1600, height: int = 900) -> None:
+        self.server, self.renderer = server, renderer
+        self.size: ViewportSize = {"width": width, "height": height}
         self._errors: list[str] = []
         # Playwright's blocking interface keeps an event loop running in its thread, where asyncio.run would then fail.
         self._thread = ThreadPoolExecutor(1)
@@ -133,12 +204,57 @@ class Frontend:
 
         return self._run(open_it)
 
+    def run_workflow(
+        self, changes: Mapping[str, Mapping[str, Any]] | None = None, shows: Collection[str] = ()
+    ) -> FinishedRun:
+        """Press Run for the workflow on the canvas and wait for its end.
+
+        Args:
+            changes: Values of widgets to set before, by node id and name.
+            shows: Ids of nodes that are waited for until they show an image.
+        """
+
+        def run_it() -> FinishedRun:
+            self._errors.clear()
+            self._fit_view()  # what is out of sight is not rendered
+            answer = self._page.evaluate(RUN_WORKFLOW, changes or {})
+            shown = SHOWN_IMAGES[self.renderer]
+            with suppress(PlaywrightTimeoutError):
+                self._page.wait_for_function(
+                    f"ids => (shown => ids.every(id => shown.includes(id)))(({shown})())",
+                    arg=list(shows),
+                    timeout=15_000,
+                )
+            return FinishedRun(
+                end=answer["kind"],
+                exception_type=answer["type"],
+                exception_message=answer["sentence"].strip(),
+                text=self._page.evaluate("document.body.innerText"),
+                console_errors=tuple(self._errors),
+                prompt=answer["prompt"],
+                shown=frozenset(self._page.evaluate(shown)),
+            )
+
+        return self._run(run_it)
+
+    def search_nodes(self, text: str) -> tuple[list[str], bool]:
+        """Search nodes as the search box does.
+
+        Args:
+            text: What is typed.
+
+        Returns:
+            Ids of the nodes that are found, best first, and whether this frontend also searches by aliases.
+        """
+        answer = self._run(lambda: self._page.evaluate(SEARCH_NODES, text))
+        return answer["found"], answer["byAlias"]
+
     def screenshot(self, path: Path) -> Path:
         """Write a PNG of the page, zoomed to the whole graph, and return its path."""
 
         def write() -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._page.keyboard.press(".")  # the frontend's key for "fit the view"
+            self._fit_view()
             self._page.wait_for_timeout(1000)
             self._page.screenshot(path=path)
             return path
@@ -150,12 +266,15 @@ class Frontend:
         response = requests.get(f"{self.server.url}/extensions/{quote(pack)}/docs/{quote(node_id)}.md", timeout=60)
         return response.text if response.status_code == 200 else None
 
+    def _fit_view(self) -> None:
+        self._page.evaluate("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+
     def _run(self, action: Callable[[], Result]) -> Result:
         return self._thread.submit(action).result()
 
     def _start(self) -> None:
         executable = find_browser()
-        self.server.save_settings(SETTINGS)
+        self.server.save_settings({**SETTINGS, "Comfy.VueNodes.Enabled": self.renderer == "nodes 2.0"})
         self._playwright = sync_playwright().start()
         try:
             self._browser = self._playwright.chromium.launch(executable_path=executable, args=list(BROWSER_ARGUMENTS))
@@ -169,8 +288,10 @@ class Frontend:
             )
             self._page.goto(self.server.url)
             self._page.wait_for_function("window.app && window.app.graph && window.app.vueAppReady", timeout=120_000)
+            if self._page.evaluate(RENDERER) != self.renderer:
+                raise NoRendererError(f"The frontend of this ComfyUI has no {self.renderer}.")
         except BaseException:
-            self._playwright.stop()
+            self._playwright.stop()  # with the browser
             raise
 
     def _stop(self) -> None:

@@ -45,6 +45,15 @@ def no_hidden_inputs(get_output_data: Callable[..., Any]) -> dict[str, Any]:
     return {"hidden_inputs": {}}
 
 
+def copies_dynamic_models() -> bool:
+    """Return whether the host copies a MODEL with dynamic memory for a run with hooks, as it does since 0.16.0.
+
+    To be called where the host can be imported.
+    """
+    patcher = importlib.import_module("comfy.model_patcher")
+    return hasattr(getattr(patcher, "ModelPatcherDynamic", None), "get_non_dynamic_delegate")
+
+
 def read_template(name: str) -> dict[str, Any] | None:
     """Return a workflow that ComfyUI ships as a template; None where this version has it no more.
 

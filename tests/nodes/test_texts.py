@@ -163,6 +163,15 @@ def test_nodes_are_found_by_other_words_where_the_host_knows_them(host, info):
         assert {name for name in NODES if info[name].get("essentials_category") == "BLIP-Diffusion"} == ESSENTIALS
 
 
+def test_the_page_finds_nodes_by_their_names_and_by_other_words(host, frontend):
+    found, by_alias = frontend.search_nodes("BLIP-2 Subject Encode")
+    assert found[0] == "BLIPDiffusionSubjectEncode"
+    if not by_alias or "search_aliases" not in host.module("nodes.host.versions").SCHEMA_FIELDS:
+        pytest.skip("this ComfyUI or its frontend does not know other words for a node")
+    for word, name in (("ip-adapter", "BLIPDiffusionSubjectEncode"), ("dreambooth", "BLIPDiffusionSubjectFinetune")):
+        assert name in frontend.search_nodes(word)[0]
+
+
 @pytest.mark.parametrize("name", NODES)
 def test_widgets_keep_their_order(info, name):
     assert [key for key, (kind, _) in inputs_of(info[name]).items() if kind not in SOCKETS] == WIDGETS[name]

@@ -23,6 +23,7 @@ from tests.nodes.attention.graphs import (
     under_two_loras,
 )
 from tests.nodes.test_prompt import compose
+from tools.host_versions import copies_dynamic_models
 
 
 def dynamic(model):
@@ -47,13 +48,6 @@ def dynamic(model):
     model = model.clone()
     model.__class__ = Dynamic
     return model, delegates
-
-
-def knows_dynamic_memory() -> bool:
-    """Whether this version of the host asks models for static copies."""
-    from comfy.model_patcher import ModelPatcher
-
-    return hasattr(ModelPatcher, "is_dynamic")
 
 
 def run_node(host, small, node, **inputs):
@@ -105,7 +99,7 @@ def test_a_dynamic_model_is_not_copied_with_the_wire(host, small, node):
     found = run_node(host, small, node)
     assert all("hooks" in options for _, options in found.conditioning)
     hooked = sample(host, small, found.conditioning, found.latent, model=model)
-    assert len(delegates) == (1 if knows_dynamic_memory() else 0)
+    assert len(delegates) == (1 if copies_dynamic_models() else 0)
     assert torch.equal(wired, hooked)
 
 
