@@ -7,12 +7,26 @@ from ..blip_qformer.subject import Subject
 from ..blip_qformer.subject.provenance import encoder_hash
 from .host.checks import require_tuned_subject
 from .host.managed import ManagedEncoder
-from .host.model_paths import CHECKPOINTS
+from .host.model_paths import CHECKPOINTS, FileMarks
 from .host.networks import build_controlnet, build_networks
 from .types import CATEGORY, Blip2QFormer, BlipSubject, checkpoint_input, io, newer_fields
 
 
-class LoadBLIPDiffusion(io.ComfyNode):
+class CheckpointNode(io.ComfyNode):
+    """What all nodes have in common that read a checkpoint."""
+
+    @classmethod
+    def validate_inputs(cls, checkpoint: str | None) -> bool | str:
+        """Refuse a checkpoint that is gone."""
+        return CHECKPOINTS.validate(checkpoint)
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str | None, **_: object) -> FileMarks:
+        """Tell the host to read other files under the same name again, such as after another fine-tuning."""
+        return CHECKPOINTS.fingerprint(checkpoint)
+
+
+class LoadBLIPDiffusion(CheckpointNode):
     """Loads all of a checkpoint: U-Net, text encoder and VAE for the stock nodes, and the Q-Former for ours."""
 
     @classmethod
@@ -35,18 +49,13 @@ class LoadBLIPDiffusion(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str | None) -> bool | str:
-        """Refuse a checkpoint that is gone."""
-        return CHECKPOINTS.validate(checkpoint)
-
-    @classmethod
     def execute(cls, checkpoint: str) -> io.NodeOutput:
         """Open the checkpoint and build all of its networks."""
         opened = open_checkpoint(CHECKPOINTS.path(checkpoint))
         return io.NodeOutput(*build_networks(opened), ManagedEncoder(opened))
 
 
-class LoadBLIP2QFormer(io.ComfyNode):
+class LoadBLIP2QFormer(CheckpointNode):
     """Loads only the Q-Former, beside a stock checkpoint loader."""
 
     @classmethod
@@ -64,17 +73,12 @@ class LoadBLIP2QFormer(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str | None) -> bool | str:
-        """Refuse a checkpoint that is gone."""
-        return CHECKPOINTS.validate(checkpoint)
-
-    @classmethod
     def execute(cls, checkpoint: str) -> io.NodeOutput:
         """Open the checkpoint and build its subject encoder."""
         return io.NodeOutput(ManagedEncoder(open_checkpoint(CHECKPOINTS.path(checkpoint))))
 
 
-class LoadBLIPDiffusionControlNet(io.ComfyNode):
+class LoadBLIPDiffusionControlNet(CheckpointNode):
     """Loads the ControlNet that some published folders contain."""
 
     @classmethod
@@ -93,18 +97,13 @@ class LoadBLIPDiffusionControlNet(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str | None) -> bool | str:
-        """Refuse a checkpoint that is gone."""
-        return CHECKPOINTS.validate(checkpoint)
-
-    @classmethod
     def execute(cls, checkpoint: str) -> io.NodeOutput:
         """Open the checkpoint and build its ControlNet."""
         opened = open_checkpoint(CHECKPOINTS.path(checkpoint))
         return io.NodeOutput(build_controlnet(opened.require("controlnet")))
 
 
-class LoadTunedSubject(io.ComfyNode):
+class LoadTunedSubject(CheckpointNode):
     """Loads the subject of a checkpoint that was tuned with the authors' code."""
 
     @classmethod
@@ -127,11 +126,6 @@ class LoadTunedSubject(io.ComfyNode):
                 BlipSubject.Output(display_name="subject", tooltip="For Subject Prompt Compose, or Save Subject.")
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, checkpoint: str | None) -> bool | str:
-        """Refuse a checkpoint that is gone."""
-        return CHECKPOINTS.validate(checkpoint)
 
     @classmethod
     def execute(cls, checkpoint: str, subject_word: str) -> io.NodeOutput:

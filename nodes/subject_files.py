@@ -11,7 +11,7 @@ from ..blip_qformer.subject.file_name import checked_name
 from ..blip_qformer.subject.provenance import encoder_mismatch
 from .host.lists import takes_lists
 from .host.managed import ManagedEncoder
-from .host.model_paths import SUBJECTS, new_subject_path
+from .host.model_paths import SUBJECTS, FileMarks, new_subject_path
 from .types import CATEGORY, Blip2QFormer, BlipSubject, io, newer_fields
 
 logger = logging.getLogger("blip_diffusion")
@@ -124,9 +124,9 @@ class LoadSubject(io.ComfyNode):
         return SUBJECTS.validate(subject_file)
 
     @classmethod
-    def fingerprint_inputs(cls, subject_file: str, **_: object) -> tuple[str, float]:
+    def fingerprint_inputs(cls, subject_file: str | None, **_: object) -> FileMarks:
         """Tell the host to read another file under the same name again."""
-        return subject_file, SUBJECTS.path(subject_file).stat().st_mtime
+        return SUBJECTS.fingerprint(subject_file)
 
     @classmethod
     def execute(cls, subject_file: str, subject_word: str, qformer: ManagedEncoder | None = None) -> io.NodeOutput:

@@ -19,6 +19,10 @@ CHECKPOINT_FOLDER, SEGMENTATION_FOLDER = "blip_diffusion", "clipseg"  # ours: th
 DIFFUSERS_FOLDER, SUBJECT_FOLDER = "diffusers", "embeddings"  # the host's own
 
 
+FileMarks = tuple[tuple[str, int, int], ...]
+"""Path, size in bytes and time of change in nanoseconds of each file that belongs to a choice."""
+
+
 @dataclass(frozen=True)
 class ModelList:
     """One drop-down list. The disk is searched anew at each call, because files come and go while the host runs.
@@ -64,6 +68,18 @@ class ModelList:
             name: Entry of the drop-down list; None if it comes over a link and is not known yet.
         """
         return True if name is None or name in self.find() else self.missing(name)
+
+    def fingerprint(self, name: str | None) -> FileMarks:
+        """Return what is another value once other files lie under a name; the host then runs the node again.
+
+        Args:
+            name: Entry of the drop-down list; None if it comes over a link and is not known yet.
+        """
+        if name is None or name not in self.find():
+            return ()
+        path = self.path(name)
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
     def missing(self, name: str) -> str:
         """Return a sentence that says what was looked for, where, and how to get it."""

@@ -294,6 +294,21 @@ def test_of_two_folders_with_one_name_the_first_is_taken(host, models, monkeypat
     assert host.module("nodes.host.model_paths").CHECKPOINTS.path("same") == roots[0] / "same"
 
 
+@pytest.mark.parametrize("name", ["copy", "checkpoint_40.pth"])
+@pytest.mark.parametrize("loader", [*LOADERS, "BLIPDiffusionControlNetLoader", "BLIPDiffusionTunedSubjectLoader"])
+def test_other_files_under_one_name_are_read_again(host, models, loader, name):
+    """As after another fine-tuning: the host runs a node again when its fingerprint is another one."""
+    folder = models / "blip_diffusion"
+    shutil.copytree(folder / "hub", folder / "copy", copy_function=shutil.copy2)
+    fingerprint = host.nodes[loader].fingerprint_inputs
+    before = fingerprint(checkpoint=name)
+    assert fingerprint(checkpoint=name) == before
+    file = next((folder / "copy" / "unet").glob("*.bin")) if name == "copy" else folder / name
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    assert fingerprint(checkpoint=name) != before
+    assert fingerprint(checkpoint=None) == ()  # comes over a link
+
+
 @pytest.mark.parametrize("flag", ["fp8_e4m3fn_text_enc", "fp8_e5m2_text_enc"])
 def test_eight_bit_weights_run(host, checkpoints, monkeypatch, flag):
     from comfy.cli_args import args

@@ -181,3 +181,4 @@ def test_a_changed_file_is_read_again(host, subject, embeddings):
     assert node.fingerprint_inputs(subject_file="dog.safetensors", subject_word="") == before
     save(host, type(subject)(subject.vectors + 1, "dog"), "dog", overwrite=True)
     assert node.fingerprint_inputs(subject_file="dog.safetensors", subject_word="") != before
+    assert node.fingerprint_inputs(subject_file=None, subject_word="") == ()  # comes over a link
