@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.nodes.attention.graphs import in_windows
 from tests.nodes.test_prompt import compose, stock
 
 SIZE = (12, 20)  # of the latents; halved, it stays even
@@ -188,6 +189,55 @@ def test_prompts_of_two_areas(host, loaded, positive, negative):
     explicit.maps = [maps for maps in explicit.maps if maps.shape[-1] <= middle]
     expected = explicit.word_map(tokens, 77, (SIZE[0], middle))
     torch.testing.assert_close(attention.word_map("hat", *SIZE)[..., :middle], expected, atol=1e-5, rtol=0)
+
+
+def test_an_area_ends_where_the_image_ends(host, loaded, positive, negative):
+    """An area that reaches beyond the image is to the last bit the one that does not, as the host cuts it."""
+    half = 8 * SIZE[1] // 2
+    maps = []
+    for width in (half, 2 * half):
+        watched, attention = record(host, positive)
+        area = {"width": width, "height": 8 * SIZE[0], "x": half, "y": 0, "strength": 1.0}
+        sample(host, loaded.model, host.run("ConditioningSetArea", conditioning=watched, **area)[0], negative)
+        maps.append(attention.word_map("hat", *SIZE))
+    assert maps[0].any()
+    assert torch.equal(*maps)
+
+
+def in_tiles(count: int, together: bool):
+    """A wrapper that calls the model for tiles side by side: one call for each, or one for all, as other packs do."""
+
+    def call(function, arguments):
+        tiles, context = arguments["input"].chunk(count, dim=-1), arguments["c"]["c_crossattn"]
+        if not together:
+            return torch.cat([function(tile, arguments["timestep"], **arguments["c"]) for tile in tiles], dim=-1)
+        c = {**arguments["c"], "c_crossattn": context.repeat(count, 1, 1)}
+        output = function(torch.cat(tiles), arguments["timestep"].repeat(count), **c)
+        return torch.cat(output.chunk(count), dim=-1)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("together", "message"),
+    [
+        (False, "called with a tile of 10 x 12 of latents of 20 x 12, and Record Attention"),
+        (True, "called with 4 pictures where the sampler has 1 for each of 2 prompts"),
+    ],
+)
+def test_tiles_are_refused(host, loaded, positive, negative, together, message):
+    """A map of one tile would have counted as a map of the whole picture."""
+    model = loaded.model.clone()
+    model.set_model_unet_function_wrapper(in_tiles(2, together))
+    with pytest.raises(ValueError, match=message):
+        sample(host, model, record(host, positive)[0], negative)
+
+
+def test_windows_are_refused(host, loaded, positive, negative):
+    """The pictures of a window would have counted as the first pictures of the batch."""
+    model = in_windows(loaded.model, [0, 2], 2)
+    with pytest.raises(ValueError, match="called with 2 of the sampler's 4 pictures, and Record Attention"):
+        sample(host, model, record(host, positive)[0], negative, rows=4)
 
 
 def test_a_second_run_starts_afresh(host, loaded, positive, negative):

@@ -46,6 +46,25 @@ def conditioning_rows(batch_size: int, extra_options: ExtraOptions) -> list[tupl
     return [(uuid, slice(index * count, (index + 1) * count)) for index, uuid in enumerate(uuids)]
 
 
+def require_known_rows(batch_size: int, extra_options: ExtraOptions) -> None:
+    """Refuse a call of the model in which it is not known which row belongs to which conditioning.
+
+    Args:
+        batch_size: Number of rows in the call.
+        extra_options: What the host tells a patch.
+
+    Raises:
+        ValueError: There are other rows than the sampler's, such as several tiles of each image.
+    """
+    num_conds, count = len(extra_options["uuids"]), len(extra_options["sigmas"])
+    if batch_size != num_conds * count:
+        raise ValueError(
+            f"The model was called with {batch_size} pictures where the sampler has {count} for each of {num_conds} "
+            "prompts, so that it is not known which belongs to which: let what draws the picture in tiles draw one "
+            "tile at a time, or take out the node that edits or records attention."
+        )
+
+
 def map_size(extra_options: ExtraOptions) -> tuple[int, int]:
     """Return height and width of the maps of the layer that called a patch."""
     height, width = extra_options["activations_shape"][-2:]

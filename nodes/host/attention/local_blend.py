@@ -96,7 +96,7 @@ class LocalBlend:
             extra_options: What the host tells a patch.
 
         Raises:
-            ValueError: If the conditioning is for an area of the image.
+            ValueError: If the conditioning is for an area of the image, or the image is sampled in tiles.
         """
         wanted = [
             (uuid, rows, image, blend_plan)
@@ -107,8 +107,8 @@ class LocalBlend:
             return
         if latent_size(extra_options) != self.size:
             raise ValueError(
-                "Local blend of Prompt-to-Prompt Edit needs a prompt for the whole picture, but this one has an area: "
-                "empty the blend words, or take the area away."
+                "Local blend of Prompt-to-Prompt Edit needs the whole picture at once, but this prompt has an area, or "
+                "the picture is drawn in tiles: empty the blend words, or take the area or the tiles away."
             )
         size = map_size(extra_options)
         if size > self.map_size:

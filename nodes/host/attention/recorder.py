@@ -16,7 +16,7 @@ from ....blip_qformer.attention.maps import Area, AttentionRecord, mean_attentio
 from ..checks import require_cross_attention
 from ..conditioning import Conditioning
 from .carrier import attach, detach, wrap_model
-from .layers import ExtraOptions, calling_layer, conditioning_rows, map_size
+from .layers import ExtraOptions, calling_layer, conditioning_rows, latent_size, map_size, require_known_rows
 
 #: Key of a conditioning's dictionary for its :class:`RecordedPrompt`s, and reference of the hook that comes with them.
 RECORDED_PROMPTS = "blip_attention_records"
@@ -85,7 +85,7 @@ def sample_and_record(executor: WrapperExecutor, noise: Tensor, *args: Any, **kw
     if not prompts:
         return executor(noise, *args, **kwargs)
     require_cross_attention(guider.model_patcher)
-    recorder = AttentionRecorder(guider, prompts)
+    recorder = AttentionRecorder(guider, prompts, noise)
     for record in recorder.records:
         record.start(*noise.shape[-2:])
     try:
@@ -101,10 +101,14 @@ class AttentionRecorder:
     Args:
         guider: Guider of the run; a patch is added to its model options, which are its own copies.
         prompts: Records that want the attention on a conditioning, by the host's id of it.
+        noise: Noise of shape [B, 4, h, w].
     """
 
-    def __init__(self, guider: comfy.samplers.CFGGuider, prompts: dict[UUID, tuple[RecordedPrompt, ...]]) -> None:
+    def __init__(
+        self, guider: comfy.samplers.CFGGuider, prompts: dict[UUID, tuple[RecordedPrompt, ...]], noise: Tensor
+    ) -> None:
         self.guider = guider
+        self.batch_size, self.size = len(noise), tuple(noise.shape[-2:])
         self.unet = guider.model_patcher.model.diffusion_model
         self.prompts = prompts
         options = {"transformer_options": {"patches": {"attn2_patch": [self.patch_cross]}}}
@@ -130,6 +134,9 @@ class AttentionRecorder:
 
         Returns:
             Hidden states and prompts as they came.
+
+        Raises:
+            ValueError: If the call is for a part of the batch or of the images.
         """
         layer = calling_layer(self.unet, extra_options)
         entries = {entry["uuid"]: entry for entries in self.guider.conds.values() for entry in entries}
@@ -138,13 +145,43 @@ class AttentionRecorder:
             if side != POSITIVE or uuid not in self.prompts:  # an area has a copy with its id in the negative
                 continue
             entry = entries[uuid]
+            area = self.area_of(entry)
+            self.require_whole_images(len(query), extra_options, area)
             q, k = layer.to_q(query[rows]), layer.to_k(context[rows])
             maps = mean_attention(q, k, layer.heads, tokens=entry["cross_attn"].shape[1])  # [B, tokens, h * w]
             maps = maps.unflatten(-1, map_size(extra_options))  # [B, tokens, h, w]
-            area = Area(*entry["area"]) if "area" in entry else None
             for recorded in self.prompts[uuid]:
                 recorded.record.add(recorded.prompt, maps, area)
         return query, context, values
+
+    def area_of(self, entry: dict[str, Any]) -> Area:
+        """Return the area of a conditioning's entry, which ends where the latents end."""
+        height, width, top, left = entry.get("area", (*self.size, 0, 0))
+        return Area(min(height, self.size[0] - top), min(width, self.size[1] - left), top, left)
+
+    def require_whole_images(self, batch_size: int, extra_options: ExtraOptions, area: Area) -> None:
+        """Refuse to record a call of the model for a part of the batch or of the images.
+
+        Args:
+            batch_size: Number of rows in the call.
+            extra_options: What the host tells a patch.
+            area: Area of the conditioning.
+
+        Raises:
+            ValueError: The images are sampled in tiles, or the batch in windows.
+        """
+        require_known_rows(batch_size, extra_options)
+        if (size := latent_size(extra_options)) != (area.height, area.width):
+            raise ValueError(
+                f"The model was called with a tile of {size[1]} x {size[0]} of latents of {area.width} x "
+                f"{area.height}, and Record Attention notes attention in whole pictures: take out what draws the "
+                "picture in tiles, or Record Attention."
+            )
+        if (count := len(extra_options["sigmas"])) != self.batch_size:
+            raise ValueError(
+                f"The model was called with {count} of the sampler's {self.batch_size} pictures, and Record Attention "
+                "notes the attention of all: take out what draws the batch in windows, or Record Attention."
+            )
 
 
 def require_recorded(record: AttentionRecord, images: Tensor) -> None:

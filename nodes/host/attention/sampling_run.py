@@ -17,7 +17,7 @@ from ....blip_qformer.attention.injection import ConditioningRows, attend_twice,
 from ....blip_qformer.attention.plan import StepPlan, can_need_two_attentions, plan_step
 from ....blip_qformer.attention.schedule import step_of
 from .edited_conditioning import EditedConditioning, common_group_size
-from .layers import ExtraOptions, conditioning_rows, is_coarse, unet_blocks
+from .layers import ExtraOptions, conditioning_rows, is_coarse, require_known_rows, unet_blocks
 from .local_blend import LocalBlend
 
 KEY = "blip_attention"  # of our wrappers
@@ -38,6 +38,7 @@ class AttentionRun:
     def __init__(self, edited: dict[UUID, EditedConditioning], noise: Tensor, sigmas: Sequence[float]) -> None:
         height, width = noise.shape[-2:]
         self.group_size = common_group_size(list(edited.values()), len(noise))
+        self.batch_size = len(noise)
         self.edited = edited
         self.sigmas = sigmas
         self.local_blend = LocalBlend(edited, self.group_size, (height, width))
@@ -216,17 +217,12 @@ class AttentionRun:
         Raises:
             ValueError: If the rows are not those of the sampler.
         """
-        num_conds, count = len(extra_options["uuids"]), len(extra_options["sigmas"])
-        if batch_size != num_conds * count:
+        require_known_rows(batch_size, extra_options)
+        count = len(extra_options["sigmas"])
+        if self.group_size > 1 and count != self.batch_size:  # a window may begin in the middle of a group
             raise ValueError(
-                f"The model was called with {batch_size} pictures where the sampler has {count} for each of "
-                f"{num_conds} prompts, so that it is not known which belongs to which: take out what draws the picture "
-                "in tiles, or the attention edit."
-            )
-        if count % self.group_size:
-            raise ValueError(
-                f"The model was called with {count} pictures at a time, but Prompt-to-Prompt Edit needs its "
-                f"{self.group_size} side by side: take out what draws the batch in windows."
+                f"The model was called with {count} of the sampler's {self.batch_size} pictures, but Prompt-to-Prompt "
+                f"Edit needs its {self.group_size} side by side: take out what draws the batch in windows."
             )
         return [
             (uuid, ConditioningRows(rows.start, rows.stop, self.group_size))

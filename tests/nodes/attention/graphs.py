@@ -252,3 +252,24 @@ def close(actual, expected, tolerance=1e-3):
 def differ(one, other):
     """Assert that two results are visibly different."""
     assert (one - other).abs().mean() > 0.01 * other.std()
+
+
+def in_windows(model, starts, length):
+    """A copy of a MODEL that samples a batch in windows, each a call of its own, as AnimateDiff nodes do."""
+    import comfy.samplers
+
+    def call(arguments):
+        outputs = [torch.zeros_like(arguments["input"]) for _ in arguments["conds"]]
+        for start in starts:
+            window = slice(start, start + length)
+            latents, sigma = arguments["input"][window], arguments["sigma"][window]
+            parts = comfy.samplers.calc_cond_batch(
+                arguments["model"], arguments["conds"], latents, sigma, arguments["model_options"]
+            )
+            for output, part in zip(outputs, parts, strict=True):
+                output[window] = part
+        return outputs
+
+    model = model.clone()
+    model.set_model_sampler_calc_cond_batch_function(call)
+    return model

@@ -13,6 +13,7 @@ from tests.nodes.attention.graphs import (
     empty,
     euler,
     factors_at,
+    in_windows,
     inserted,
     pair,
     plain,
@@ -143,3 +144,22 @@ def test_what_repacks_the_batch_is_refused(host, small):
     model.set_model_unet_function_wrapper(in_tiles)
     with pytest.raises(ValueError, match="called with 8 pictures where the sampler has 2 for each of 2 prompts"):
         sample(host, small, conditioning, latent, model=model)
+
+
+def test_windows_that_part_groups_are_refused(host, small):
+    """The second of these windows begins with an edited picture, which would have become the source of its source."""
+    source, edited = inserted(host, small)
+    conditioning, latent = pair(host, small, source, edited, empty(rows=3), texts=(SOURCE, ""))
+    model = in_windows(small.model, [0, 1, 2], 4)
+    with pytest.raises(ValueError, match="called with 4 of the sampler's 6 pictures, but Prompt-to-Prompt Edit needs"):
+        sample(host, small, conditioning, latent, model=model)
+
+
+def test_windows_do_not_change_a_reweight(host, small):
+    """Each of two windows of two pictures is what the sampler makes of these two without the others."""
+    edited = reweight(host, compose(host, small, small.subject)[0], "snow:2")
+    latent = {**empty(rows=4), "batch_index": [0, 1, 0, 1]}
+    windows = sample(host, small, edited, latent, model=in_windows(small.model, [0, 2], 2))
+    alone = sample(host, small, edited, {**empty(rows=2), "batch_index": [0, 1]})
+    assert not torch.equal(alone, sample(host, small, compose(host, small, small.subject)[0], empty(rows=2)))
+    torch.testing.assert_close(windows, torch.cat([alone, alone]))

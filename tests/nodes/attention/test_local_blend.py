@@ -168,7 +168,7 @@ def test_local_blend_that_cannot_be_is_refused(host, small):
     source, edited = inserted(host, small)
     conditioning, latent = pair(host, small, source, edited, texts=(SOURCE, ""), blend_words="dog")
     (area,) = host.run("ConditioningSetArea", conditioning=conditioning, width=48, height=64, x=32, y=0, strength=1.0)
-    with pytest.raises(ValueError, match="Local blend of Prompt-to-Prompt Edit needs a prompt for the whole picture"):
+    with pytest.raises(ValueError, match="Local blend of Prompt-to-Prompt Edit needs the whole picture at once"):
         sample(host, small, area, latent)
     for each in (latent, empty()):
         with pytest.raises(ValueError, match="This latent was not drawn with local blend: write blend_words"):
