@@ -26,7 +26,7 @@ export TRANSFORMERS_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help env demo test hosts bench lint browser mini
+.PHONY: help env demo test hosts bench soak kills lint browser mini
 
 help:
 	@echo "make env      the environment in .venv and the host in .host/ComfyUI (or the one at COMFYUI_PATH)"
@@ -34,6 +34,8 @@ help:
 	@echo "make test     everything that is tested; pass options as ARGS='-k name'"
 	@echo "make hosts    the tests of nodes, workflows and frontend on each ComfyUI of HOSTS='dir dir', as a table"
 	@echo "make bench    speed, as ratios against the reference implementation"
+	@echo "make soak     500 prompts from two clients in a real ComfyUI: what is lost, and what grows"
+	@echo "make kills    each kind of write killed a hundred times: whether the old or the new file is there, whole"
 	@echo "make mini     train the small model from nothing and evaluate it, in output/mini"
 	@echo "make lint     style, which room imports what, types"
 	@echo "make browser  Chromium, which the tests open the real frontend in"
@@ -50,6 +52,12 @@ test: env browser
 hosts: env browser
 	@test -n "$(HOSTS)" || { echo "HOSTS is empty: name the folders, as in 'make hosts HOSTS=\".host/ComfyUI ../ComfyUI\"'." >&2; exit 1; }
 	@$(RUN) -m tools.hosts $(HOSTS) $(ARGS)
+
+soak: env
+	@$(RUN) -m tools.soak $(ARGS)
+
+kills: env
+	@KILLS=100 $(RUN) -m pytest tests/test_kills.py -s -q $(ARGS)
 
 bench: env
 	@$(RUN) -m benchmarks $(ARGS)

@@ -9,7 +9,16 @@ import pytest
 
 from tools.host import ROOT
 
-PAGES = ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "mini/README.md", "docs/hosts.md", "docs/small-model.md")
+PAGES = (
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "mini/README.md",
+    "docs/hosts.md",
+    "docs/reliability.md",
+    "docs/small-model.md",
+)
 
 #: A link, and the names in backticks that follow it: [`file.py`](path/to/file.py) `function`
 LINK = re.compile(r"\]\(([^)#\s]+)\)((?:\s*(?:and|,)?\s*`\w+`)*)")
