@@ -10,7 +10,7 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +88,14 @@ def what_is_not_read(graph: dict[str, Any], object_info: dict[str, Any]) -> str:
         if any(specification[0] == "COMFY_DYNAMICCOMBO_V3" for specification in specifications):
             return f"widgets of {node['type']} depend on the value of another"
     return ""
+
+
+def trained_lora(outputs: Sequence[Any]) -> dict[str, Any]:
+    """Return the weights among the outputs of the stock Train LoRA.
+
+    0.3.75 gives the patched MODEL first; newer versions, read in 0.33.0, do not give it.
+
+    Args:
+        outputs: All outputs of the node.
+    """
+    return next(output for output in outputs if isinstance(output, dict))

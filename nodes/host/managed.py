@@ -13,17 +13,53 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...blip_qformer.checkpoint import Checkpoint, load_subject_encoder
+from ...blip_qformer.checkpoint import Checkpoint, open_checkpoint
 from ...blip_qformer.encoder import SubjectEncoder, fit_mask, preprocess
 from ...blip_qformer.encoder.preprocessing import PreprocessingMode
 from ...blip_qformer.imaging.segmentation import Segmenter
 from ...blip_qformer.subject.provenance import encoder_hash, image_hash
 from .lists import match_masks, merge_batches
+from .versions import archive_dtypes, is_dynamic, patcher_class, remember_loader
 
 MAX_BATCH_SIZE = 8
 
 # Of one image in the published encoder: 257 tokens x 4096 numbers x 4 bytes, a dozen such tensors at once.
 ACTIVATION_BYTES = 64 * 1024**2
+
+
+def build_encoder(checkpoint: Checkpoint, disable_dynamic: bool = False) -> ModelPatcher:
+    """Build a subject encoder under memory management.
+
+    All its layers are the host's own, which fetch their weights. Three parameters belong to no layer (class and
+    position embedding, query tokens): the host moves those when it loads the model, and the encoder moves them again to
+    where its input is.
+
+    Args:
+        checkpoint: Opened checkpoint.
+        disable_dynamic: Whether its memory must not be dynamic, whatever the host does.
+
+    Raises:
+        CheckpointError: See :func:`~...blip_qformer.checkpoint.open_checkpoint`.
+    """
+    management = comfy.model_management
+    load_device, offload_device = management.text_encoder_device(), management.text_encoder_offload_device()
+    dtype = management.text_encoder_dtype(load_device)
+    attention = comfy.ldm.modules.attention.optimized_attention_for_device(load_device, mask=True, small_input=True)
+    # Built without memory and then given the file's tensors: there are never two copies.
+    encoder = SubjectEncoder(checkpoint.encoder_config, dtype, "meta", comfy.ops.manual_cast, attention)
+    archive_dtypes(encoder)
+    patcher = patcher_class(disable_dynamic)(encoder, load_device=load_device, offload_device=offload_device)
+    weights = checkpoint.encoder_state_dict
+    if not is_dynamic(patcher):  # dynamic weights stay the mapped file, and are cast when a layer fetches them
+        weights = {name: tensor.to(offload_device, dtype) for name, tensor in weights.items()}
+    encoder.load_state_dict(weights, assign=True)
+    encoder.eval().requires_grad_(False)
+    remember_loader(patcher, _rebuild_encoder, checkpoint.path)
+    return patcher
+
+
+def _rebuild_encoder(path: Path, disable_dynamic: bool = False) -> ModelPatcher:
+    return build_encoder(open_checkpoint(path), disable_dynamic)
 
 
 class ManagedEncoder:
@@ -37,17 +73,7 @@ class ManagedEncoder:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        management = comfy.model_management
-        load_device, offload_device = management.text_encoder_device(), management.text_encoder_offload_device()
-        attention = comfy.ldm.modules.attention.optimized_attention_for_device(load_device, mask=True, small_input=True)
-        encoder = load_subject_encoder(
-            checkpoint,
-            dtype=management.text_encoder_dtype(load_device),
-            device=offload_device,
-            operations=comfy.ops.manual_cast,
-            attention=attention,
-        )
-        self.patcher = ModelPatcher(encoder, load_device=load_device, offload_device=offload_device)
+        self.patcher = build_encoder(checkpoint)
         self.encoder_hash = encoder_hash(checkpoint.encoder_state_dict)  # of the file's values, whatever the cast above
 
     @property
@@ -147,7 +173,11 @@ def encode_views(
 
 
 class ManagedSegmenter:
-    """A CLIPSeg under memory management.
+    """A CLIPSeg under memory management, and never under dynamic memory.
+
+    transformers' layers do not fetch weights. The host's dynamic patcher would move all of them to the device when it
+    loads the model, and not free them for another dynamic model: it takes such a model for one that gives memory back
+    by itself. A plain patcher's weights leave the device when another model needs the room.
 
     Args:
         folder: Folder of the CLIPSeg, as transformers saves a model.

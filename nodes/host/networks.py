@@ -3,6 +3,9 @@
 A U-Net or ControlNet of SD1.5's sizes goes through the host's own loader. The host knows no other sizes, such as the
 small model's, so those are built here from the host's classes, with the host's choice of precision and device. VAE and
 text encoder take their sizes as an argument, whatever they are.
+
+Like the host's own, each tells the host how the same model is built once more from the same files. A CONTROL_NET does
+not, in the host neither: that one copies it in memory.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from torch import Tensor
 from ...blip_qformer.checkpoint import Checkpoint, CheckpointError, Component
 from ...blip_qformer.checkpoint.ldm_config import controlnet_config, text_encoder_config, unet_config, vae_config
 from ...blip_qformer.checkpoint.ldm_keys import network_to_ldm
+from .versions import clip_with_weights, dynamic_option, is_dynamic, patcher_class, remember_loader
 
 SD15_HEADS = 8
 
@@ -56,12 +60,13 @@ def build_networks(checkpoint: Checkpoint) -> tuple[ModelPatcher, comfy.sd.CLIP,
     return build_model(unet, vae), build_clip(text_encoder), build_vae(vae)
 
 
-def build_model(unet: Component, vae: Component) -> ModelPatcher:
+def build_model(unet: Component, vae: Component, disable_dynamic: bool = False) -> ModelPatcher:
     """Build a MODEL.
 
     Args:
         unet: U-Net in diffusers' names.
         vae: VAE whose config tells how its latents are scaled.
+        disable_dynamic: Whether its memory must not be dynamic, whatever the host does.
 
     Raises:
         CheckpointError: Tensors are missing or unknown.
@@ -69,15 +74,17 @@ def build_model(unet: Component, vae: Component) -> ModelPatcher:
     with naming(unet):
         published = unet.state_dict()
         state_dict = network_to_ldm("unet", published, unet.config)
-        model = _load_model(state_dict, unet_config(published, _attention_heads(unet.config)))
+        model = _load_model(state_dict, unet_config(published, _attention_heads(unet.config)), disable_dynamic)
     model.model.latent_format.scale_factor = vae.config.get("scaling_factor", SD15_SCALING_FACTOR)
+    remember_loader(model, build_model, unet, vae)
     return model
 
 
-def _load_model(state_dict: dict[str, Tensor], sizes: dict[str, Any]) -> ModelPatcher:
+def _load_model(state_dict: dict[str, Tensor], sizes: dict[str, Any], disable_dynamic: bool) -> ModelPatcher:
     """Load a U-Net in LDM's names; the dictionary is empty afterwards."""
     if _is_known_to_host(state_dict, sizes):
-        return cast(ModelPatcher, comfy.sd.load_diffusion_model_state_dict(state_dict))
+        load = comfy.sd.load_diffusion_model_state_dict
+        return cast(ModelPatcher, load(state_dict, **dynamic_option(load, disable_dynamic)))
     management = comfy.model_management
     config = comfy.supported_models.SD15(sizes)
     config.unet_config["num_heads"] = sizes["num_heads"]  # the class has just set SD1.5's own number
@@ -90,11 +97,13 @@ def _load_model(state_dict: dict[str, Tensor], sizes: dict[str, Any]) -> ModelPa
     manual_cast = management.unet_manual_cast(dtype, load_device, config.supported_inference_dtypes)
     config.set_inference_dtype(dtype, manual_cast)
     model = config.get_model(state_dict, "", device=offload_device)
-    model.load_model_weights(state_dict, "")
-    return ModelPatcher(model, load_device=load_device, offload_device=offload_device)
+    patcher = patcher_class(disable_dynamic)(model, load_device=load_device, offload_device=offload_device)
+    # Dynamic weights stay the mapped file; only a host that has them knows the argument.
+    model.load_model_weights(state_dict, "", **({"assign": True} if is_dynamic(patcher) else {}))
+    return patcher
 
 
-def build_clip(text_encoder: Component) -> comfy.sd.CLIP:
+def build_clip(text_encoder: Component, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """Build a CLIP, with the host's tokenizer and embeddings folder.
 
     The host's ``load_text_encoder_state_dicts`` would make the same of SD1.5's sizes, but warn at each load that there
@@ -102,6 +111,7 @@ def build_clip(text_encoder: Component) -> comfy.sd.CLIP:
 
     Args:
         text_encoder: CLIP text model in diffusers' names.
+        disable_dynamic: Whether its memory must not be dynamic, whatever the host does.
 
     Raises:
         CheckpointError: Tensors are missing or unknown.
@@ -110,15 +120,21 @@ def build_clip(text_encoder: Component) -> comfy.sd.CLIP:
         published = text_encoder.state_dict()
         converted = network_to_ldm("text_encoder", published, text_encoder.config)
         sizes = text_encoder_config(published, text_encoder.config.get("num_attention_heads"))
-        state_dict = {name.removeprefix("transformer."): tensor for name, tensor in converted.items()}
-        clip = comfy.sd.CLIP(
+        state_dict = {f"clip_l.{name}": tensor for name, tensor in converted.items()}
+        clip = clip_with_weights(
             ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
+            state_dict,
+            disable_dynamic,
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
             parameters=comfy.utils.calculate_parameters(state_dict),
             model_options={"clip_l_model_config": sizes},
         )
-        clip.load_sd(state_dict)
+    remember_loader(clip.patcher, _clip_patcher, text_encoder)
     return clip
+
+
+def _clip_patcher(text_encoder: Component, disable_dynamic: bool = False) -> ModelPatcher:
+    return build_clip(text_encoder, disable_dynamic).patcher
 
 
 def build_vae(vae: Component) -> comfy.sd.VAE:
@@ -136,7 +152,13 @@ def build_vae(vae: Component) -> comfy.sd.VAE:
         config = vae_config(published)
         built = comfy.sd.VAE(sd=state_dict, config={"params": config})
     built.downscale_ratio = built.upscale_ratio = 2 ** (len(config["ddconfig"]["ch_mult"]) - 1)
+    remember_loader(built.patcher, _vae_patcher, vae)
     return built
+
+
+def _vae_patcher(vae: Component, disable_dynamic: bool = False) -> ModelPatcher:
+    """Build a VAE's patcher; like the host's own, it leaves dynamic memory to the host's class."""
+    return build_vae(vae).patcher
 
 
 def build_controlnet(controlnet: Component) -> comfy.controlnet.ControlNet:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import comfy.model_patcher
 import comfy.samplers
 from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor
 
 from .attention.carrier import attach, detach
 from .conditioning import Conditioning
+from .versions import has_dynamic_memory
 
 #: Key of a conditioning's dictionary for its number of subjects, and reference of the hook that checks it.
 SUBJECT_ROWS = "blip_subject_rows"
@@ -26,7 +26,7 @@ def expect_an_image_for_each_subject(conditioning: Conditioning) -> Conditioning
         conditioning: Conditioning with one row for each subject.
     """
     rows = [len(tensor) for tensor, _ in conditioning]
-    if max(rows) == 1 or _has_dynamic_memory():
+    if max(rows) == 1 or has_dynamic_memory():
         return conditioning
     return attach(conditioning, SUBJECT_ROWS, rows, sample_all_subjects, in_model=False)
 
@@ -54,9 +54,3 @@ def sample_all_subjects(executor: WrapperExecutor, noise: Tensor, *args: Any, **
                 f"batch_size {rows}."
             )
     return executor(noise, *args, **kwargs)
-
-
-def _has_dynamic_memory() -> bool:
-    """Whether the host makes its models with dynamic memory; 0.25.0 can, 0.3.75 cannot."""
-    plain = comfy.model_patcher.ModelPatcher
-    return getattr(comfy.model_patcher, "CoreModelPatcher", plain) is not plain

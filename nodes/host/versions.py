@@ -6,11 +6,18 @@ taken from between two versions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+from comfy.model_patcher import ModelPatcher
+from comfy.supported_models_base import ClipTarget
 from comfy_api.v0_0_2 import io
+from torch import Tensor, nn
 
 #: Fields that the host's ``Schema`` has: ``search_aliases`` since 0.11.0, ``essentials_category`` since 0.15.0.
 SCHEMA_FIELDS = frozenset(field.name for field in fields(io.Schema))
@@ -25,3 +32,91 @@ def newer_fields(search_aliases: Sequence[str], essentials_category: str | None 
     """
     values = {"search_aliases": list(search_aliases), "essentials_category": essentials_category}
     return {name: value for name, value in values.items() if name in SCHEMA_FIELDS}
+
+
+def patcher_class(disable_dynamic: bool = False) -> type[ModelPatcher]:
+    """Return the class of patchers that the host makes of a model.
+
+    Since 0.12.0 that is ``CoreModelPatcher``, which the host's start sets to ``ModelPatcherDynamic`` where memory is
+    dynamic. That class itself gives models on the CPU a plain patcher.
+
+    Args:
+        disable_dynamic: Whether weights must not be dynamic, whatever the host does.
+    """
+    return ModelPatcher if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
+
+
+def has_dynamic_memory() -> bool:
+    """Return whether the host makes its models with dynamic memory."""
+    return patcher_class() is not ModelPatcher
+
+
+def is_dynamic(patcher: ModelPatcher) -> bool:
+    """Return whether a model's weights stay where they were mapped until a layer runs; since 0.12.0.
+
+    Args:
+        patcher: Model.
+    """
+    ask = getattr(patcher, "is_dynamic", None)
+    return ask is not None and ask()
+
+
+def remember_loader(patcher: ModelPatcher, load: Callable[..., ModelPatcher], *arguments: Any) -> None:
+    """Tell the host how the same model is loaded once more from the same files.
+
+    Since 0.15.1 the host does so for weights of its own, with ``disable_dynamic=True``, where it may not touch dynamic
+    ones (Train LoRA, LoRA hooks, torch.compile); since 0.23.0, without that, for a copy on another device.
+
+    Args:
+        patcher: Model.
+        load: Function that takes the arguments and ``disable_dynamic``.
+        arguments: Its arguments. They are kept as long as the model, and so must hold no weights.
+    """
+    vars(patcher)["cached_patcher_init"] = (load, arguments)
+
+
+def dynamic_option(loader: Callable[..., Any], disable_dynamic: bool) -> dict[str, bool]:
+    """Return the argument by which one of the host's loaders leaves out dynamic memory, if it has one.
+
+    ``load_diffusion_model_state_dict`` has it since 0.15.1, ``CLIP`` since 0.16.0.
+
+    Args:
+        loader: Function or class of the host.
+        disable_dynamic: Value of the argument.
+    """
+    known = "disable_dynamic" in inspect.signature(loader).parameters
+    return {"disable_dynamic": disable_dynamic} if known else {}
+
+
+def clip_with_weights(
+    target: ClipTarget, state_dict: dict[str, Tensor], disable_dynamic: bool, **options: Any
+) -> comfy.sd.CLIP:
+    """Make a CLIP that has its weights.
+
+    Since 0.4.0 ``CLIP`` takes them, and must be given them: where the text encoder is made on the device that it runs
+    on, it fetches what weights it has at once, and would later bring those back in place of any that came after.
+
+    Args:
+        target: Classes of the tokenizer and of the text encoder.
+        state_dict: Weights in the names of the text encoder.
+        disable_dynamic: Whether its memory must not be dynamic, whatever the host does.
+        options: Further arguments of ``CLIP``.
+    """
+    options |= dynamic_option(comfy.sd.CLIP, disable_dynamic)
+    if "state_dict" in inspect.signature(comfy.sd.CLIP).parameters:
+        options["state_dict"] = state_dict
+        return comfy.sd.CLIP(target, **options)
+    clip = comfy.sd.CLIP(target, **options)
+    clip.load_sd(state_dict, full_model=True)
+    return clip
+
+
+def archive_dtypes(network: nn.Module) -> None:
+    """Let the host remember which precision weights get when a layer fetches them; since 0.12.0.
+
+    Args:
+        network: Network that has no weights of the file yet, which may have another precision.
+    """
+    archive = getattr(comfy.model_management, "archive_model_dtypes", None)
+    if archive is not None:
+        archive(network)
