@@ -16,6 +16,7 @@ PAGES = (
     "SECURITY.md",
     "mini/README.md",
     "docs/hosts.md",
+    "docs/other-packs.md",
     "docs/reliability.md",
     "docs/small-model.md",
 )
