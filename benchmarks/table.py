@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measuring import Comparison
+from blip_qformer.atomic import atomic_file
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 TITLE = "# Results\n\nWritten by the commands in the headings, never by hand.\n"
@@ -70,7 +71,8 @@ def write_section(command: str, text: str, results: Path = RESULTS) -> None:
     heading = f"## `{command}`"
     sections = [each for each in re.split(r"(?m)^(?=## )", content) if each.splitlines()[0] != heading]
     sections.append(f"{heading}\n\n{text}\n")
-    results.write_text("\n\n".join(section.strip() for section in sections) + "\n", encoding="utf-8")
+    with atomic_file(results) as temporary:
+        temporary.write_text("\n\n".join(section.strip() for section in sections) + "\n", encoding="utf-8")
 
 
 def _cpu_name() -> str:

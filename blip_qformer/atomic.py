@@ -82,8 +82,7 @@ def atomic_files(paths: Sequence[Path], clean: bool = True) -> Iterator[list[Pat
                 flush(temporary)
             if len(paths) > 1:
                 _write_moves(moves, {old.name: new.name for old, new in zip(temporaries, paths, strict=True)})
-            for temporary, path in zip(temporaries, paths, strict=True):
-                os.replace(temporary, path)
+            _exchange(temporaries, paths)
         finally:
             moves.unlink(missing_ok=True)
             for temporary in temporaries:
@@ -119,12 +118,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 shutil.rmtree(temporary, ignore_errors=True)  # after the rename there is none
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for what takes long to compute, and find out beforehand whether it can be written to.
+
+    Args:
+        folder: The folder; its parents are made too.
+
+    Raises:
+        OSError: It cannot be made or written to; the message names it and says what to do.
+    """
+    with _readable_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _temporary_key(folder, clean=True):
+            pass
+
+
 @contextmanager
 def only_writer(folder: Path, command: str, wait: float = 0) -> Iterator[None]:
     """Keep other processes that ask for the same out of a folder during the block.
 
     Args:
-        folder: The folder, which must exist.
+        folder: The folder; it is made if missing.
         command: What writes into it, for the message.
         wait: Seconds to wait for another process. One that was killed holds the folder until the processes that it
             forked have ended too.
@@ -134,6 +148,7 @@ def only_writer(folder: Path, command: str, wait: float = 0) -> Iterator[None]:
         OSError: The folder cannot be written to.
     """
     with _readable_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / FOLDER_LOCK
         lock = _lock(path, wait)
     if lock is None:
@@ -189,7 +204,7 @@ def remove_partial(folder: Path, exclusive: bool = False) -> None:
         with suppress(OSError):  # another user's, which is not for us to remove
             _clear(mark)
     for path in folder.glob(f".*{PARTIAL}"):
-        key = path.name.removesuffix(PARTIAL).rpartition(".")[0]
+        key = f".{path.name.split('.')[1]}"
         if not (folder / f"{key}{PARTIAL}{LOCK}").exists() and (exclusive or _age(path) > MAX_AGE):
             with suppress(OSError):
                 _remove(path)
@@ -250,6 +265,30 @@ def _unlock(lock: BaseFileLock, path: Path) -> None:
     with suppress(OSError):  # another process may hold it by now, on Windows
         if os.name == "nt":
             path.unlink()
+
+
+def _exchange(temporaries: Sequence[Path], paths: Sequence[Path]) -> None:
+    """Rename files to their paths; if a rename fails, because a file is in use, those before it are taken back."""
+    backups = [temporary.with_name(f"{temporary.stem}{OLD}{PARTIAL}") for temporary in temporaries]
+    done: list[tuple[Path, Path, bool]] = []  # a path, the second name of what was there, and whether anything was
+    try:
+        for temporary, path, backup in zip(temporaries, paths, backups, strict=True):
+            existed = path.exists()
+            if existed and len(paths) > 1:
+                with suppress(OSError):  # the file system knows no second names: then this one stays the new one
+                    os.link(path, backup)
+            os.replace(temporary, path)
+            done.append((path, backup, existed))
+    except BaseException:
+        for path, backup, existed in done:
+            if backup.exists():
+                os.replace(backup, path)
+            elif not existed:
+                path.unlink()
+        raise
+    finally:
+        for backup in backups:
+            backup.unlink(missing_ok=True)
 
 
 def _replace_folder(new: Path, path: Path, key: str) -> None:
@@ -313,20 +352,29 @@ def _age(path: Path) -> float:
     return time.time() - max(times, default=time.time())
 
 
+def _is_temporary(path: Path) -> bool:
+    """Return whether a path is a temporary name, or in a folder that has one."""
+    return any(part.startswith(".") and PARTIAL in part for part in path.parts)
+
+
 @contextmanager
 def _readable_errors(path: Path) -> Iterator[None]:
     """Say of a failed write which file it was and what to do; errors about other files pass."""
     try:
         yield
     except OSError as error:
-        name = os.fspath(error.filename or "")
-        if error.errno is None or (name and PARTIAL not in name and path not in (Path(name), Path(name).parent)):
+        if error.errno is None or _is_temporary(path):  # or the write around this one says it
+            raise
+        other = Path(error.filename) if error.filename else path
+        if not _is_temporary(other) and path not in (other, other.parent) and other not in path.parents:
             raise
         reason = error.strerror or type(error).__name__
         if error.errno in NO_ROOM:
             remedy = "make room on that disk or choose another folder, and run it again"
         elif error.errno in NOT_ALLOWED:
             remedy = "you may not write there, or another program has it open: close that, or choose another folder"
+        elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+            remedy = "a file is in the way: choose another folder"
         elif error.errno == errno.ENOENT and not path.parent.is_dir():
             remedy = f"the folder {path.parent} is not there: create it, or choose another one"
         elif error.errno == errno.ENAMETOOLONG or (error.errno == errno.ENOENT and len(str(path)) > LONG_PATH):

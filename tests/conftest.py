@@ -69,7 +69,13 @@ LONGEST = (
 )
 
 #: Files that share the session's server and browser, and hence a process.
-ON_SERVER = ("tests/nodes/test_texts.py", "tests/test_host.py", "tests/test_workflow.py", "tests/test_workflows.py")
+ON_SERVER = (
+    "tests/nodes/test_texts.py",
+    "tests/test_host.py",
+    "tests/test_soak.py",
+    "tests/test_workflow.py",
+    "tests/test_workflows.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

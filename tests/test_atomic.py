@@ -161,6 +161,46 @@ def test_files_that_belong_together_are_exchanged_together(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["lora", "subject"]
 
 
+@pytest.mark.parametrize("existing", [True, False])
+def test_an_exchange_of_which_one_file_is_in_use_is_taken_back(tmp_path, monkeypatch, existing):
+    paths = [tmp_path / "subject", tmp_path / "lora"]
+    if existing:
+        for path in paths:
+            path.write_text("old")
+    replace = os.replace
+
+    def refuse(source, target):
+        if target == paths[1]:
+            raise PermissionError(errno.EACCES, "Permission denied", str(source), None, str(target))
+        replace(source, target)
+
+    def write_both():
+        with atomic_files(paths) as temporaries:
+            for temporary in temporaries:
+                temporary.write_text("new")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError, match="another program has it open: close that, or choose another folder"):
+        write_both()
+    assert sorted(os.listdir(tmp_path)) == (["lora", "subject"] if existing else [])
+    assert [path.read_text() for path in paths if existing] == ["old", "old"] * existing
+
+
+def test_a_write_within_a_write_names_what_the_user_asked_for(tmp_path, monkeypatch):
+    def write_inside():
+        with atomic_folder(tmp_path / "model") as folder, atomic_file(folder / "weights") as temporary:
+            temporary.write_text("content")
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(
+        OSError, match=f"^{tmp_path / 'model'} could not be written .No space left on device.: make room"
+    ):
+        write_inside()
+
+
 def test_an_exchange_that_was_killed_halfway_is_brought_to_its_end(tmp_path):
     (tmp_path / "subject").write_text("new")
     (tmp_path / "lora").write_text("old")

@@ -179,10 +179,12 @@ class ReportWriter(Writer):
 class PngWriter(Writer):
     def write(self, folder, version):
         with atomic_file(folder / "samples.png") as temporary:
-            Image.new("RGB", (300, 300), (version % 256,) * 3).save(temporary, format="PNG")
+            colour = (version // 256**2, version // 256 % 256, version % 256)
+            Image.new("RGB", (300, 300), colour).save(temporary, format="PNG")
 
     def read(self, folder):
-        return int(np.asarray(Image.open(folder / "samples.png")).mean())
+        high, middle, low = np.asarray(Image.open(folder / "samples.png")).reshape(-1, 3).mean(axis=0).tolist()
+        return int(high * 256**2 + middle * 256 + low)
 
 
 class FolderWriter(Writer):

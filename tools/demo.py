@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from blip_qformer.atomic import atomic_file
 from tools.host import ROOT, ComfyServer, History, Prompt, ServerError, WorkflowError, make_base_directory
 from tools.workflow import WorkflowFormatError, override, to_prompt
 
@@ -63,7 +64,8 @@ def sample_row(given: Path = GIVEN, word: str = WORD) -> Path:
             asked = override(prompt, "BLIPDiffusionPromptCompose", prompt=context, prompt_strength=0.2)
             (path,) = saved_images(_queue_with_bar(server, asked), base)
             images.append(Image.open(path))
-    in_a_row(images, EDGE).save(OUTPUT / ROW)
+    with atomic_file(OUTPUT / ROW) as temporary:
+        in_a_row(images, EDGE).save(temporary, format="PNG")
     return OUTPUT / ROW
 
 

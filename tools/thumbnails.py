@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from blip_qformer.atomic import atomic_file
 from tools.demo import SMALL_MODEL, in_a_row, link_checkpoint, saved_images
 from tools.host import ROOT, ComfyServer, Prompt, make_base_directory
 from tools.workflow import override, to_prompt
@@ -94,7 +95,9 @@ def main() -> int:
     with ComfyServer(base) as server:
         for workflow in sys.argv[1:] or CHANGES:
             target = ROOT / "workflows" / f"{workflow}.jpg"
-            make_thumbnail(server, workflow, base, checkpoint).save(target, quality=88)
+            image = make_thumbnail(server, workflow, base, checkpoint)
+            with atomic_file(target) as temporary:
+                image.save(temporary, format="JPEG", quality=88)
             print(f"Wrote {target.relative_to(ROOT)} ({target.stat().st_size / 1000:.0f} kB).")
     return 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..atomic import make_folder
 from ..extras import import_extra
 from ..finetune.loop import FULL, LOW_RANK, FinetuneSettings, check_count
 from ..finetune.lora import RANK
@@ -67,6 +68,7 @@ def finetune(arguments: argparse.Namespace) -> None:
     name = checked_name(arguments.name or word.replace(" ", "-"))
     check_count(len(arguments.images))
     images = [read_image(path) for path in arguments.images]
+    make_folder(arguments.output)  # before what takes long
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     run = FinetuneRun(
         load_pipeline(arguments.model),
@@ -80,7 +82,6 @@ def finetune(arguments: argparse.Namespace) -> None:
         mirror=arguments.mirror,
     )
     result = run.tune(arguments.validate_every)
-    arguments.output.mkdir(parents=True, exist_ok=True)
     for path in run.save(arguments.output, name, result):
         print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
     print(f"{len(result.losses)} steps, step {result.kept_step} kept.")

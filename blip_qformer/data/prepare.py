@@ -110,7 +110,6 @@ def prepare(
     if not len(source):
         raise ValueError("There is nothing to make pairs from: the source is empty.")
     folder = Path(destination)
-    folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder, "prepare"):
         return _prepare(source, folder, seed, workers, pairs_per_shard, settings)
 

@@ -81,7 +81,6 @@ def train(
     )
     if not accelerator.is_main_process:
         return _train(config, accelerator, stop_at, stages, initialise, step_context, allow)
-    config.output.mkdir(parents=True, exist_ok=True)
     with only_writer(config.output, "pretrain", WAIT):
         return _train(config, accelerator, stop_at, stages, initialise, step_context, allow)
 

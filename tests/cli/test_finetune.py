@@ -115,6 +115,15 @@ def test_a_file_that_is_no_image_is_named(model, images, tmp_path, capsys, conte
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_training(model, images, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("blip_qformer.pipeline.subject_finetune.FinetuneRun.tune", lambda *_: pytest.fail("it trained"))
+    for output in (tmp_path / "file", tmp_path / "file" / "folder"):
+        assert finetune(model, images, output) == 2
+        assert f"{output} could not be written" in (error := capsys.readouterr().err)
+        assert "a file is in the way: choose another folder." in error
+
+
 def test_a_tiny_image_is_refused(model, tmp_path, capsys):
     Image.new("RGB", (40, 80)).save(tmp_path / "small.png")
     assert finetune(model, [tmp_path / "small.png"], tmp_path) == 2
