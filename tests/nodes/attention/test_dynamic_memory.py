@@ -1,0 +1,85 @@
+"""Edits, LoRAs and merges on our models where the host's memory is dynamic: what is loaded again, and what is not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.dynamic_memory import turn_on
+from tests.nodes.attention.graphs import plain, sample, under_controlnet, with_lora
+from tests.nodes.attention.test_carrier import NODES, run_node
+
+
+@pytest.fixture
+def dynamic(host, small, monkeypatch) -> SimpleNamespace:
+    """The small model in a host with dynamic memory, and how often its files were read again."""
+    if not turn_on(monkeypatch.setattr, counts := SimpleNamespace(loads=0)):
+        pytest.skip("this version of the host has no dynamic memory")
+    model, clip, _, _ = host.run("BLIPDiffusionLoader", checkpoint="editing")
+    factory, inputs = model.cached_patcher_init
+
+    def load(*arguments, **options):
+        counts.loads += 1
+        return factory(*arguments, **options)
+
+    model.cached_patcher_init = (load, inputs)
+    return SimpleNamespace(model=model, clip=clip, subject=small.subject, negative=small.negative, counts=counts)
+
+
+@pytest.mark.parametrize("node", NODES)
+@pytest.mark.parametrize("graph", [plain, under_controlnet])
+def test_with_the_wire_nothing_is_loaded_again(host, small, dynamic, node, graph):
+    expected = run_node(host, small, node)
+    positive, negative, _ = graph(host, small, expected.conditioning)
+    picture = sample(host, small, positive, expected.latent, negative=negative)
+    found = run_node(host, dynamic, node, model=dynamic.model)
+    positive, negative, _ = graph(host, dynamic, found.conditioning)
+    for _ in range(2):
+        wired = sample(host, dynamic, positive, found.latent, model=found.model, negative=negative)
+        assert torch.equal(wired, picture)
+    assert (dynamic.counts.delegates, dynamic.counts.loads) == (0, 0)
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_without_the_wire_a_model_is_loaded_again_once(host, small, dynamic, node):
+    """The host asks at each run; the same MODEL keeps the copy that it was given first."""
+    expected = run_node(host, small, node)
+    picture = sample(host, small, expected.conditioning, expected.latent)
+    found = run_node(host, dynamic, node)
+    for _ in range(3):
+        assert torch.equal(sample(host, dynamic, found.conditioning, found.latent, model=dynamic.model), picture)
+    assert (dynamic.counts.delegates, dynamic.counts.loads) == (3, 1)
+
+
+def test_a_lora_in_hooks_loads_the_model_again_once(host, small, dynamic):
+    """It patches weights for one side alone, which the host does not do with dynamic ones."""
+    conditioning = run_node(host, dynamic, "reweight", model=dynamic.model)
+    patched = with_lora(host, small, conditioning.conditioning, small.negative)
+    expected = run_node(host, small, "reweight", model=small.model)
+    static = with_lora(host, small, expected.conditioning, small.negative)
+    picture = sample(host, small, static[0], model=expected.model, negative=static[1])
+    for _ in range(2):
+        found = sample(host, dynamic, patched[0], model=conditioning.model, negative=patched[1])
+        assert torch.equal(found, picture)
+    assert dynamic.counts.loads == 1
+    assert not torch.equal(picture, sample(host, small, expected.conditioning, model=expected.model))
+
+
+def test_merges_and_loras_need_no_copy(host, small, dynamic):
+    """ModelMergeSimple with itself at twice the weights, and the difference as a LoRA: the same as without."""
+    pictures = []
+    for each in (small, dynamic):
+        name = "diffusion_model.input_blocks.1.1.proj_in.weight"
+        shape = small.model.model.state_dict()[name].shape
+        patched = each.model.clone()
+        assert patched.add_patches({name: ("diff", (torch.full(shape, 0.05),))}, 1.0)
+        (half,) = host.run("ModelMergeSimple", model1=patched, model2=each.model, ratio=0.5)
+        positive = plain(host, each, run_node(host, each, "reweight").conditioning)[0]
+        bare = [[tensor, {}] for tensor, _ in positive]
+        pictures.append([sample(host, each, bare, model=model) for model in (patched, half, each.model)])
+    for found, expected in zip(*pictures, strict=True):
+        assert torch.equal(found, expected)
+    assert len({picture.sum().item() for picture in pictures[0]}) == 3
+    assert (dynamic.counts.delegates, dynamic.counts.loads) == (0, 0)
