@@ -1,56 +1,85 @@
-"""A prompt with several subjects, one for each image, in a sampler that draws fewer images."""
+"""A prompt with several subjects, one for each image, in a sampler that draws fewer images.
+
+The host leaves out the rows that it has no image for, without a word. What it asks for the rows of a batch is the
+prompt's entry in a conditioning's ``model_conds``, which it makes at the start of each run and puts into a copy of that
+dictionary. So the dictionary is one that puts a prompt there that counts the images. It needs no hook, with which a
+host with dynamic memory would load the checkpoint a second time, and no further key, by which the host would part
+positive and negative.
+"""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
-import comfy.samplers
-from comfy.patcher_extension import WrapperExecutor
+import comfy.conds
 from torch import Tensor
 
-from .attention.carrier import attach, detach
 from .conditioning import Conditioning
-from .versions import has_dynamic_memory
 
-#: Key of a conditioning's dictionary for its number of subjects, and reference of the hook that checks it.
-SUBJECT_ROWS = "blip_subject_rows"
+PROMPT = "c_crossattn"  # the host's key for the prompt's entry
+
+
+class PromptOfSubjects(comfy.conds.CONDCrossAttn):
+    """The host's object for a prompt, of a prompt with one row for each subject."""
+
+    def process_cond(self, batch_size: int, **kwargs: Any) -> comfy.conds.CONDCrossAttn:
+        """Return the rows for a batch.
+
+        Args:
+            batch_size: Number of images.
+            **kwargs: The host's.
+
+        Raises:
+            ValueError: If there are fewer images than subjects.
+        """
+        prompt: Tensor = self.cond
+        if len(prompt) > batch_size:
+            raise ValueError(
+                f"The sampler draws {batch_size} picture(s), but this prompt needs {len(prompt)} side by side, one for "
+                "each subject: connect Subject Trajectory's latent output to the sampler, or an Empty Latent Image "
+                f"with batch_size {len(prompt)}."
+            )
+        return comfy.conds.CONDCrossAttn(prompt).process_cond(batch_size, **kwargs)
+
+
+class ModelCondsOfSubjects(dict[str, Any]):
+    """What a conditioning gives the model, in which a prompt of some rows needs an image for each of them.
+
+    Args:
+        model_conds: What else the conditioning gives the model.
+        rows: Number of rows of the prompt; a prompt of another number is not ours any more.
+    """
+
+    def __init__(self, model_conds: Mapping[str, Any], rows: int) -> None:
+        super().__init__(model_conds)
+        self.rows = rows
+
+    def __setitem__(self, key: str, cond: Any) -> None:
+        """Put in an entry; the host does so with the prompt's when a run starts.
+
+        Args:
+            key: The host's key.
+            cond: The host's object.
+        """
+        if key == PROMPT and len(cond.cond) == self.rows:
+            cond = PromptOfSubjects(cond.cond)
+        super().__setitem__(key, cond)
+
+    def copy(self) -> ModelCondsOfSubjects:
+        """Return a copy of the same kind."""
+        return ModelCondsOfSubjects(self, self.rows)
 
 
 def expect_an_image_for_each_subject(conditioning: Conditioning) -> Conditioning:
     """Return a conditioning of several rows that a sampler refuses if it draws fewer images.
 
-    The host leaves out the rows that it has no image for. Where its memory is dynamic, the conditioning is returned as
-    it is: there, a hook would load the checkpoint a second time.
-
     Args:
-        conditioning: Conditioning with one row for each subject.
+        conditioning: Conditioning with one row for each subject; with a single one it is returned as it is.
     """
-    rows = [len(tensor) for tensor, _ in conditioning]
-    if max(rows) == 1 or has_dynamic_memory():
+    if all(len(tensor) == 1 for tensor, _ in conditioning):
         return conditioning
-    return attach(conditioning, SUBJECT_ROWS, rows, sample_all_subjects, in_model=False)
-
-
-def sample_all_subjects(executor: WrapperExecutor, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Wrap a whole sampling run of the host: refuse it if it would leave out subjects.
-
-    Args:
-        executor: What the host would have called; its ``class_obj`` is the guider.
-        noise: Noise of shape [B, 4, h, w].
-        *args: Further arguments, which are passed on.
-        **kwargs: Further arguments, which are passed on.
-
-    Returns:
-        Sampled latents of shape [B, 4, h, w].
-
-    Raises:
-        ValueError: If there are fewer images than subjects.
-    """
-    for _, entry, rows in detach(cast(comfy.samplers.CFGGuider, executor.class_obj), SUBJECT_ROWS):
-        if len(entry["cross_attn"]) == rows > len(noise):
-            raise ValueError(
-                f"The sampler draws {len(noise)} picture(s), but this prompt needs {rows} side by side, one for each "
-                "subject: connect Subject Trajectory's latent output to the sampler, or an Empty Latent Image with "
-                f"batch_size {rows}."
-            )
-    return executor(noise, *args, **kwargs)
+    return [
+        [tensor, {**options, "model_conds": ModelCondsOfSubjects(options.get("model_conds", {}), len(tensor))}]
+        for tensor, options in conditioning
+    ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.nodes.attention.graphs import counted
+from tests.nodes.attention.test_carrier import dynamic
 from tests.nodes.test_prompt import compose, stock
 
 
@@ -31,10 +33,10 @@ def interpolate(host, subjects, **inputs):
     return host.run("BLIPDiffusionSubjectInterpolate", **named(subjects), **inputs)
 
 
-def sample(host, loaded, positive, latent):
+def sample(host, loaded, positive, latent, model=None):
     return host.run(
         "KSampler",
-        model=loaded.model,
+        model=model or loaded.model,
         seed=3,
         steps=3,
         cfg=3.0,
@@ -135,26 +137,51 @@ def test_a_trajectory_needs_a_picture_for_each_step(host, loaded, subjects):
         (empty,) = host.run("EmptyLatentImage", width=64, height=64, batch_size=batch_size)
         with pytest.raises(ValueError, match=f"draws {batch_size} picture.*needs 5 side by side.*latent output"):
             sample(host, loaded, positive, empty)
-    without_hook = [[tensor, {}] for tensor, _ in positive]
+    unchecked = [[tensor, {}] for tensor, _ in positive]
     for batch_size in (5, 7):
         (empty,) = host.run("EmptyLatentImage", width=64, height=64, batch_size=batch_size)
         sampled = sample(host, loaded, positive, empty)
-        assert torch.equal(sampled, sample(host, loaded, without_hook, empty))
+        assert torch.equal(sampled, sample(host, loaded, unchecked, empty))
 
 
-def test_one_subject_needs_no_hook(host, loaded, subjects):
+def test_one_subject_is_not_counted(host, loaded, subjects):
     positive, _ = compose(host, loaded, subjects[0])
-    assert "hooks" not in positive[0][1]
+    assert {*positive[0][1]} == {"pooled_output", "blip_token_spans"}
 
 
-def test_a_trajectory_has_no_hook_where_that_would_load_the_checkpoint_again(host, loaded, subjects, monkeypatch):
-    import comfy.model_patcher
-
-    (path,), _, _ = host.run("BLIPDiffusionSubjectTrajectory", **named(subjects[:2]), steps=5)
-    dynamic = type("ModelPatcherDynamic", (comfy.model_patcher.ModelPatcher,), {})
-    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", dynamic, raising=False)
+@pytest.mark.parametrize("node", ["BLIPDiffusionAttentionReweight", "BLIPDiffusionAttentionRecord"])
+@pytest.mark.parametrize("wired", [False, True])
+def test_subjects_are_counted_behind_other_nodes(host, loaded, subjects, node, wired):
+    """Also with a model of dynamic memory, which is not copied for it, and with a prompt for an area beside it."""
+    (path,), _, _ = host.run("BLIPDiffusionSubjectTrajectory", **named(subjects[:2]), steps=3)
     positive, _ = compose(host, loaded, path)
-    assert "hooks" not in positive[0][1]
+    model, copies = dynamic(loaded.model)
+    inputs = {"model": model} if wired else {}
+    inputs |= {"weights": "dog:2"} if node == "BLIPDiffusionAttentionReweight" else {}
+    edited, *_, wired_model = host.run(node, conditioning=positive, **inputs)
+    (area,) = host.run("ConditioningSetArea", conditioning=edited, width=64, height=64, x=0, y=0, strength=1.0)
+    (both,) = host.run("ConditioningCombine", conditioning_1=area, conditioning_2=stock(host, loaded.clip, "grass"))
+    latents = [host.run("EmptyLatentImage", width=128, height=64, batch_size=count)[0] for count in (2, 3)]
+    for conditioning in (edited, both):
+        with pytest.raises(ValueError, match="draws 2 picture.*needs 3 side by side"):
+            sample(host, loaded, conditioning, latents[0], wired_model if wired else model)
+        sample(host, loaded, conditioning, latents[1], wired_model if wired else model)
+    if wired:
+        assert copies == []
+
+
+def test_counting_subjects_copies_no_model_with_dynamic_memory(host, loaded, subjects):
+    (path,), _, _ = host.run("BLIPDiffusionSubjectTrajectory", **named(subjects[:2]), steps=3)
+    positive, _ = compose(host, loaded, path)
+    model, copies = dynamic(loaded.model)
+    (empty,) = host.run("EmptyLatentImage", width=64, height=64, batch_size=2)
+    with pytest.raises(ValueError, match="draws 2 picture.*needs 3 side by side"):
+        sample(host, loaded, positive, empty, model)
+    model, calls = counted(model)
+    (empty,) = host.run("EmptyLatentImage", width=64, height=64, batch_size=3)
+    sample(host, loaded, positive, empty, model)
+    assert copies == []
+    assert calls == [6] * 3  # positive and negative are one batch
 
 
 def test_a_trajectory_in_parts_is_the_same(host, loaded, subjects):

@@ -73,7 +73,8 @@ def attach(
     if in_model:
         for _, options in marked:
             remove_hook(options, key)
-            options["model_conds"] = {**options.get("model_conds", {}), key: MISSING_WRAPPER}
+            options["model_conds"] = options.get("model_conds", {}).copy()  # of its own kind, see subject_rows
+            options["model_conds"][key] = MISSING_WRAPPER
         return marked
     hook = comfy.hooks.TransformerOptionsHook({"wrappers": {WrappersMP.OUTER_SAMPLE: {key: [wrapper]}}})
     # The host compares hooks by this: ours are all one, however many conditionings bring it.
@@ -116,7 +117,8 @@ def detach(guider: comfy.samplers.CFGGuider, key: str) -> list[tuple[str, dict[s
     entries = [(side, entry) for side, entries in guider.conds.items() for entry in entries]
     detached = [(side, entry, entry.pop(key)) for side, entry in entries if key in entry]
     for _, entry, _ in detached:  # the dictionary of model_conds is shared with the caller's conditioning
-        entry["model_conds"] = {name: cond for name, cond in entry["model_conds"].items() if name != key}
+        entry["model_conds"] = entry["model_conds"].copy()
+        entry["model_conds"].pop(key, None)
     if any([remove_hook(entry, key) for _, entry in entries]):
         share_hook_groups([entry for _, entry in entries])
         # The host had counted ours when it chose to cache the hooks' weights; it restores its choice after the run.
