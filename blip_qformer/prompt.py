@@ -17,6 +17,7 @@ OVERFLOWS: tuple[str, ...] = get_args(Overflow)
 
 SUBJECT_WORD = "<subject>"
 EMBEDDING_WORD = "<embedding>"  # a textual inversion, of which a tokenizer returns the vectors and not the name
+JOINED_WORD = "<joined>"  # a block that another node joined to a prompt, and of which no word is known
 SUBJECT_INDEX = 1  # among the tokens between <bos> and <eos>: behind "a", as in training (arXiv 2305.14720, section 3)
 WORD_END = "</w>"  # how CLIP's vocabulary marks the last piece of a word
 MIN_SPLIT_GROUP = 8  # ComfyUI keeps groups of fewer tokens in one block (comfy/sd1_clip.py, max_word_length)

@@ -8,9 +8,11 @@ from ..blip_qformer.attention.words import parse_word_ranges, parse_word_weights
 from .host.attention.batching import batch_edits
 from .host.attention.hooks import model_for_edits
 from .host.attention.local_blend import edit_masks_of
+from .host.attention.lost_edits import require_kept
 from .host.attention.reweight import require_single_prompt, reweight
-from .host.conditioning import Conditioning, token_spans
+from .host.conditioning import Conditioning
 from .host.latents import Latent
+from .host.prompt_words import token_spans
 from .types import CATEGORY, advanced, fraction_input, io, model_input, model_output, newer_fields, text_input
 
 WORDS_HELP = "A word that stands several times is meant everywhere; dog#2 is its second occurrence alone."
@@ -60,7 +62,11 @@ class AttentionReweight(io.ComfyNode):
                     optional=True,
                     tooltip="Only for a conditioning from CLIP Text Encode: the clip it was made with.",
                 ),
-                text_input("text", "Only for a conditioning from CLIP Text Encode: the text it was made from."),
+                text_input(
+                    "text",
+                    "Only for a conditioning from CLIP Text Encode: the text it was made from. "
+                    "If Concat or Combine made it of several: a line for each.",
+                ),
                 model_input(),
             ],
             outputs=[
@@ -70,6 +76,7 @@ class AttentionReweight(io.ComfyNode):
                 ),
                 model_output(),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -84,6 +91,7 @@ class AttentionReweight(io.ComfyNode):
         model: io.Model.Type | None = None,
     ) -> io.NodeOutput:
         """Return the conditioning with weights on its words, and the model that samples it without a hook."""
+        require_kept(cls.hidden)
         require_single_prompt(conditioning)
         words = token_spans(conditioning, clip, text)
         steps = StepRange(start, end)
@@ -200,6 +208,7 @@ class PromptToPromptEdit(io.ComfyNode):
                 ),
                 model_output(),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -226,6 +235,7 @@ class PromptToPromptEdit(io.ComfyNode):
         model: io.Model.Type | None = None,
     ) -> io.NodeOutput:
         """Return one conditioning for source and edits, the latent repeated for them, and the model that edits it."""
+        require_kept(cls.hidden)
         settings = PromptToPromptSettings(
             cross_steps=StepRange(cross_start, cross_end),
             self_steps=StepRange(self_start, self_end),

@@ -7,8 +7,10 @@ from torch import Tensor
 from ..blip_qformer.attention.maps import AttentionRecord
 from ..blip_qformer.attention.word_sheets import word_sheets
 from ..blip_qformer.attention.words import parse_words
+from .host.attention.lost_edits import require_kept
 from .host.attention.recorder import model_for_records, record_attention, require_recorded
-from .host.conditioning import Conditioning, token_spans
+from .host.conditioning import Conditioning
+from .host.prompt_words import token_spans
 from .types import CATEGORY, RecordedAttention, advanced, io, model_input, model_output, newer_fields
 
 
@@ -38,7 +40,8 @@ class RecordAttention(io.ComfyNode):
                         optional=True,
                         default="",
                         multiline=True,
-                        tooltip="Only for a prompt from CLIP Text Encode: the same text.",
+                        tooltip="Only for a prompt from CLIP Text Encode: the same text. If Concat or Combine made it "
+                        "of several: a line for each.",
                     )
                 ),
                 model_input(),
@@ -48,6 +51,7 @@ class RecordAttention(io.ComfyNode):
                 RecordedAttention.Output(display_name="attention", tooltip="For Subject Attention Map."),
                 model_output(),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -59,6 +63,7 @@ class RecordAttention(io.ComfyNode):
         model: io.Model.Type | None = None,
     ) -> io.NodeOutput:
         """Return the conditioning that fills a record, the record, and the model that fills it without a hook."""
+        require_kept(cls.hidden)
         record = AttentionRecord(token_spans(conditioning, clip, text))
         recorded = record_attention(conditioning, record, in_model=model is not None)
         return io.NodeOutput(recorded, record, model_for_records(model))

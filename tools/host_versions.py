@@ -14,6 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+#: Stock nodes that not every version has, and the oldest tried version that has them.
+NEWER_NODES = {"CFGOverride": "0.25.0", "DualModelGuider": "0.25.0", "NAGuidance": "0.25.0", "SamplerSEEDS2": "0.12.0"}
+
+#: The same of samplers; KSampler takes euler for a name that it does not know.
+NEWER_SAMPLERS = {"exp_heun_2_x0": "0.12.0", "exp_heun_2_x0_sde": "0.12.0"}
+
 
 def read_version(comfyui: Path) -> str:
     """Return the version of a ComfyUI.
@@ -34,15 +40,25 @@ def read_version(comfyui: Path) -> str:
 def no_hidden_inputs(get_output_data: Callable[..., Any]) -> dict[str, Any]:
     """Return the arguments that call ``execution.get_output_data`` for a node without hidden inputs.
 
+    Args:
+        get_output_data: The host's function.
+    """
+    return with_hidden_inputs(get_output_data, {})
+
+
+def with_hidden_inputs(get_output_data: Callable[..., Any], hidden: dict[Any, Any]) -> dict[str, Any]:
+    """Return the arguments that call ``execution.get_output_data`` for a node with hidden inputs.
+
     Up to 0.3.76 it takes ``hidden_inputs``; from 0.4.0 on they are an entry of ``v3_data``, beside what autogrowing and
     dynamic inputs need.
 
     Args:
         get_output_data: The host's function.
+        hidden: Values by the host's ``Hidden``.
     """
     if "v3_data" in inspect.signature(get_output_data).parameters:
-        return {"v3_data": {"hidden_inputs": {}}}
-    return {"hidden_inputs": {}}
+        return {"v3_data": {"hidden_inputs": hidden}}
+    return {"hidden_inputs": hidden}
 
 
 def copies_dynamic_models() -> bool:

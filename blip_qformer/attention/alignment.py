@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..prompt import SUBJECT_WORD, TokenSpan
+from ..prompt import JOINED_WORD, SUBJECT_WORD, TokenSpan
 
 BLOCK = 77  # tokens that a CLIP text encoder reads at once: <bos>, 75 of content, <eos> and padding behind them
 MAX_WORDS = 1000  # of a prompt; aligning two prompts needs a table of as many entries as the square of this
@@ -85,7 +85,13 @@ def align(source: Sequence[TokenSpan], edited: Sequence[TokenSpan], tokens: int)
 def _corresponding_words(
     source: Sequence[TokenSpan], edited: Sequence[TokenSpan]
 ) -> Iterator[tuple[TokenSpan, TokenSpan]]:
-    """Pairs of a source word and an edited word that correspond to each other."""
+    """Pairs of a source word and an edited word that correspond to each other; joined blocks do one by one."""
+    yield from zip(
+        (span for span in source if span.word == JOINED_WORD),
+        (span for span in edited if span.word == JOINED_WORD),
+        strict=False,
+    )
+    source, edited = ([span for span in spans if span.word != JOINED_WORD] for spans in (source, edited))
     source_sentences, edited_sentences = split_repetitions(source), split_repetitions(edited)
     if len(source_sentences) == 1 or len(edited_sentences) == 1:
         source_sentences, edited_sentences = [dict(enumerate(source))], [dict(enumerate(edited))]
@@ -172,6 +178,8 @@ def _map_word(mapper: Tensor, source: Sequence[int], edited: Sequence[int]) -> N
 
 def _map_end(mapper: Tensor, source: Sequence[int], edited: Sequence[int]) -> None:
     """Map tokens one to one; if the edited prompt has more, the source's last token is shared among the rest."""
+    if not source:  # a joined block has no end of its own
+        return
     sources = [source[min(index, len(source) - 1)] for index in range(len(edited))]
     for source_position, edited_position in zip(sources, edited, strict=True):
         mapper[source_position, edited_position] = 1 / sources.count(source_position)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...blip_qformer.prompt import EMBEDDING_WORD, Overflow, Token, TokenSpan, fill_blocks, find_words, insert_subject
 from ...blip_qformer.subject import Subject
-from .checks import CLIP_L, require_clip_l, require_clip_l_for_edits
+from .checks import CLIP_L, require_clip_l
 
 #: Key of a conditioning's dictionary under which later nodes find which positions are which word.
 TOKEN_SPANS = "blip_token_spans"
@@ -121,51 +121,3 @@ def stack_rows(conditionings: list[Conditioning]) -> Conditioning:
             options["pooled_output"] = torch.cat(pooled)
         stacked.append([torch.cat([entry[0] for entry in entries]), options])
     return stacked
-
-
-def token_spans(conditioning: Conditioning, clip: comfy.sd.CLIP | None, text: str) -> list[list[TokenSpan]]:
-    """Find the words of each entry of a conditioning: as Subject Prompt Compose noted them, else in a text.
-
-    Args:
-        conditioning: Conditioning of one or more entries.
-        clip: Text encoder that a stock conditioning was encoded with.
-        text: Text that a stock conditioning was encoded from.
-
-    Raises:
-        ValueError: A conditioning does not know its words and there is no CLIP, or it was not encoded from this text.
-    """
-    noted = [options.get(TOKEN_SPANS) for _, options in conditioning]
-    if None not in noted:
-        return noted
-    if clip is None or not text.strip():
-        raise ValueError(
-            "This conditioning does not say which token is which word: take it from Subject Prompt Compose, or connect "
-            "the clip it was encoded with and write its text."
-        )
-    return [
-        token_spans_of_text(clip, text, tensor) if spans is None else spans
-        for spans, (tensor, _) in zip(noted, conditioning, strict=True)
-    ]
-
-
-def token_spans_of_text(clip: comfy.sd.CLIP, text: str, encoded: Tensor) -> list[TokenSpan]:
-    """Find the words of a text and their positions in what CLIP Text Encode made of it.
-
-    Args:
-        clip: Text encoder.
-        text: The text.
-        encoded: Encoding of the text, of shape [B, tokens, width].
-
-    Raises:
-        ValueError: The CLIP is not SD1.5's, or the text has another number of blocks.
-    """
-    require_clip_l_for_edits(clip)
-    block_length = len(clip.tokenize("")[CLIP_L][0])
-    tokens = read_tokens(clip, text, encoded.shape[-1])
-    blocks = fill_blocks(tokens, block_length - 2, "continue")
-    if len(blocks) * block_length != encoded.shape[1]:
-        raise ValueError(
-            f"The text makes {len(blocks) * block_length} tokens and the conditioning has {encoded.shape[1]}: write "
-            "the text that the conditioning was encoded from."
-        )
-    return find_words(blocks, block_length)

@@ -20,6 +20,12 @@ from .checks import require_additive_noise
 from .conditioning import Conditioning
 from .latents import Latent
 
+#: Key of an inverted latent: the model had functions of guidance, which act at guidance 1 too.
+INVERTED_WITH_GUIDANCE = "blip_inverted_with_guidance"
+
+#: The host's keys for such functions in the options of a model, set by nodes such as PAG, APG and RescaleCFG.
+GUIDANCE_FUNCTIONS = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
+
 SAMPLER, SCHEDULER = "ddim", "ddim_uniform"  # of the stock KSampler whose run comes back to the image
 
 
@@ -44,6 +50,7 @@ def invert_latent(
     require_additive_noise(model)
     require_image(latent["samples"], model)
     inverted = {**latent, "samples": _invert(model, conditioning, latent["samples"], steps, refinements)}
+    inverted[INVERTED_WITH_GUIDANCE] = any(model.model_options.get(key) for key in GUIDANCE_FUNCTIONS)
     inverted.pop("noise_mask", None)  # the sampler would put the inverted latent itself where the mask is black
     return inverted
 

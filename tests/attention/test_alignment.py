@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip_qformer.attention.alignment import MAX_WORDS, align, split_repetitions
-from blip_qformer.prompt import SUBJECT_WORD, Token, TokenSpan, compose_prompt, fill_blocks, find_words
+from blip_qformer.prompt import JOINED_WORD, SUBJECT_WORD, Token, TokenSpan, compose_prompt, fill_blocks, find_words
 
 TOKENS = 77
 
@@ -259,3 +259,29 @@ def test_prompts_longer_than_can_be_aligned_are_refused():
     long = [TokenSpan("word", (position,)) for position in range(MAX_WORDS + 1)]
     with pytest.raises(ValueError, match="A prompt of 1001 words is longer than can be aligned: shorten it to 1000"):
         align(long, prompt("a dog"), 14 * TOKENS)
+
+
+JOINED = TokenSpan(JOINED_WORD, tuple(range(78, 154)))
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_a_joined_block_is_taken_over_token_by_token(repeats):
+    """And the prompt before it is aligned as it is without."""
+    texts = ("on a chair", "in a red hat on a chair")
+    source, edited = (composed(text) if repeats else prompt(text) for text in texts)
+    alone = align(source, edited, 77).mapper
+    mapper = align([*source, JOINED], [*edited, JOINED], 154).mapper
+    assert torch.equal(mapper[:77, :77], alone)
+    assert torch.equal(mapper[77:, 77:], torch.eye(77))
+    assert not mapper[:77, 77:].any()
+    assert not mapper[77:, :77].any()
+
+
+def test_a_block_that_only_one_prompt_has_no_words_of_is_new():
+    words = prompt("on a chair")
+    behind = [TokenSpan(span.word, tuple(77 + position for position in span.positions)) for span in words]
+    for source, edited in (([*words, JOINED], [*words, *behind]), ([*words, *behind], [*words, JOINED])):
+        alignment = align(source, edited, 154)
+        assert torch.equal(alignment.mapper[:77, :77], torch.eye(77))
+        assert not alignment.has_source[78:].any()
+        assert alignment.has_source[77]

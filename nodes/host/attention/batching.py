@@ -13,8 +13,10 @@ from torch import Tensor
 from ....blip_qformer.attention.edits import Edit, PromptToPrompt, Reweight
 from ....blip_qformer.attention.prompt_to_prompt import PromptToPromptSettings, build_edits
 from ....blip_qformer.prompt import TokenSpan
-from ..conditioning import TOKEN_SPANS, Conditioning, stack_rows, token_spans
+from ..conditioning import TOKEN_SPANS, Conditioning, stack_rows
+from ..inversion import INVERTED_WITH_GUIDANCE
 from ..latents import Latent
+from ..prompt_words import token_spans
 from .hooks import EDITS, get_edits, set_edits
 from .local_blend import EDIT_MASKS, EditMasks
 from .recorder import RECORDED_PROMPTS
@@ -49,8 +51,15 @@ def batch_edits(
         A conditioning with a row for each image of a group, and latents of N groups that start from the same noise.
 
     Raises:
-        ValueError: If the conditionings do not fit together, or a word is not in its prompt.
+        ValueError: If the conditionings do not fit together, a word is not in its prompt, or the latent was inverted in
+            another way than its source is sampled.
     """
+    if settings.source_unguided and latent.get(INVERTED_WITH_GUIDANCE):
+        raise ValueError(
+            "DDIM Inversion's model comes from a node that changes guidance, such as PAG, and source_unguided draws "
+            "the source without it: connect DDIM Inversion's model from before that node, so that the photograph comes "
+            "back."
+        )
     joined = join_rows(source, edited)
     words = words_of_each([source, *edited], clip, source_text, edited_text)
     masks = EditMasks()
