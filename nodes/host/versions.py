@@ -46,11 +46,6 @@ def patcher_class(disable_dynamic: bool = False) -> type[ModelPatcher]:
     return ModelPatcher if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
 
 
-def has_dynamic_memory() -> bool:
-    """Return whether the host makes its models with dynamic memory."""
-    return patcher_class() is not ModelPatcher
-
-
 def is_dynamic(patcher: ModelPatcher) -> bool:
     """Return whether a model's weights stay where they were mapped until a layer runs; since 0.12.0.
 

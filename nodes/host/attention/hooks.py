@@ -11,8 +11,10 @@ From the edit node to the first edited step, in the order in which the host call
    :class:`~.sampling_run.AttentionRun`, the state of this run, adds its patches and wrappers to the options of the run.
 4. The host gives each conditioning its areas, masks and ControlNets, and calls the wrapper of type ``SAMPLER_SAMPLE``,
    ``AttentionRun.sampler_sample``, which finds the edited conditionings again among the copies that this made.
-5. The sampler calls the model for the first step. The wrapper of type ``PREDICT_NOISE``,
-   ``AttentionRun.predict_noise``, plans the step (:func:`blip_qformer.attention.plan.plan_step`).
+5. The sampler calls the guider for the first step. The wrapper of type ``PREDICT_NOISE``,
+   ``AttentionRun.predict_noise``, plans the step (:func:`blip_qformer.attention.plan.plan_step`), and puts the source's
+   own prediction in the place of the guided one where it is to be unguided (:mod:`.unguided_source`). Which predictions
+   are whose, and which the guider made for itself, is told by :mod:`.predictions`.
 6. Each attention layer of the U-Net calls ``AttentionRun.patch_self``, ``patch_cross`` or ``replace_cross``, which
    apply the plan to queries, keys and values (:mod:`blip_qformer.attention.injection`). This is the first edited step.
 7. After the last step ``AttentionRun.finish`` applies local blend once more, and the run is forgotten.
@@ -37,13 +39,11 @@ from ..checks import require_sd15
 from ..conditioning import Conditioning
 from .carrier import attach, detach, wrap_model
 from .edited_conditioning import EditedConditioning
+from .sampler_probe import require_exact_sampler
 from .sampling_run import AttentionRun
 
 #: Key of a conditioning's dictionary for its edits, and reference of the hook that comes with them.
 EDITS = "blip_attention_edits"
-
-#: Fragments of the names of those samplers of the host that add noise of their own.
-NOISY_SAMPLERS = ("ancestral", "sde", "ddpm", "lcm")
 
 
 def get_edits(conditioning: Conditioning) -> list[tuple[Edit, ...]]:
@@ -108,7 +108,8 @@ def sample_with_edits(
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     require_sd15(guider.model_patcher)
     if any(edit.source_unguided for each in edited.values() if (edit := each.prompt_to_prompt)):
-        require_no_added_noise(noise, sampler)
+        require_no_added_noise(noise)
+        require_exact_sampler(sampler, sigmas, guider.model_patcher)
     run = AttentionRun(edited, noise, sigmas.tolist())
     run.install(guider)
     return run.finish(executor(noise, latent_image, sampler, sigmas, *args, **kwargs))
@@ -132,22 +133,15 @@ def detach_edits(guider: comfy.samplers.CFGGuider) -> dict[UUID, EditedCondition
     return edited
 
 
-def require_no_added_noise(noise: Tensor, sampler: comfy.samplers.Sampler) -> None:
-    """Refuse to reproduce a photograph with a sampler that adds noise to its latent.
+def require_no_added_noise(noise: Tensor) -> None:
+    """Refuse to reproduce a photograph where the sampler node adds noise to its latent.
 
     Args:
         noise: Noise that the run starts from, of shape [B, 4, h, w].
-        sampler: Sampler of the host.
 
     Raises:
-        ValueError: If the noise is not zero, or the sampler adds some at each step.
+        ValueError: If the noise is not zero.
     """
-    name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
-    if any(fragment in name for fragment in NOISY_SAMPLERS):
-        raise ValueError(
-            f"{name.removeprefix('sample_')} adds noise at every step, so that the photograph does not come back: "
-            "choose ddim, or switch source_unguided off in Prompt-to-Prompt Edit."
-        )
     if noise.any():
         raise ValueError(
             "This sampler adds noise to the latent of DDIM Inversion, so that the photograph does not come back: use "

@@ -6,7 +6,7 @@ The functions on tensors are those of :mod:`blip_qformer.attention.local_blend` 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from uuid import UUID
 
@@ -14,7 +14,6 @@ import comfy.samplers
 import torch
 import torch.nn.functional as F
 from comfy.extra_samplers.uni_pc import sample_unipc, sample_unipc_bh2
-from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor
 
 from ....blip_qformer.attention.injection import ConditioningRows
@@ -56,8 +55,8 @@ class LocalBlend:
         """Note whether the latents that a sampler hands the model are the ones it goes on from."""
         self.writes_to_sampler = getattr(sampler, "sampler_function", None) not in COPYING_SAMPLERS
 
-    def predict_noise(self, executor: WrapperExecutor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Blend the latents before a call of the model, and its prediction after it.
+    def predict_noise(self, predict: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Blend the latents before a call of the guider, and its prediction after it.
 
         The paper's sampler goes on from the blended latents, and so does one whose own latents these are. Where they
         are a copy (of an inpainting, or in uni_pc), the blended prediction leads an edited image to its source. The
@@ -65,7 +64,7 @@ class LocalBlend:
         its own, cfg_pp): there it keeps a rest of the edit, which the model is not shown.
 
         Args:
-            executor: What the host would have called.
+            predict: What predicts the denoised latents of latents and the further arguments.
             x: Latents of shape [B, 4, h, w], changed in place where the sampler goes on from them.
             *args: Further arguments, which are passed on.
             **kwargs: Further arguments, which are passed on.
@@ -76,7 +75,7 @@ class LocalBlend:
         blended = self.blend(x)
         if self.writes_to_sampler:
             x.copy_(blended)
-        return self.blend(executor(blended, *args, **kwargs))
+        return self.blend(predict(blended, *args, **kwargs))
 
     def add_maps(
         self,

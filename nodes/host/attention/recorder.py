@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 from uuid import UUID
@@ -17,11 +18,10 @@ from ..checks import require_cross_attention
 from ..conditioning import Conditioning
 from .carrier import attach, detach, wrap_model
 from .layers import ExtraOptions, calling_layer, conditioning_rows, latent_size, map_size, require_known_rows
+from .predictions import OwnPredictions
 
 #: Key of a conditioning's dictionary for its :class:`RecordedPrompt`s, and reference of the hook that comes with them.
 RECORDED_PROMPTS = "blip_attention_records"
-
-POSITIVE = 0  # the host's number in cond_or_uncond for rows of the positive conditioning
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,11 @@ def sample_and_record(executor: WrapperExecutor, noise: Tensor, *args: Any, **kw
         ValueError: If the model has no cross-attention.
     """
     guider = cast(comfy.samplers.CFGGuider, executor.class_obj)
-    prompts: dict[UUID, tuple[RecordedPrompt, ...]] = {
-        entry["uuid"]: recorded_prompts for _, entry, recorded_prompts in detach(guider, RECORDED_PROMPTS)
-    }
-    if not prompts:
+    detached = detach(guider, RECORDED_PROMPTS)
+    if not detached:
         return executor(noise, *args, **kwargs)
     require_cross_attention(guider.model_patcher)
-    recorder = AttentionRecorder(guider, prompts, noise)
+    recorder = AttentionRecorder(guider, detached, noise)
     for record in recorder.records:
         record.start(*noise.shape[-2:])
     try:
@@ -98,19 +96,30 @@ def sample_and_record(executor: WrapperExecutor, noise: Tensor, *args: Any, **kw
 class AttentionRecorder:
     """Fills the records of one sampling run.
 
+    A record whose conditioning stands on several sides of the guider is filled from the first of them.
+
     Args:
-        guider: Guider of the run; a patch is added to its model options, which are its own copies.
-        prompts: Records that want the attention on a conditioning, by the host's id of it.
+        guider: Guider of the run; patch and wrappers are added to its model options, which are its own copies.
+        detached: For each recorded conditioning its side, such as ``positive``, its entry, and who records it.
         noise: Noise of shape [B, 4, h, w].
     """
 
     def __init__(
-        self, guider: comfy.samplers.CFGGuider, prompts: dict[UUID, tuple[RecordedPrompt, ...]], noise: Tensor
+        self,
+        guider: comfy.samplers.CFGGuider,
+        detached: Sequence[tuple[str, dict[str, Any], tuple[RecordedPrompt, ...]]],
+        noise: Tensor,
     ) -> None:
         self.guider = guider
         self.batch_size, self.size = len(noise), tuple(noise.shape[-2:])
         self.unet = guider.model_patcher.model.diffusion_model
-        self.prompts = prompts
+        self.prompts: dict[UUID, list[RecordedPrompt]] = {}
+        sides: dict[AttentionRecord, str] = {}
+        for side, entry, recorded_prompts in detached:
+            wanted = [each for each in recorded_prompts if sides.setdefault(each.record, side) == side]
+            self.prompts[entry["uuid"]] = wanted
+        self.predictions = OwnPredictions({entry["uuid"]: side for side, entry, _ in detached})
+        self.predictions.install(guider.model_options)
         options = {"transformer_options": {"patches": {"attn2_patch": [self.patch_cross]}}}
         merge_nested_dicts(guider.model_options, options, copy_dict1=False)
 
@@ -140,9 +149,8 @@ class AttentionRecorder:
         """
         layer = calling_layer(self.unet, extra_options)
         entries = {entry["uuid"]: entry for entries in self.guider.conds.values() for entry in entries}
-        calls = zip(conditioning_rows(len(query), extra_options), extra_options["cond_or_uncond"], strict=True)
-        for (uuid, rows), side in calls:
-            if side != POSITIVE or uuid not in self.prompts:  # an area has a copy with its id in the negative
+        for uuid, rows in conditioning_rows(len(query), extra_options):
+            if not self.prompts.get(uuid) or uuid not in self.predictions.ids:
                 continue
             entry = entries[uuid]
             area = self.area_of(entry)
@@ -197,7 +205,8 @@ def require_recorded(record: AttentionRecord, images: Tensor) -> None:
     if not record.batch_size:
         raise ValueError(
             "Nothing was recorded: connect Record Attention's conditioning to the positive input of the KSampler that "
-            "draws this image, and let it draw once more with another seed."
+            "draws this image, and let it draw once more with another seed. Behind conditioning_from of Concat or "
+            "Average, a recording is lost: put Record Attention behind that node."
         )
     if record.batch_size != len(images):
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import comfy.samplers
 from comfy.ldm.modules.attention import optimized_attention
@@ -19,6 +19,8 @@ from ....blip_qformer.attention.schedule import step_of
 from .edited_conditioning import EditedConditioning, common_group_size
 from .layers import ExtraOptions, conditioning_rows, is_coarse, require_known_rows, unet_blocks
 from .local_blend import LocalBlend
+from .predictions import OwnPredictions
+from .unguided_source import UnguidedSource
 
 KEY = "blip_attention"  # of our wrappers
 
@@ -42,6 +44,9 @@ class AttentionRun:
         self.edited = edited
         self.sigmas = sigmas
         self.local_blend = LocalBlend(edited, self.group_size, (height, width))
+        self.predictions = OwnPredictions({uuid: each.side for uuid, each in edited.items()})
+        unguided = [uuid for uuid, each in edited.items() if (edit := each.prompt_to_prompt) and edit.source_unguided]
+        self.unguided_source = UnguidedSource(unguided, self.predictions, self.group_size)
         self.step = -1
         self.plans: dict[UUID, StepPlan] = {}
 
@@ -66,9 +71,7 @@ class AttentionRun:
             replaced = options.setdefault("patches_replace", {}).setdefault("attn2", {})
             for block in {*unet_blocks(guider.model_patcher.model.diffusion_model), *replaced}:
                 replaced[block] = partial(self.replace_cross, replaced.get(block))
-        if any(edit.source_unguided for edit in self.prompt_to_prompts):
-            post_cfg = model_options.get("sampler_post_cfg_function", [])
-            model_options["sampler_post_cfg_function"] = [*post_cfg, self.unguide_sources]
+        self.predictions.install(model_options)
         for wrapper_type, wrapper in (
             (WrappersMP.SAMPLER_SAMPLE, self.sampler_sample),
             (WrappersMP.PREDICT_NOISE, self.predict_noise),
@@ -82,9 +85,7 @@ class AttentionRun:
     # What the host calls, from the outside in.
 
     def sampler_sample(self, executor: WrapperExecutor, guider: comfy.samplers.CFGGuider, *args: Any) -> Tensor:
-        """Wrap the sampler: tell apart the copies of conditionings that the host has made by now.
-
-        Where only one side has an area, the other gets a copy of that entry, with its id but with its own prompt.
+        """Wrap the sampler: find the edited conditionings again among the copies that the host has made by now.
 
         Args:
             executor: What the host would have called; its ``class_obj`` is the sampler.
@@ -95,22 +96,11 @@ class AttentionRun:
             Sampled latents of shape [B, 4, h, w].
         """
         self.local_blend.choose_sampler(cast(comfy.samplers.Sampler, executor.class_obj))
-        entries = [(side, entry) for side, entries in guider.conds.items() for entry in entries]
-        edited_by_prompt = {
-            id(entry["model_conds"].get("c_crossattn")): edited
-            for side, entry in entries
-            if (edited := self.edited.get(entry["uuid"])) and edited.side == side
-        }
-        for _, entry in entries:
-            edited = edited_by_prompt.get(id(entry["model_conds"].get("c_crossattn")))
-            if edited is not self.edited.get(entry["uuid"]):
-                entry["uuid"] = uuid4()
-                if edited:
-                    self.edited[entry["uuid"]] = edited
+        self.edited |= {copy: self.edited[uuid] for copy, uuid in self.predictions.copies.items()}
         return executor(guider, *args)
 
     def predict_noise(self, executor: WrapperExecutor, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Wrap a call of the model: plan the step it belongs to, and apply local blend before and after it.
+        """Wrap a call of the guider: plan the step, keep the sources unguided, and apply local blend before and after.
 
         Args:
             executor: What the host would have called.
@@ -126,13 +116,11 @@ class AttentionRun:
         if step != self.step:
             self.step, num_steps = step, len(self.sigmas) - 1
             self.plans = {uuid: plan_step(each.edits, step, num_steps, x.device) for uuid, each in self.edited.items()}
-        return self.local_blend.predict_noise(executor, x, sigma, *args, **kwargs)
 
-    def unguide_sources(self, args: dict[str, Any]) -> Tensor:
-        """Return the guided prediction with the sources' conditional one as it is; a post-CFG function of the host."""
-        denoised = args["denoised"].clone()
-        denoised[:: self.group_size] = args["cond_denoised"][:: self.group_size]
-        return denoised
+        def predict(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return self.unguided_source.predict_noise(executor, x, *args, **kwargs)
+
+        return self.local_blend.predict_noise(predict, x, sigma, *args, **kwargs)
 
     def patch_self(
         self, query: Tensor, context: Tensor, values: Tensor, extra_options: ExtraOptions
@@ -196,7 +184,8 @@ class AttentionRun:
             return other(query, key, values, extra_options) if other else attend(query, key, values)
 
         planned = [(uuid, rows, self.plans[uuid]) for uuid, rows in self.edited_rows(len(query), extra_options)]
-        self.local_blend.add_maps(query, key, planned, extra_options)
+        own = [each for each in planned if each[0] in self.predictions.ids]
+        self.local_blend.add_maps(query, key, own, extra_options)
         if any(plan.needs_two_attentions for _, _, plan in planned):
             return attend_twice(query, key, values, [(rows, plan) for _, rows, plan in planned], attend, attend_all)
         return attend_all(query, key, values)
