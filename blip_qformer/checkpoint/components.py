@@ -16,7 +16,9 @@ from ..stand_in import stand_in, stand_in_sentences
 from .detect import Kind, detect_kind
 from .hub_cache import snapshot_folder
 from .key_map import format_keys
+from .network_config import check_network_config
 from .read_tensors import SAFETENSORS, TENSOR_FILES, CheckpointError, read_config, read_tensors
+from .weights import check_dtypes, check_finite
 
 ENCODER_FOLDERS = ("qformer", "blip_model")  # in a Hub folder, in an original folder
 
@@ -35,6 +37,8 @@ COMPONENT_FOLDERS = (
     "feature_extractor",
     "safety_checker",
 )
+
+WITH_CONFIG = (Kind.UNET, Kind.CONTROLNET, Kind.VAE, Kind.TEXT_ENCODER)  # kinds with a config.json of their own
 
 SHARD = re.compile(r"-\d{5}-of-(?P<count>\d{5})(?=\.)")  # before or behind a variant such as .fp16
 NON_EMA = re.compile(r"non[-_.]?ema", re.IGNORECASE)
@@ -56,6 +60,17 @@ class Component:
     path: Path
     config: dict[str, Any]
     state_dict: Callable[[], Mapping[str, Tensor]] = field(repr=False)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return the weights, still mapped, for a network; all of the file is read.
+
+        Raises:
+            CheckpointError: The file cannot be read any more, or holds NaN or infinity.
+        """
+        state_dict = self.state_dict()
+        check_dtypes(state_dict, self.path)
+        check_finite(state_dict, self.path)
+        return state_dict
 
 
 def find_components(folder: Path) -> tuple[dict[Kind, Component], list[str]]:
@@ -85,7 +100,10 @@ def find_components(folder: Path) -> tuple[dict[Kind, Component], list[str]]:
         try:
             _check_shards(files)
             if kind := detect_kind(_read(files)):
-                component = Component(files[0], read_config(files[0].parent), partial(_read, files))
+                config = read_config(files[0].parent)
+                if kind in WITH_CONFIG:
+                    check_network_config(config, files[0].parent / "config.json")
+                component = Component(files[0], config, partial(_read, files))
                 fitting.setdefault(kind, []).append(component)
         except CheckpointError as error:
             problems.append(str(error))
@@ -107,6 +125,23 @@ def is_component_folder(folder: Path) -> bool:
 def _read(files: Sequence[Path]) -> dict[str, Tensor]:
     """Return the tensors of all files of one model."""
     return {key: tensor for file in files for key, tensor in read_tensors(file).items()}
+
+
+def find_weights(folder: Path) -> dict[str, Tensor]:
+    """Map the weights of the one model in a folder, shards put together, ``.safetensors`` before pickles.
+
+    Args:
+        folder: A folder as transformers saves a model.
+
+    Raises:
+        CheckpointError: There are no weights, or they cannot be read.
+    """
+    models = [files for files in _models(folder) if files[0].parent == folder]
+    if not models:
+        raise CheckpointError(f"{folder} holds no weights: download the whole folder.")
+    files = min(models, key=partial(_preference, folder))
+    _check_shards(files)
+    return _read(files)
 
 
 def _models(folder: Path) -> list[list[Path]]:

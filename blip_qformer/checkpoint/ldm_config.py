@@ -31,7 +31,7 @@ def unet_config(state_dict: Mapping[str, Tensor], heads: int = 8) -> dict[str, A
     depth_up = [depth for level in levels for depth in transformer_depths(state_dict, f"up_blocks.{level}")]
     return {
         **_down_and_middle_config(state_dict, heads),
-        "out_channels": shape_of(state_dict, "conv_out.weight")[0],
+        "out_channels": shape_of(state_dict, "conv_out.weight", 4)[0],
         "transformer_depth_output": depth_up[::-1],  # ComfyUI pops from the end of the list
     }
 
@@ -49,27 +49,27 @@ def controlnet_config(state_dict: Mapping[str, Tensor], heads: int = 8) -> dict[
     Raises:
         ValueError: A tensor that tells a size is missing.
     """
-    hint_channels = shape_of(state_dict, "controlnet_cond_embedding.conv_in.weight")[1]
+    hint_channels = shape_of(state_dict, "controlnet_cond_embedding.conv_in.weight", 4)[1]
     return {**_down_and_middle_config(state_dict, heads), "hint_channels": hint_channels}
 
 
 def _down_and_middle_config(state_dict: Mapping[str, Tensor], heads: int) -> dict[str, Any]:
     """Infer what a U-Net and a ControlNet have in common: the down blocks and the middle block."""
-    width = shape_of(state_dict, "conv_in.weight")[0]
+    width = shape_of(state_dict, "conv_in.weight", 4)[0]
     levels = range(count_children(state_dict, "down_blocks"))
-    widths = [shape_of(state_dict, f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels]
+    widths = [shape_of(state_dict, f"down_blocks.{level}.resnets.0.conv1.weight", 4)[0] for level in levels]
     depth_down = [depth for level in levels for depth in transformer_depths(state_dict, f"down_blocks.{level}")]
     middle = "mid_block.attentions.0"
     return {
         "image_size": 32,
-        "in_channels": shape_of(state_dict, "conv_in.weight")[1],
+        "in_channels": shape_of(state_dict, "conv_in.weight", 4)[1],
         "model_channels": width,
         "channel_mult": _multiples(widths, width),
         "num_res_blocks": [count_children(state_dict, f"down_blocks.{level}.resnets") for level in levels],
         "num_heads": heads,
         "use_spatial_transformer": True,
-        "use_linear_in_transformer": len(shape_of(state_dict, f"{middle}.proj_in.weight")) == 2,
-        "context_dim": shape_of(state_dict, f"{middle}.transformer_blocks.0.attn2.to_k.weight")[1],
+        "use_linear_in_transformer": len(shape_of(state_dict, f"{middle}.proj_in.weight", 2, 4)) == 2,
+        "context_dim": shape_of(state_dict, f"{middle}.transformer_blocks.0.attn2.to_k.weight", 2)[1],
         "transformer_depth": depth_down,
         "transformer_depth_middle": count_children(state_dict, f"{middle}.transformer_blocks"),
         "adm_in_channels": None,
@@ -108,24 +108,24 @@ def vae_config(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         ValueError: A tensor that tells a size is missing.
     """
-    width, image_channels = shape_of(state_dict, "encoder.conv_in.weight")[:2]
-    latent_channels = shape_of(state_dict, "decoder.conv_in.weight")[1]
+    width, image_channels = shape_of(state_dict, "encoder.conv_in.weight", 4)[:2]
+    latent_channels = shape_of(state_dict, "decoder.conv_in.weight", 4)[1]
     levels = range(count_children(state_dict, "encoder.down_blocks"))
-    widths = [shape_of(state_dict, f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels]
+    widths = [shape_of(state_dict, f"encoder.down_blocks.{level}.resnets.0.conv1.weight", 4)[0] for level in levels]
     return {
         "ddconfig": {
-            "double_z": shape_of(state_dict, "encoder.conv_out.weight")[0] == 2 * latent_channels,
+            "double_z": shape_of(state_dict, "encoder.conv_out.weight", 4)[0] == 2 * latent_channels,
             "z_channels": latent_channels,
             "resolution": 256,
             "in_channels": image_channels,
-            "out_ch": shape_of(state_dict, "decoder.conv_out.weight")[0],
+            "out_ch": shape_of(state_dict, "decoder.conv_out.weight", 4)[0],
             "ch": width,
             "ch_mult": _multiples(widths, width),
             "num_res_blocks": count_children(state_dict, "encoder.down_blocks.0.resnets"),
             "attn_resolutions": [],
             "dropout": 0.0,
         },
-        "embed_dim": shape_of(state_dict, "post_quant_conv.weight")[1],
+        "embed_dim": shape_of(state_dict, "post_quant_conv.weight", 4)[1],
     }
 
 
@@ -143,14 +143,14 @@ def text_encoder_config(state_dict: Mapping[str, Tensor], heads: int | None = No
         ValueError: A tensor that tells a size is missing.
     """
     inner = without_text_model_prefix(state_dict)
-    vocabulary, width = shape_of(inner, "embeddings.token_embedding.weight")
+    vocabulary, width = shape_of(inner, "embeddings.token_embedding.weight", 2)
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": shape_of(inner, "encoder.layers.0.mlp.fc1.weight")[0],
+        "intermediate_size": shape_of(inner, "encoder.layers.0.mlp.fc1.weight", 2)[0],
         "num_hidden_layers": count_children(inner, "encoder.layers"),
         "num_attention_heads": heads or max(1, width // 64),
-        "max_position_embeddings": shape_of(inner, "embeddings.position_embedding.weight")[0],
+        "max_position_embeddings": shape_of(inner, "embeddings.position_embedding.weight", 2)[0],
         "hidden_act": "quick_gelu",
     }
 

@@ -195,11 +195,13 @@ def check_depth(name: str, state_dict: Mapping[str, Tensor], config: Mapping[str
         ValueError: The numbers differ.
     """
     inner = without_text_model_prefix(state_dict)
-    levels = len(config["block_out_channels"]) if "block_out_channels" in config else None
+    widths, layers = config.get("block_out_channels"), config.get("layers_per_block")
+    levels = None if widths is None else len(widths)
+    first_level = layers[0] if isinstance(layers, list | tuple) else layers
     expected = {
-        "unet": {"down_blocks": levels, "up_blocks": levels},
-        "controlnet": {"down_blocks": levels},
-        "vae": {"encoder.down_blocks": levels, "decoder.up_blocks": levels},
+        "unet": {"down_blocks": levels, "up_blocks": levels, "down_blocks.0.resnets": first_level},
+        "controlnet": {"down_blocks": levels, "down_blocks.0.resnets": first_level},
+        "vae": {"encoder.down_blocks": levels, "decoder.up_blocks": levels, "encoder.down_blocks.0.resnets": layers},
         "text_encoder": {"encoder.layers": config.get("num_hidden_layers")},
     }[name]
     for module, count in expected.items():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..encoder import SubjectEncoder, SubjectEncoderConfig
 from ..encoder.layers import AttentionFunction, scaled_dot_product_attention
+from ..plain_data import shown
 from ..prompt import SUBJECT_INDEX
 from .components import SHARD, Component, find_components, has_encoder_folder, is_component_folder
 from .detect import Kind, describe, detect_kind
@@ -19,7 +20,8 @@ from .hub_cache import snapshot_folder
 from .infer_config import check_state_dict
 from .layouts import finetuned, hub, lavis
 from .layouts.single_file import config_from_file
-from .read_tensors import CheckpointError, read_config, read_tensors
+from .read_tensors import CheckpointError, naming_file, read_config, read_tensors
+from .weights import check_finite
 
 NETWORKS = {
     "unet": Kind.UNET,
@@ -33,7 +35,7 @@ CONTEXT_POSITION = 1 + SUBJECT_INDEX  # of the subject's vectors in every publis
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened BLIP-Diffusion checkpoint. Weights are memory-mapped, so opening one is cheap.
+    """An opened BLIP-Diffusion checkpoint. Weights are memory-mapped, so opening is cheap; keep it while loading only.
 
     Args:
         path: The folder or file.
@@ -60,6 +62,25 @@ class Checkpoint:
     controlnet: Component | None = None
     subject: Tensor | None = None
     problems: tuple[str, ...] = field(default=(), repr=False)
+
+    def copy_encoder_weights(
+        self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """Copy the subject encoder's weights, one by one, so that they no longer depend on the file.
+
+        Args:
+            dtype: The dtype to cast them to; None keeps the file's.
+            device: The device to copy them to.
+
+        Returns:
+            The weights, in the keys of ``SubjectEncoder.state_dict()``.
+
+        Raises:
+            CheckpointError: A weight holds NaN or infinity, cast to the dtype.
+        """
+        weights = {key: tensor.to(device, dtype, copy=True) for key, tensor in self.encoder_state_dict.items()}
+        check_finite(weights, self.encoder_path)
+        return weights
 
     def require(self, name: str, *advice: str) -> Component:
         """Return a component.
@@ -95,9 +116,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: There is nothing, or something else, or it is incomplete.
     """
-    path = snapshot_folder(Path(path))
-    if path.is_dir():
-        return _open_folder(path)
+    path = Path(path)
+    with naming_file(path):
+        path = snapshot_folder(path)
+        return _open_folder(path) if path.is_dir() else _open_file(path)
+
+
+def _open_file(path: Path) -> Checkpoint:
+    """Open a file by the tensors that it holds."""
     tensors = read_tensors(path)
     kind = detect_kind(tensors)
     if kind is Kind.QFORMER:
@@ -124,23 +150,21 @@ def load_subject_encoder(
     Args:
         path: A Hub folder, an original (LAVIS) folder, a fine-tuned file or a Q-Former in one file; or one of those,
             opened.
-        dtype: The dtype to cast the weights to; None keeps the file's. Weights on the CPU that need no cast are the
-            mapped file itself: nothing is copied.
+        dtype: The dtype to cast the weights to; None keeps the file's.
         device: The device of the weights.
         operations: The namespace that layers come from, see :class:`~blip_qformer.encoder.SubjectEncoder`.
         attention: The attention function, see :data:`~blip_qformer.encoder.layers.AttentionFunction`.
 
     Returns:
-        The encoder in evaluation mode, with frozen weights.
+        The encoder in evaluation mode, with frozen weights in memory of their own: its file may be replaced.
 
     Raises:
-        CheckpointError: See :func:`open_checkpoint`.
+        CheckpointError: See :func:`open_checkpoint`; or the weights hold NaN or infinity, cast to the dtype.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    # Built without memory and then given the file's tensors: there are never two copies.
+    # Built without memory and then given copies of the file's tensors, made one by one: there are never two.
     encoder = SubjectEncoder(checkpoint.encoder_config, dtype, "meta", operations, attention)
-    state_dict = {key: tensor.to(device, dtype) for key, tensor in checkpoint.encoder_state_dict.items()}
-    encoder.load_state_dict(state_dict, strict=True, assign=True)
+    encoder.load_state_dict(checkpoint.copy_encoder_weights(dtype, device), strict=True, assign=True)
     return encoder.eval().requires_grad_(False)
 
 
@@ -179,8 +203,8 @@ def _open_hub_folder(folder: Path, components: Mapping[Kind, Component], problem
     position = read_config(folder, "model_index.json").get("ctx_begin_pos", CONTEXT_POSITION)
     if position != CONTEXT_POSITION:
         raise CheckpointError(
-            f"{folder / 'model_index.json'} puts the subject at position {position} of the prompt, but BLIP-Diffusion "
-            f"was trained with {CONTEXT_POSITION}: use the published model_index.json."
+            f"{folder / 'model_index.json'} puts the subject at position {shown(position)} of the prompt, but "
+            f"BLIP-Diffusion was trained with {CONTEXT_POSITION}: use the published model_index.json."
         )
     path = components[Kind.QFORMER].path
     state_dict = hub.KEY_MAP.to_encoder(components[Kind.QFORMER].state_dict(), path)
@@ -202,7 +226,7 @@ def _other_components(components: Mapping[Kind, Component], problems: Sequence[s
     tuned = components.get(Kind.SUBJECT)
     return {
         **{name: components.get(kind) for name, kind in NETWORKS.items()},
-        "subject": tuned.state_dict()[finetuned.SUBJECT_KEY] if tuned else None,
+        "subject": tuned.state_dict()[finetuned.SUBJECT_KEY].clone() if tuned else None,
         "problems": tuple(problems),
     }
 
@@ -233,5 +257,5 @@ def _open_finetuned_file(path: Path, tensors: Mapping[str, Tensor]) -> Checkpoin
         unet=component("unet"),
         text_encoder=component("text_encoder"),
         vae=component("vae"),
-        subject=tensors.get(finetuned.SUBJECT_KEY),
+        subject=tensors[finetuned.SUBJECT_KEY].clone() if finetuned.SUBJECT_KEY in tensors else None,
     )

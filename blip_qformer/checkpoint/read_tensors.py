@@ -1,9 +1,11 @@
-"""Open one file of tensors: memory-mapped, without running code, with one sentence for whatever is wrong with it."""
+"""Open one file of tensors: mapped, within bounds, without running code, and with one sentence for what is wrong."""
 
 from __future__ import annotations
 
-import json
 import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_PICKLE_BYTES, MAX_TENSORS
+from ..plain_data import PlainDataError, parse_json, read_bytes
 from ..stand_in import stand_in
 
 SAFETENSORS = (".safetensors", ".sft")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 TENSOR_FILES = SAFETENSORS + PICKLES
 PICKLE_MAGIC = (b"PK", b"\x80")  # torch.save writes a zip archive, and wrote a bare pickle before torch 1.6
+#: What a pickle can hold beside plain arrays, for the error message.
+_STRANGE: dict[str, Callable[[Tensor], bool]] = {
+    "tensor without numbers (meta)": lambda tensor: tensor.is_meta,
+    "quantized tensor": lambda tensor: tensor.is_quantized,
+    "sparse or nested tensor": lambda tensor: tensor.layout != torch.strided or tensor.is_nested,
+    "tensor of another device": lambda tensor: tensor.device.type != "cpu",
+    "complex tensor": lambda tensor: tensor.is_complex(),
+}
 
 
 class CheckpointError(ValueError):
@@ -44,9 +56,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty, so its download did not finish: get it again.")
     check_content(path)
-    tensors = _read_safetensors(path) if path.suffix.lower() in SAFETENSORS else _read_pickle(path)
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors: choose a file of model weights.")
+    with naming_file(path):
+        tensors = _read_safetensors(path) if path.suffix.lower() in SAFETENSORS else _read_pickle(path)
+        if not tensors:
+            raise CheckpointError(f"{path} holds no tensors: choose a file of model weights.")
+        check_tensors(tensors, path)
     return tensors
 
 
@@ -88,26 +102,94 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
         Content of the JSON file; an empty dict if there is no such file.
 
     Raises:
-        CheckpointError: The file is no JSON object.
+        CheckpointError: The file is no JSON object, or cannot be read.
     """
     path = folder / name
     if not path.is_file():
         return {}
     check_content(path)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again.") from error
+    with naming_file(path):
+        config = parse_json(read_bytes(path, MAX_CONFIG_BYTES), str(path))
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a {type(config).__name__}, not a JSON object: download it again.")
     return config
 
 
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Turn whatever is raised while a file is read into one sentence with its name.
+
+    Libraries that parse damaged files raise what they like; there is no list. Only lack of memory stays what it is.
+
+    Args:
+        path: The file or folder that is read inside.
+
+    Raises:
+        CheckpointError: Something was raised.
+    """
+    try:
+        yield
+    except (CheckpointError, MemoryError):
+        raise
+    except PlainDataError as error:
+        raise CheckpointError(str(error)) from error
+    except PermissionError as error:
+        raise CheckpointError(f"{path} may not be read by you: change its permissions.") from error
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"{path} is no whole file of tensors ({reason[:200]}): it is truncated or something else; download it "
+            "again."
+        ) from error
+
+
+def check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that are no plain arrays on the CPU, or claim more numbers than their file holds.
+
+    Args:
+        tensors: Tensors by name.
+        path: The file.
+
+    Raises:
+        CheckpointError: There are too many tensors, or one is not plain; it is named.
+    """
+    if len(tensors) > MAX_TENSORS:
+        raise CheckpointError(
+            f"{path} holds {len(tensors)} tensors, more than any model of this kind: choose another file."
+        )
+    claimed, size = 0, path.stat().st_size
+    for name, tensor in tensors.items():
+        kind = next((kind for kind, applies in _STRANGE.items() if applies(tensor)), None)
+        if kind is not None:
+            raise CheckpointError(f'{path} holds "{name}" as a {kind}: get the weights in float16 or float32.')
+        claimed += tensor.numel() * tensor.element_size()
+        if claimed > 2 * size:  # twice, as two names may share one array
+            raise CheckpointError(f'{path} claims more numbers in "{name}" than it holds: download it again.')
+
+
+def check_header_size(path: Path) -> None:
+    """Refuse a ``.safetensors`` whose header is larger than that of any model.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if MAX_HEADER_BYTES < length < path.stat().st_size:
+        raise CheckpointError(
+            f"{path} has a header of {length / 1e6:.0f} MB, so it is no model of this kind: choose another file."
+        )
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    check_header_size(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise CheckpointError(
             f"{path} is no whole safetensors file ({error}): it is truncated or something else; download it again."
         ) from error
@@ -116,6 +198,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     if not is_pickle(path):
         raise CheckpointError(f"{path} is not a file of tensors: choose a .safetensors, .bin, .pt or .pth file.")
+    _check_archive(path)
     try:
         content = _unpickle(path)
     except pickle.UnpicklingError as error:
@@ -123,12 +206,21 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} is a pickle that would run code when opened, so it was left closed: get the weights as "
             ".safetensors, or from a source you trust."
         ) from error
-    except Exception as error:  # a broken pickle can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path} is no whole file of tensors ({reason}): it is truncated or something else; download it again."
-        ) from error
     return _named_tensors(content, path)
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive of torch whose pickle would unpack to more than any model's."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        pickled = sum(entry.file_size for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED)
+        pickled += sum(entry.file_size for entry in archive.infolist() if entry.filename.endswith(".pkl"))
+    if pickled > MAX_PICKLE_BYTES:
+        raise CheckpointError(
+            f"{path} would unpack to {pickled / 1e6:.0f} MB before any tensor is read: it is no model of this kind; "
+            "choose another file."
+        )
 
 
 def _unpickle(path: Path) -> object:

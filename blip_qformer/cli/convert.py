@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, open_checkpoint, save_qformer
 from ..checkpoint.ldm_config import departures_from_stock
 from ..checkpoint.ldm_keys import check_depth, network_to_ldm, stable_diffusion_checkpoint
+from ..checkpoint.weights import check_finite
 from ..checkpoint.write_safetensors import check_free_space, check_target, data_size, write_safetensors
 from .output import byte_progress, format_bytes
 
@@ -50,6 +51,7 @@ def convert(arguments: argparse.Namespace) -> None:
         ValueError: The checkpoint cannot be opened or converted.
     """
     checkpoint = open_checkpoint(arguments.source)
+    check_finite(checkpoint.encoder_state_dict, checkpoint.encoder_path)
     folder, dtype, force = arguments.target, DTYPES[arguments.dtype], arguments.force
     stable_diffusion, departures = _stable_diffusion(checkpoint)
     files = {CHECKPOINT_NAME: stable_diffusion, CONTROLNET_NAME: _controlnet(checkpoint)}
@@ -93,7 +95,7 @@ def _stable_diffusion(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[s
     if not checkpoint.problems and not any(getattr(checkpoint, name) for name in STABLE_DIFFUSION):
         return {}, []
     components = {name: checkpoint.require(name) for name in STABLE_DIFFUSION}
-    state_dicts = {name: component.state_dict() for name, component in components.items()}
+    state_dicts = {name: component.weights() for name, component in components.items()}
     for name, component in components.items():
         check_depth(name, state_dicts[name], component.config)
     unet, text_encoder, vae = state_dicts.values()
@@ -104,7 +106,7 @@ def _controlnet(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Return the state dict for the stock ControlNetLoader; empty if the checkpoint has no ControlNet."""
     if checkpoint.controlnet is None:
         return {}
-    return network_to_ldm("controlnet", checkpoint.controlnet.state_dict(), checkpoint.controlnet.config)
+    return network_to_ldm("controlnet", checkpoint.controlnet.weights(), checkpoint.controlnet.config)
 
 
 def _check_folder(folder: Path, names: list[str], overwrite: bool) -> None:

@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, field
+from typing import Annotated, Any
+
+from pydantic import AllowInfNan, ConfigDict, Field, Strict, model_validator
+from pydantic.dataclasses import dataclass
+
+from ..limits import MAX_HEADS, MAX_IMAGE_SIZE, MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
+from ..plain_data import needs, validate, whole_number
+
+Width = Annotated[int, whole_number(1, MAX_WIDTH)]
+Heads = Annotated[int, whole_number(1, MAX_HEADS)]
+Layers = Annotated[int, whole_number(1, MAX_LAYERS)]
+Positions = Annotated[int, whole_number(1, MAX_POSITIONS)]
+Vocabulary = Annotated[int, whole_number(1, MAX_VOCABULARY)]
+Pixels = Annotated[int, whole_number(1, MAX_IMAGE_SIZE)]
+Epsilon = Annotated[float, Strict(), AllowInfNan(False), Field(ge=0, le=1), needs("a number from 0 to 1")]
+
+_KNOWN_FIELDS = ConfigDict(extra="forbid")
 
 
-@dataclass(frozen=True)
+def check_heads(width: int, heads: int) -> None:
+    """Refuse a number of heads that does not divide the width.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if width % heads:
+        raise ValueError(f"a width of {width} cannot be shared by {heads} heads")
+
+
+@dataclass(frozen=True, config=_KNOWN_FIELDS)
 class VisionConfig:
     """The sizes of the vision transformer; the published one is CLIP's ViT-L/14 without its last block.
 
@@ -21,13 +47,20 @@ class VisionConfig:
         layer_norm_eps: Epsilon of every layer norm.
     """
 
-    image_size: int = 224
-    patch_size: int = 14
-    width: int = 1024
-    layers: int = 23
-    heads: int = 16
-    feed_forward_width: int = 4096
-    layer_norm_eps: float = 1e-5
+    image_size: Pixels = 224
+    patch_size: Pixels = 14
+    width: Width = 1024
+    layers: Layers = 23
+    heads: Heads = 16
+    feed_forward_width: Width = 4096
+    layer_norm_eps: Epsilon = 1e-5
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> VisionConfig:
+        check_heads(self.width, self.heads)
+        if self.image_size < self.patch_size:
+            raise ValueError(f"an image of {self.image_size} pixels has no patch of {self.patch_size}")
+        return self
 
     @property
     def tokens(self) -> int:
@@ -35,7 +68,7 @@ class VisionConfig:
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_KNOWN_FIELDS)
 class QFormerConfig:
     """The sizes of the Q-Former; the published one is BERT-base with 16 learned queries.
 
@@ -51,18 +84,23 @@ class QFormerConfig:
         layer_norm_eps: Epsilon of every layer norm.
     """
 
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    feed_forward_width: int = 3072
-    query_tokens: int = 16
-    cross_attention_frequency: int = 1
-    vocabulary_size: int = 30523
-    text_positions: int = 512
-    layer_norm_eps: float = 1e-12
+    width: Width = 768
+    layers: Layers = 12
+    heads: Heads = 12
+    feed_forward_width: Width = 3072
+    query_tokens: Positions = 16
+    cross_attention_frequency: Layers = 1
+    vocabulary_size: Vocabulary = 30523
+    text_positions: Positions = 512
+    layer_norm_eps: Epsilon = 1e-12
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> QFormerConfig:
+        check_heads(self.width, self.heads)
+        return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_KNOWN_FIELDS)
 class SubjectEncoderConfig:
     """All sizes of a :class:`~blip_qformer.encoder.SubjectEncoder`.
 
@@ -74,22 +112,21 @@ class SubjectEncoderConfig:
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
-    projection_width: int = 3072
+    projection_width: Width = 3072
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers in nested dicts, for JSON."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SubjectEncoderConfig:
+    def from_dict(cls, values: Mapping[str, Any], source: str = "The configuration") -> SubjectEncoderConfig:
         """Build a configuration from the result of :meth:`to_dict`.
 
+        Args:
+            values: Plain values of any origin.
+            source: Where they stand, as the subject of the error's sentence.
+
         Raises:
-            KeyError: ``vision``, ``qformer`` or ``projection_width`` is missing.
-            TypeError: A field is unknown.
+            ValueError: A field is missing or unknown, of another type, or out of bounds.
         """
-        return cls(
-            vision=VisionConfig(**values["vision"]),
-            qformer=QFormerConfig(**values["qformer"]),
-            projection_width=values["projection_width"],
-        )
+        return validate(cls, values, source)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..checkpoint.components import find_weights
+from ..checkpoint.module_tree import count_children
+from ..checkpoint.read_tensors import read_config
+from ..checkpoint.weights import is_finite
+from ..limits import MAX_VOCABULARY, MAX_WIDTH
+from ..plain_data import shown
 from ..stand_in import stand_in_sentences
 
 HUB_REPO = "CIDAS/clipseg-rd64-refined"
@@ -33,16 +40,22 @@ class Segmenter(nn.Module):
         super().__init__()
         check_segmentation_folder(folder)
         try:
+            _check_sizes(Path(folder))
             self.processor: Any = CLIPSegProcessor.from_pretrained(folder, local_files_only=True)
             model = CLIPSegForImageSegmentation.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            # Which one depends on what the folder holds.
+        except MemoryError:
+            raise
+        except Exception as error:  # which one depends on what the folder holds
             if sentences := stand_in_sentences(sorted(Path(folder).glob("*"))):
                 raise ValueError(" ".join(sentences)) from error
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(
                 f"{folder} cannot be read as a CLIPSeg ({reason}): download {HUB_REPO} again, the whole folder."
             ) from error
+        for weight in chain(model.parameters(), model.buffers()):
+            weight.data = weight.data.clone()  # one by one: transformers leaves them mapped to the file
+        if damaged := [name for name, weight in model.named_parameters() if not is_finite(weight)]:
+            raise ValueError(f"{folder} holds NaN or infinity in {damaged[0]}: download {HUB_REPO} again.")
         self.model = model.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -82,3 +95,32 @@ def check_segmentation_folder(folder: str | Path) -> None:
             f"{folder} is no folder with a CLIPSeg checkpoint (config.json is missing): download one with "
             f"hf download {HUB_REPO} --local-dir {folder}."
         )
+
+
+def _check_sizes(folder: Path) -> None:
+    """Compare the sizes in a CLIPSeg's config with its weights, because transformers builds whatever a config asks for.
+
+    Raises:
+        ValueError: They differ, or there are no weights.
+    """
+    config, weights = read_config(folder), find_weights(folder)
+    for name in ("text_config", "vision_config"):
+        sizes = config.get(name, {})
+        if not isinstance(sizes, dict):
+            raise ValueError(f"config.json sets {name} to {shown(sizes)}, where a group of values is needed")
+        model = f"clip.{name.removesuffix('_config')}_model"
+        layers, held = sizes.get("num_hidden_layers", 12), count_children(weights, f"{model}.encoder.layers")
+        if layers != held:
+            raise ValueError(f"config.json tells of {shown(layers)} layers of {model} and its weights hold {held}")
+    for size in _numbers(config):
+        if not -MAX_WIDTH <= size <= MAX_VOCABULARY:
+            raise ValueError(f"config.json asks for a size of {shown(size)}, which no CLIPSeg has")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Yield all numbers in nested values of JSON."""
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(each)
+    elif isinstance(value, int | float):
+        yield value

@@ -7,37 +7,53 @@ on torch alone and keeps the names of the published weights.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from pydantic import ConfigDict, model_validator
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from ..encoder.config import Epsilon, Heads, Layers, Positions, Vocabulary, Width, check_heads
 from ..encoder.layers import quick_gelu
+from ..plain_data import validate
 from ..prompt import Token, fill_blocks, insert_subject
 
 HUB_PREFIX = "text_model."  # of every published key
 BOS, EOS = 49406, 49407  # ids in CLIP's vocabulary; <eos> is the padding too
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class CLIPTextModelConfig:
     """Sizes of a CLIP text model; the defaults are CLIP-L's."""
 
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    feed_forward_width: int = 3072
-    vocabulary_size: int = 49408
-    positions: int = 77
-    layer_norm_eps: float = 1e-5
+    width: Width = 768
+    layers: Layers = 12
+    heads: Heads = 12
+    feed_forward_width: Width = 3072
+    vocabulary_size: Vocabulary = 49408
+    positions: Positions = 77
+    layer_norm_eps: Epsilon = 1e-5
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> CLIPTextModelConfig:
+        check_heads(self.width, self.heads)
+        return self
 
     @classmethod
-    def from_hub(cls, config: Mapping[str, Any]) -> CLIPTextModelConfig:
-        """Read a published ``config.json``; a field that is missing there has CLIP-L's value."""
-        return cls(**{ours: config[theirs] for ours, theirs in _HUB_FIELDS.items() if theirs in config})
+    def from_hub(cls, config: Mapping[str, Any], source: str = "The text encoder's config") -> CLIPTextModelConfig:
+        """Read a published ``config.json``; a field that is missing there has CLIP-L's value.
+
+        Args:
+            config: Its content.
+            source: Where it stands, as the subject of an error's sentence.
+
+        Raises:
+            ValueError: A value is of another type, or out of bounds.
+        """
+        return validate(cls, {ours: config[theirs] for ours, theirs in _HUB_FIELDS.items() if theirs in config}, source)
 
     def to_hub(self) -> dict[str, Any]:
         """Return the content of a ``config.json``."""

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from ..checkpoint.components import find_components
 from ..checkpoint.key_map import KeyMap, qformer_keys
 from ..checkpoint.read_tensors import SAFETENSORS, TENSOR_FILES, read_config, read_tensors
 from ..encoder import QFormerConfig, SubjectEncoder, SubjectEncoderConfig, VisionConfig
 from .new import init_weights
-from .pipeline import COMPONENT_KINDS, Pipeline, build_text_encoder, build_unet, build_vae
+from .pipeline import COMPONENT_KINDS, Pipeline, build_text_encoder, build_unet, build_vae, load_tokenizer
 from .save import save_pipeline
 
 _CLIP_LAYER, _OUR_LAYER = "encoder.layers.{}", "blocks.{}"
@@ -80,9 +79,7 @@ def initial_pipeline(clip: Path, bert: Path, stable_diffusion: Path, seed: int =
         raise ValueError(" ".join([f"{stable_diffusion} has no {', '.join(missing)}: choose a whole one.", *problems]))
     text_encoder = build_text_encoder(found[COMPONENT_KINDS["text_encoder"]])
     unet, vae = build_unet(found[COMPONENT_KINDS["unet"]]), build_vae(found[COMPONENT_KINDS["vae"]])
-    if not (stable_diffusion / "tokenizer" / "vocab.json").is_file():
-        raise ValueError(f"{stable_diffusion} has no tokenizer/vocab.json: choose a whole one.")
-    tokenizer = CLIPTokenizer.from_pretrained(stable_diffusion / "tokenizer", local_files_only=True)
+    tokenizer = load_tokenizer(stable_diffusion / "tokenizer")
     pipeline = Pipeline(encoder, text_encoder, unet, vae, tokenizer)
     pipeline.check_widths()
     return pipeline

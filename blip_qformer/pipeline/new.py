@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
+from ..checkpoint.network_config import NetworkConfig
 from ..encoder import QFormerConfig, SubjectEncoder, SubjectEncoderConfig, VisionConfig
+from ..plain_data import shown, validate
 from .clip_text_model import CLIPTextModel, CLIPTextModelConfig
-from .pipeline import Pipeline
+from .pipeline import Pipeline, load_tokenizer
 
+CONFIGS = (VisionConfig, QFormerConfig, CLIPTextModelConfig)  # those that are checked as they are made
 SIZES = ("vision", "qformer", "projection_width", "text_encoder", "unet", "vae", "tokenizer")
 
 #: Changes a new model's random weights in place.
@@ -38,12 +40,18 @@ def new_pipeline(sizes: Mapping[str, Any], seed: int, initialise: Initialiser | 
     """
     if differing := sorted(set(SIZES) ^ sizes.keys()):
         raise ValueError(f"A new model is given by {', '.join(SIZES)}; look at {', '.join(map(str, differing))}.")
-    if not (Path(sizes["tokenizer"]) / "vocab.json").is_file():
-        raise ValueError(f"The folder {sizes['tokenizer']} of the tokenizer has no vocab.json: name CLIP's.")
+    if not isinstance(sizes["tokenizer"], str | Path):
+        raise ValueError(f"The tokenizer of a new model is {shown(sizes['tokenizer'])}: name a folder with CLIP's.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vision, qformer = _build("vision", VisionConfig, sizes), _build("qformer", QFormerConfig, sizes)
-        encoder = SubjectEncoder(SubjectEncoderConfig(vision, qformer, sizes["projection_width"]))
+        encoder = SubjectEncoder(
+            validate(
+                SubjectEncoderConfig,
+                {"vision": vision, "qformer": qformer, "projection_width": sizes["projection_width"]},
+                "The new model",
+            )
+        )
         text_encoder = CLIPTextModel(_build("text_encoder", CLIPTextModelConfig, sizes))
         init_weights(encoder.vision, vision.width)
         init_weights(encoder.qformer, qformer.width)
@@ -51,9 +59,7 @@ def new_pipeline(sizes: Mapping[str, Any], seed: int, initialise: Initialiser | 
         init_weights(text_encoder, text_encoder.config.width)
         unet = _build("unet", UNet2DConditionModel, sizes)
         vae = _build("vae", AutoencoderKL, sizes)
-        tokenizer = CLIPTokenizer.from_pretrained(
-            sizes["tokenizer"], model_max_length=text_encoder.config.positions, local_files_only=True
-        )
+        tokenizer = load_tokenizer(Path(sizes["tokenizer"]), model_max_length=text_encoder.config.positions)
         pipeline = Pipeline(encoder, text_encoder, unet, vae, tokenizer)
         if initialise:
             initialise(pipeline)
@@ -84,6 +90,14 @@ def init_weights(network: nn.Module, width: int) -> None:
 def _build(name: str, kind: Callable[..., Any], sizes: Mapping[str, Any]) -> Any:
     """Build the config or network that an entry of the sizes describes."""
     try:
+        if not isinstance(sizes[name], Mapping):
+            raise TypeError(f"they are {shown(sizes[name])} and no mapping")
+        if kind in CONFIGS:
+            return validate(kind, dict(sizes[name]), f"the new model's {name}")
+        validate(NetworkConfig, dict(sizes[name]), f"the new model's {name}")
         return kind(**sizes[name])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"The sizes of the new model's {name} do not fit: {error}.") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # diffusers checks no values, so a wrong one can raise anything
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"The sizes of the new model's {name} do not fit: {reason.rstrip('.')}.") from error

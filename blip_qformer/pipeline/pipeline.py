@@ -5,19 +5,23 @@ The U-Net and the VAE are diffusers' classes; the subject encoder and the CLIP t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTokenizer
 
 from ..checkpoint import open_checkpoint
 from ..checkpoint.components import Component, find_components
 from ..checkpoint.detect import Kind
+from ..checkpoint.ldm_keys import check_depth
 from ..checkpoint.open import Checkpoint
+from ..checkpoint.read_tensors import CheckpointError
+from ..checkpoint.weights import check_finite
 from ..encoder import SubjectEncoder
 from .clip_text_model import CLIPTextModel, CLIPTextModelConfig
 
@@ -94,11 +98,32 @@ def load_pipeline(folder: Path) -> Pipeline:
     text_encoder = build_text_encoder(checkpoint.require("text_encoder"))
     unet = build_unet(checkpoint.require("unet"))
     vae = build_vae(checkpoint.require("vae"))
-    if not (folder / "tokenizer" / "vocab.json").is_file():
-        raise ValueError(f"{folder} has no tokenizer/vocab.json: download the published folder as a whole.")
-    return Pipeline(
-        encoder, text_encoder, unet, vae, CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    )
+    return Pipeline(encoder, text_encoder, unet, vae, load_tokenizer(folder / "tokenizer"))
+
+
+def load_tokenizer(folder: Path, **options: Any) -> CLIPTokenizer:
+    """Load CLIP's tokenizer.
+
+    Args:
+        folder: Folder with its vocabulary.
+        options: Further options of transformers' class.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: A file of the tokenizer is missing or damaged.
+    """
+    if missing := [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} has no {missing[0]}, which CLIP's tokenizer needs: download the whole folder.")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        if not isinstance(tokenizer, CLIPTokenizer):  # for some damage transformers logs a line and returns False
+            raise TypeError("its vocabulary cannot be read")
+        return tokenizer
+    except Exception as error:  # there is no list of what transformers raises on damaged files
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{folder} holds no whole tokenizer ({reason}): download the folder again.") from error
 
 
 def replace_network(pipeline: Pipeline, name: str, folder: Path) -> None:
@@ -136,34 +161,46 @@ def build_unet(component: Component) -> UNet2DConditionModel:
     Raises:
         ValueError: The weights do not fit the config.
     """
-    unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(component.config))
-    _load_weights(component, unet.load_state_dict)
-    return unet
+    return _build("unet", UNet2DConditionModel, component)
 
 
 def build_text_encoder(component: Component) -> CLIPTextModel:
     """Build the CLIP text model; see :func:`build_unet`."""
-    text_encoder = CLIPTextModel(CLIPTextModelConfig.from_hub(component.config))
-    _load_weights(component, text_encoder.load_hub_state_dict)
+    with _naming(component):
+        check_depth("text_encoder", component.state_dict(), component.config)
+        text_encoder = CLIPTextModel(CLIPTextModelConfig.from_hub(component.config))
+        text_encoder.load_hub_state_dict(component.weights())
     return text_encoder
 
 
 def build_vae(component: Component) -> AutoencoderKL:
     """Build the VAE; see :func:`build_unet`."""
-    vae = cast(AutoencoderKL, AutoencoderKL.from_config(component.config))
-    _load_weights(component, vae.load_state_dict)
-    return vae
+    return _build("vae", AutoencoderKL, component)
+
+
+def _build(name: str, network: Any, component: Component) -> Any:
+    """Build a network of diffusers, after its config was compared with its weights."""
+    with _naming(component):
+        check_depth(name, component.state_dict(), component.config)
+        built = network.from_config(component.config)
+        built.load_state_dict(dict(component.weights()))
+    return built
+
+
+@contextmanager
+def _naming(component: Component) -> Iterator[None]:
+    """Name the file in whatever is raised inside: diffusers checks no values, so a wrong one can raise anything."""
+    try:
+        yield
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{component.path} does not fit its own config ({reason}): download both again.") from error
 
 
 def _build_encoder(checkpoint: Checkpoint) -> SubjectEncoder:
+    check_finite(checkpoint.encoder_state_dict, checkpoint.encoder_path)
     encoder = SubjectEncoder(checkpoint.encoder_config)
     encoder.load_state_dict(dict(checkpoint.encoder_state_dict))
     return encoder
-
-
-def _load_weights(component: Component, load: Callable[[dict[str, Tensor]], Any]) -> None:
-    try:
-        load(dict(component.state_dict()))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{component.path} does not fit its own config ({reason}): download both again.") from error

@@ -6,6 +6,7 @@ read it as sixteen words. What only this library needs is text in its header.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -13,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..atomic import atomic_file
-from ..checkpoint.read_tensors import is_pickle
+from ..checkpoint.read_tensors import CheckpointError, check_header_size, is_pickle
+from ..checkpoint.weights import DTYPES, is_finite
+from ..limits import MAX_POSITIONS, MAX_WIDTH
 from ..stand_in import stand_in
 from .subject import Subject
 
@@ -110,12 +113,17 @@ def _read(path: Path) -> tuple[torch.Tensor, dict[str, str]]:
     if found := stand_in(path):
         raise SubjectFileError(found.sentence([path]))
     try:
+        check_header_size(path)
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             shapes = {name: list(file.get_slice(name).get_shape()) for name in names}
             _check_is_embedding(path, shapes)
             vectors = file.get_tensor(names[0]).clone()  # a copy, so that the file is not kept open
             header = file.metadata() or {}
+    except PermissionError as error:
+        raise SubjectFileError(f"{path} may not be read by you: change its permissions.") from error
+    except CheckpointError as error:
+        raise SubjectFileError(str(error)) from error
     except (SafetensorError, OSError) as error:
         if is_pickle(path):
             raise SubjectFileError(
@@ -125,9 +133,9 @@ def _read(path: Path) -> tuple[torch.Tensor, dict[str, str]]:
         raise SubjectFileError(
             f"{path} is no whole safetensors file ({error}): it is truncated or something else; copy it again."
         ) from error
-    if not vectors.is_floating_point():
+    if vectors.dtype not in DTYPES:
         raise SubjectFileError(f"{path} holds {vectors.dtype} and not vectors: choose a saved subject.")
-    if not torch.isfinite(vectors).all():
+    if not is_finite(vectors):
         raise SubjectFileError(f"{path} holds NaN or infinite values: it is damaged; save the subject again.")
     return vectors, header
 
@@ -162,7 +170,7 @@ def _check_is_embedding(path: Path, shapes: dict[str, list[int]]) -> None:
             "model or a whole checkpoint; choose a saved subject."
         )
     ((name, shape),) = shapes.items()
-    if len(shape) != 2 or 0 in shape:
+    if len(shape) != 2 or not (0 < shape[0] <= MAX_POSITIONS and 0 < shape[1] <= MAX_WIDTH):
         raise SubjectFileError(
             f"{path} holds {name} of shape {shape}, and a subject has the shape [16, 768]: choose a saved subject."
         )
@@ -171,4 +179,4 @@ def _check_is_embedding(path: Path, shapes: dict[str, list[int]]) -> None:
 def _version(header: dict[str, str]) -> int:
     """Return the version in a header; one that is no number was not written by this library and counts as too new."""
     text = header.get("version", "")
-    return int(text) if text.isdecimal() else VERSION + 1
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else VERSION + 1

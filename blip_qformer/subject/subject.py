@@ -33,12 +33,13 @@ class Subject:
                 f"A subject's vectors have the shape [batch, 16, 768], but these have {list(self.vectors.shape)}: "
                 "take them from a subject encoder."
             )
-        if not torch.isfinite(self.vectors).all():
+        vectors = self.vectors.detach().to("cpu", torch.float32)
+        if not torch.isfinite(vectors).all():
             raise ValueError(
                 f'The vectors of the subject "{self.word}" hold NaN or infinity: its checkpoint is damaged, '
                 "download it again."
             )
-        object.__setattr__(self, "vectors", self.vectors.detach().to("cpu", torch.float32))
+        object.__setattr__(self, "vectors", vectors)
 
     def __len__(self) -> int:
         return len(self.vectors)

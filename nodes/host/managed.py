@@ -45,14 +45,13 @@ def build_encoder(checkpoint: Checkpoint, disable_dynamic: bool = False) -> Mode
     load_device, offload_device = management.text_encoder_device(), management.text_encoder_offload_device()
     dtype = management.text_encoder_dtype(load_device)
     attention = comfy.ldm.modules.attention.optimized_attention_for_device(load_device, mask=True, small_input=True)
-    # Built without memory and then given the file's tensors: there are never two copies.
+    # Built without memory and then given copies of the file's tensors, made one by one: there are never two.
     encoder = SubjectEncoder(checkpoint.encoder_config, dtype, "meta", comfy.ops.manual_cast, attention)
     archive_dtypes(encoder)
     patcher = patcher_class(disable_dynamic)(encoder, load_device=load_device, offload_device=offload_device)
-    weights = checkpoint.encoder_state_dict
-    if not is_dynamic(patcher):  # dynamic weights stay the mapped file, and are cast when a layer fetches them
-        weights = {name: tensor.to(offload_device, dtype) for name, tensor in weights.items()}
-    encoder.load_state_dict(weights, assign=True)
+    # Dynamic weights keep the file's dtype and are cast when a layer fetches them.
+    cast_to = (None, "cpu") if is_dynamic(patcher) else (dtype, offload_device)
+    encoder.load_state_dict(checkpoint.copy_encoder_weights(*cast_to), assign=True)
     encoder.eval().requires_grad_(False)
     remember_loader(patcher, _rebuild_encoder, checkpoint.path)
     return patcher

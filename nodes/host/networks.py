@@ -27,11 +27,12 @@ import comfy.utils
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy.supported_models_base import ClipTarget
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...blip_qformer.checkpoint import Checkpoint, CheckpointError, Component
 from ...blip_qformer.checkpoint.ldm_config import controlnet_config, text_encoder_config, unet_config, vae_config
 from ...blip_qformer.checkpoint.ldm_keys import network_to_ldm
+from ...blip_qformer.checkpoint.weights import detach_from_file
 from .versions import clip_with_weights, dynamic_option, is_dynamic, patcher_class, remember_loader
 
 SD15_HEADS = 8
@@ -72,10 +73,11 @@ def build_model(unet: Component, vae: Component, disable_dynamic: bool = False) 
         CheckpointError: Tensors are missing or unknown.
     """
     with naming(unet):
-        published = unet.state_dict()
+        published = unet.weights()
         state_dict = network_to_ldm("unet", published, unet.config)
         model = _load_model(state_dict, unet_config(published, _attention_heads(unet.config)), disable_dynamic)
-    model.model.latent_format.scale_factor = vae.config.get("scaling_factor", SD15_SCALING_FACTOR)
+        detach_from_file(model.model, published.values())
+    model.model.latent_format.scale_factor = vae.config.get("scaling_factor") or SD15_SCALING_FACTOR
     remember_loader(model, build_model, unet, vae)
     return model
 
@@ -98,7 +100,7 @@ def _load_model(state_dict: dict[str, Tensor], sizes: dict[str, Any], disable_dy
     config.set_inference_dtype(dtype, manual_cast)
     model = config.get_model(state_dict, "", device=offload_device)
     patcher = patcher_class(disable_dynamic)(model, load_device=load_device, offload_device=offload_device)
-    # Dynamic weights stay the mapped file; only a host that has them knows the argument.
+    # Dynamic weights are the given tensors; only a host that has them knows the argument.
     model.load_model_weights(state_dict, "", **({"assign": True} if is_dynamic(patcher) else {}))
     return patcher
 
@@ -117,7 +119,7 @@ def build_clip(text_encoder: Component, disable_dynamic: bool = False) -> comfy.
         CheckpointError: Tensors are missing or unknown.
     """
     with naming(text_encoder):
-        published = text_encoder.state_dict()
+        published = text_encoder.weights()
         converted = network_to_ldm("text_encoder", published, text_encoder.config)
         sizes = text_encoder_config(published, text_encoder.config.get("num_attention_heads"))
         state_dict = {f"clip_l.{name}": tensor for name, tensor in converted.items()}
@@ -129,6 +131,7 @@ def build_clip(text_encoder: Component, disable_dynamic: bool = False) -> comfy.
             parameters=comfy.utils.calculate_parameters(state_dict),
             model_options={"clip_l_model_config": sizes},
         )
+        detach_from_file(clip.cond_stage_model, published.values())
     remember_loader(clip.patcher, _clip_patcher, text_encoder)
     return clip
 
@@ -147,10 +150,11 @@ def build_vae(vae: Component) -> comfy.sd.VAE:
         CheckpointError: Tensors are missing or unknown.
     """
     with naming(vae):
-        published = vae.state_dict()
+        published = vae.weights()
         state_dict = network_to_ldm("vae", published, vae.config)
         config = vae_config(published)
         built = comfy.sd.VAE(sd=state_dict, config={"params": config})
+        detach_from_file(built.patcher.model, published.values())
     built.downscale_ratio = built.upscale_ratio = 2 ** (len(config["ddconfig"]["ch_mult"]) - 1)
     remember_loader(built.patcher, _vae_patcher, vae)
     return built
@@ -171,9 +175,11 @@ def build_controlnet(controlnet: Component) -> comfy.controlnet.ControlNet:
         CheckpointError: Tensors are missing or unknown.
     """
     with naming(controlnet):
-        published = controlnet.state_dict()
+        published = controlnet.weights()
         state_dict = network_to_ldm("controlnet", published, controlnet.config)
-        return _load_controlnet(state_dict, controlnet_config(published, _attention_heads(controlnet.config)))
+        built = _load_controlnet(state_dict, controlnet_config(published, _attention_heads(controlnet.config)))
+        detach_from_file(cast(nn.Module, built.control_model), published.values())
+    return built
 
 
 def _load_controlnet(state_dict: dict[str, Tensor], sizes: dict[str, Any]) -> comfy.controlnet.ControlNet:

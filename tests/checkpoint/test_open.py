@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from blip_qformer import load_subject_encoder
 from blip_qformer.checkpoint import CheckpointError, open_checkpoint, save_qformer
+from blip_qformer.checkpoint.weights import is_finite
 from tests import oracle
 from tests.random_weights import shorten_config, write_finetuned, write_hub_folder, write_lavis_folder
 from tools.host import comfyui_path
@@ -449,7 +451,7 @@ def test_configs_that_do_not_fit(layouts, tmp_path):
     with pytest.raises(CheckpointError, match="not valid JSON"):
         open_checkpoint(folder)
     config.write_text(json.dumps(original | {"vision_config": original["vision_config"] | {"hidden_act": "gelu"}}))
-    with pytest.raises(CheckpointError, match='vision part the activation "gelu".*"quick_gelu"'):
+    with pytest.raises(CheckpointError, match='vision part the activation .gelu..*"quick_gelu"'):
         open_checkpoint(folder)
     config.write_text(json.dumps(original))
     (folder / "model_index.json").write_text(json.dumps({"ctx_begin_pos": 5}))
@@ -512,3 +514,230 @@ def test_a_stand_in_for_a_config_is_named(layouts, tmp_path, kind):
     (folder / "qformer" / "config.json").write_text(STAND_INS[kind][0])
     with pytest.raises(CheckpointError, match=rf"config\.json is a {kind}"):
         open_checkpoint(folder)
+
+
+# --- after loading, the file may go ---
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_loaded_encoder_does_not_depend_on_its_file(layouts, tmp_path, layout):
+    """Overwritten as cp does it, in place: a mapped file would end the process or change the vectors."""
+    source = layouts[layout]
+    path = shutil.copytree(source, tmp_path / "copy") if source.is_dir() else shutil.copy(source, tmp_path)
+    encoder = load_subject_encoder(path)
+    images = torch.randn(1, 3, SIZES.image_size, SIZES.image_size)
+    expected = encoder(images, ["dog"])
+    files = [file for file in tmp_path.rglob("*") if file.suffix in (".bin", ".pt", ".pth", ".safetensors")]
+    for content in (b"\xff" * 10_000_000, b""):
+        for file in files:
+            file.write_bytes(content)
+        assert torch.equal(encoder(images, ["dog"]), expected)
+
+
+def test_a_tuned_subject_does_not_depend_on_its_file(layouts, subject, tmp_path):
+    folder = shutil.copytree(layouts["LAVIS folder"], tmp_path / "lavis")
+    file = shutil.copy(layouts["fine-tuned file"], tmp_path)
+    found = [open_checkpoint(path).subject for path in (folder, file)]
+    for path in (*folder.rglob("*.pt"), file):
+        os.truncate(path, 0)
+    assert all(torch.equal(each, subject) for each in found)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("query_tokens", "qformer.query_tokens"),
+        ("visual_encoder.encoder.layers.1.mlp.fc2.bias", "vision.blocks.1.contract.bias"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named(layouts, tmp_path, value, key, name):
+    """1e300 is a number in float64 alone."""
+    file = shutil.copy(layouts["our single file"], tmp_path / "q.safetensors")
+
+    def spoil(tensors):
+        tensors[key] = tensors[key].double()
+        tensors[key].view(-1)[-1] = value
+
+    broken(file, spoil)
+    with pytest.raises(CheckpointError, match=rf'{file} holds NaN or infinity in "{name}"'):
+        load_subject_encoder(file)
+
+
+def test_large_weights_whose_sum_overflows_are_numbers():
+    assert is_finite(torch.full((10,), 3e38))
+    assert is_finite(torch.full((100,), 60000.0, dtype=torch.float16))
+    assert not is_finite(torch.tensor([float("inf"), -float("inf")]))
+    assert is_finite(torch.empty(0))
+
+
+def test_component_weights_that_are_no_numbers_are_named(layouts, tmp_path):
+    folder = shutil.copytree(layouts["Hub folder of safetensors"], tmp_path / "hub")
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    broken(file, lambda tensors: tensors["quant_conv.weight"].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=rf'{file} holds NaN or infinity in "quant_conv.weight"'):
+        open_checkpoint(folder).require("vae").weights()
+
+
+# --- numbers in a file that would decide how much is built, and values of wrong kinds ---
+
+
+def with_config(layouts, folder, name, change):
+    """A copy of the Hub folder in which one value of a config is another."""
+    folder = shutil.copytree(layouts["Hub folder of safetensors"], folder / "hub", copy_function=os.link)
+    file = folder / name / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.unlink()  # a link to the other tests' file
+    file.write_text(json.dumps(config))
+    return folder, file
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        ("qformer_config", "num_hidden_layers"),
+        ("vision_config", "num_hidden_layers"),
+        ("qformer_config", "num_attention_heads"),
+        ("qformer_config", "cross_attention_frequency"),
+        ("vision_config", "layer_norm_eps"),
+    ],
+)
+@pytest.mark.parametrize("value", [1_000_000, 0, 10**400, "3", None])
+def test_values_of_the_qformers_config_are_checked(layouts, tmp_path, group, name, value):
+    value = value or -1 if name == "layer_norm_eps" else value  # 0 is an epsilon
+    folder, _ = with_config(layouts, tmp_path, "qformer", lambda config: config[group].update({name: value}))
+    with pytest.raises(CheckpointError, match=r"configuration in .*model\.safetensors(, \w+:)? .*published"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("group", "value"), [("qformer_config", []), ("vision_config", "x")])
+def test_groups_of_the_qformers_config_are_checked(layouts, tmp_path, group, value):
+    folder, _ = with_config(layouts, tmp_path, "qformer", lambda config: config.update({group: value}))
+    with pytest.raises(CheckpointError, match=f"sets {group} to .*, where a group of values is needed"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("unet", "block_out_channels", "x"),
+        ("unet", "block_out_channels", []),
+        ("unet", "block_out_channels", [32] * 1000),
+        ("unet", "block_out_channels", 32),
+        ("unet", "attention_head_dim", 0),
+        ("unet", "attention_head_dim", []),
+        ("unet", "attention_head_dim", "8"),
+        ("unet", "attention_head_dim", 10**400),
+        ("unet", "layers_per_block", 10_000_000),
+        ("vae", "scaling_factor", "x"),
+        ("vae", "scaling_factor", 0),
+        ("vae", "scaling_factor", float("nan")),
+        ("text_encoder", "num_hidden_layers", 1_000_000),
+        ("text_encoder", "num_attention_heads", -1),
+        ("text_encoder", "hidden_size", [1]),
+    ],
+)
+def test_values_of_other_configs_are_checked(layouts, tmp_path, part, name, value):
+    folder, file = with_config(layouts, tmp_path, part, lambda config: config.update({name: value}))
+    with pytest.raises(CheckpointError, match=rf"{re.escape(str(file))} sets {name} to .*, where .* is needed"):
+        open_checkpoint(folder).require(part)
+
+
+def test_a_config_nested_without_end_is_named(layouts, tmp_path):
+    folder, file = with_config(layouts, tmp_path, "qformer", lambda config: None)
+    file.write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON \(it is nested too deeply\)"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"vision": {"layers": 10_000_000}},
+        {"vision": []},
+        {"projection_width": 10**400},
+        [],
+        3,
+        {"qformer": {"heads": 0}},
+    ],
+)
+def test_a_header_that_cannot_be_is_refused(qformer_file, header):
+    broken(qformer_file, lambda tensors: None, {"blip_qformer.config": json.dumps(header)})
+    with pytest.raises(CheckpointError, match=r"qformer\.safetensors describes itself in a way .*: update the pack"):
+        load_subject_encoder(qformer_file)
+
+
+@pytest.mark.parametrize("number", ["10000", "9" * 400])
+def test_a_layer_of_a_huge_number_is_unexpected_and_not_built(layouts, tmp_path, number):
+    folder = shutil.copytree(layouts["LAVIS folder"], tmp_path / "lavis")
+    file = folder / "blip_model" / "blip_weight.pt"
+    weights = torch.load(file, weights_only=True)
+    key = "visual_encoder.transformer.resblocks.1.mlp.c_fc.weight"
+    weights[key.replace("resblocks.1", f"resblocks.{number}")] = weights[key]
+    torch.save(weights, file)
+    with pytest.raises(CheckpointError, match=rf'holds "visual_encoder\.transformer\.resblocks\.{number}'):
+        open_checkpoint(folder)
+
+
+STRANGE_TENSORS = {
+    "meta": lambda: torch.empty(4, 4, device="meta"),
+    "quantized": lambda: torch.quantize_per_tensor(torch.zeros(4, 4), 0.1, 0, torch.qint8),
+    "complex": lambda: torch.zeros(4, 4, dtype=torch.complex64),
+    "sparse": lambda: torch.zeros(4, 4).to_sparse(),
+    "claims more numbers": lambda: torch.zeros(1).expand(2**20, 2**12),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE_TENSORS)
+def test_tensors_that_are_no_plain_arrays_are_named(tmp_path, kind):
+    torch.save({"query_tokens": STRANGE_TENSORS[kind]()}, tmp_path / "model.bin")
+    with pytest.raises(CheckpointError, match=rf'model\.bin .*{kind}.*"query_tokens"|"query_tokens" as a .*{kind}'):
+        open_checkpoint(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64, torch.float8_e4m3fn])
+def test_weights_of_other_dtypes_are_named(qformer_file, dtype):
+    broken(qformer_file, lambda tensors: tensors.update(query_tokens=tensors["query_tokens"].to(dtype)))
+    with pytest.raises(CheckpointError, match=r'holds "query_tokens" in \w+: get the weights in float16'):
+        load_subject_encoder(qformer_file)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (1, 0, 128), (0, 2**40)])
+@pytest.mark.parametrize(
+    "key", ["query_tokens", "visual_encoder.embeddings.patch_embedding.weight", "proj_layer.dense1.weight"]
+)
+def test_tensors_that_tell_a_size_have_their_axes(qformer_file, key, shape):
+    broken(qformer_file, lambda tensors: tensors.update({key: torch.zeros(shape)}))
+    with pytest.raises(CheckpointError, match=r"qformer\.safetensors"):
+        load_subject_encoder(qformer_file)
+
+
+def test_a_compressed_pickle_is_not_unpacked(tmp_path):
+    """A hundred megabytes of zeros in a file of a hundred kilobytes."""
+    torch.save({"query_tokens": torch.zeros(1)}, tmp_path / "whole.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.bin") as whole,
+        zipfile.ZipFile(tmp_path / "bomb.bin", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in whole.namelist():
+            bomb.writestr(name, whole.read(name) + bytes(100_000_000 if name.endswith(".pkl") else 0))
+    with pytest.raises(CheckpointError, match=r"bomb\.bin would unpack to \d+ MB"):
+        open_checkpoint(tmp_path / "bomb.bin")
+
+
+def test_more_tensors_than_any_model_has(tmp_path):
+    save_file({f"t{number}": torch.zeros(0) for number in range(10_001)}, tmp_path / "many.safetensors")
+    with pytest.raises(CheckpointError, match="holds 10001 tensors, more than any model"):
+        open_checkpoint(tmp_path / "many.safetensors")
+
+
+def test_a_file_without_permission_says_so(qformer_file, monkeypatch):
+    """Simulated, as tests may run as root, who may read everything."""
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("blip_qformer.checkpoint.read_tensors.safe_open", refuse)
+    with pytest.raises(CheckpointError, match=r"qformer\.safetensors may not be read by you: change its permissions"):
+        open_checkpoint(qformer_file)

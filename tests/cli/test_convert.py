@@ -208,6 +208,16 @@ def test_a_weight_too_large_for_float16_is_refused_and_float32_takes_it(hub, tmp
     assert load_file(tmp_path / "full" / CHECKPOINT_NAME)["model.diffusion_model.input_blocks.0.0.bias"][0] == 1e6
 
 
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model.bin", "qformer/pytorch_model.bin"])
+def test_weights_that_are_no_numbers_are_refused_before_anything_is_written(hub, tmp_path, capsys, part):
+    weights = torch.load(hub / part, weights_only=True)
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    torch.save(weights, hub / part)
+    code = main(["convert", str(hub), str(tmp_path / "new")])
+    assert_one_line_refusal(code, capsys, str(hub / part), "NaN or infinity")
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_interruption_leaves_nothing_half_written(sources, tmp_path, capsys, monkeypatch):
     def interrupt(descriptor):
         assert len(os.listdir(tmp_path)) == 1  # the temporary file

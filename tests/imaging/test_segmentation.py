@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -67,3 +69,11 @@ def test_a_folder_of_git_lfs_pointers_is_named(folder, tmp_path):
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(ValueError, match=rf"^{weights} is a git-lfs pointer.*run git lfs pull"):
         Segmenter(tmp_path)
+
+
+def test_a_loaded_clipseg_does_not_depend_on_its_file(tmp_path):
+    folder = write_clipseg(tmp_path)
+    segment, image = Segmenter(folder), torch.rand(1, 48, 80, 3)
+    expected = segment(image, "dog")
+    os.truncate(folder / "model.safetensors", 0)
+    assert torch.equal(segment(image, "dog"), expected)

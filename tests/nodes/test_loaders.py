@@ -342,3 +342,33 @@ def test_a_tuned_checkpoint_gives_its_subject(host, checkpoints):
 def test_a_checkpoint_without_a_tuned_subject_says_so(host, checkpoints):
     with pytest.raises(ValueError, match="hub holds no tuned subject: choose"):
         host.run("BLIPDiffusionTunedSubjectLoader", checkpoint="hub", subject_word="dog")
+
+
+def test_nothing_loaded_depends_on_its_files(host, models, pipeline):
+    """Files of a model in use are written over in place, as cp does: a mapped file would end the process."""
+    import comfy.model_management as management
+
+    folder = shutil.copytree(models / "blip_diffusion" / "hub", models / "blip_diffusion" / "overwritten")
+    for part, file in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")):
+        (folder / part / f"{file}.bin").unlink()
+        save_file(getattr(pipeline, part).state_dict(), folder / part / f"{file}.safetensors")  # one of each kind
+    model, clip, vae, qformer = host.run("BLIPDiffusionLoader", checkpoint=folder.name)
+    (control_net,) = host.run("BLIPDiffusionControlNetLoader", checkpoint=folder.name)
+    management.unload_all_models()
+    networks = (
+        model.model, clip.cond_stage_model, vae.first_stage_model, control_net.control_model, qformer.patcher.model
+    )  # fmt: skip
+    before = [{name: weight.clone() for name, weight in each.state_dict().items()} for each in networks]
+    for file in folder.rglob("*"):
+        if file.suffix in (".bin", ".safetensors"):
+            os.truncate(file, 0)
+            file.write_bytes(b"\xff" * 1000)
+    for network, weights in zip(networks, before, strict=True):
+        assert all(torch.equal(weight, weights[name]) for name, weight in network.state_dict().items())
+    if (maps := Path("/proc/self/maps")).exists():  # an open map is what keeps Windows from replacing a file
+        assert str(folder) not in maps.read_text()
+        assert not [
+            number
+            for number in os.listdir("/proc/self/fd")
+            if str(folder) in os.path.realpath(f"/proc/self/fd/{number}")
+        ]

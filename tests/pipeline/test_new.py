@@ -41,7 +41,7 @@ def test_an_initialiser_runs_under_the_models_seed():
         ({"vae": None, "clip": {}}, "A new model is given by vision, .* look at clip, vae"),
         ({"unet": {"colour": 1}}, "sizes of the new model's unet do not fit: .*colour"),
         ({"vision": {"colour": 1}}, "sizes of the new model's vision do not fit: .*colour"),
-        ({"tokenizer": "nowhere"}, "The folder nowhere of the tokenizer has no vocab.json"),
+        ({"tokenizer": "nowhere"}, "nowhere has no vocab.json, which CLIP's tokenizer needs"),
     ],
 )
 def test_sizes_that_do_not_fit_get_one_sentence(changes, sentence):

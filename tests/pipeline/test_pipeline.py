@@ -46,15 +46,55 @@ def test_a_network_may_come_from_another_folder(model, pipeline, published):
 def test_a_folder_that_is_not_whole_gets_one_sentence(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "model")
     shutil.rmtree(folder / "tokenizer")
-    with pytest.raises(ValueError, match="has no tokenizer/vocab.json: download"):
+    with pytest.raises(ValueError, match="tokenizer has no vocab.json, which .*: download"):
         load_pipeline(folder)
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps(config | {"layers_per_block": 2}))
-    with pytest.raises(ValueError, match="unet.*does not fit its own config .*Missing key"):
+    with pytest.raises(ValueError, match="unet.*does not fit its own config .*its config tells of 2"):
         load_pipeline(folder)
     shutil.rmtree(folder / "unet")
     with pytest.raises(ValueError, match="has no unet"):
         load_pipeline(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "sentence"),
+    [
+        ("unet", {"layers_per_block": 40}, "down_blocks.0.resnets and its config tells of 40"),
+        ("unet", {"down_block_types": ["x", "y"]}, "does not fit its own config"),
+        ("unet", {"norm_num_groups": 7}, "does not fit its own config"),
+        ("vae", {"block_out_channels": [32]}, "does not fit its own config"),
+        ("text_encoder", {"num_attention_heads": 7}, "a width of 32 cannot be shared by 7 heads"),
+        ("text_encoder", {"vocab_size": 10}, "does not fit its own config"),
+    ],
+)
+def test_a_config_that_asks_for_another_network_is_refused(saved, tmp_path, part, changes, sentence):
+    """diffusers would build whatever it asks for, and raise what it likes."""
+    folder = shutil.copytree(saved, tmp_path / "model")
+    file = folder / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=sentence) as error:
+        load_pipeline(folder)
+    assert str(folder / part) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("merges.txt", None, "has no merges.txt, which CLIP's tokenizer needs"),
+        ("vocab.json", None, "has no vocab.json"),
+        ("vocab.json", "[" * 100_000, "holds no whole tokenizer"),
+        ("vocab.json", "[]", "holds no whole tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_is_not_whole_is_named(saved, tmp_path, name, content, sentence):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    (folder / "tokenizer" / name).unlink()
+    if content is not None:
+        (folder / "tokenizer" / name).write_text(content)
+    with pytest.raises(ValueError, match=sentence) as error:
+        load_pipeline(folder)
+    assert str(folder / "tokenizer") in str(error.value)
 
 
 def test_the_library_itself_needs_nothing_of_training():

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...encoder import SubjectEncoderConfig
+from ...plain_data import shown
 from ..infer_config import config_from_shapes
 from ..key_map import KeyMap, projection_keys, qformer_keys
 from ..read_tensors import CheckpointError
@@ -63,15 +64,22 @@ def config_from_hub(state_dict: Mapping[str, Tensor], config: Mapping[str, Any],
     """
     if not config.keys() & {"vision_config", "qformer_config"}:
         return config_from_shapes(state_dict, {}, {}, path)
-    vision = _VISION_DEFAULTS | config.get("vision_config", {})
-    qformer = _QFORMER_DEFAULTS | config.get("qformer_config", {})
+    vision = _VISION_DEFAULTS | _group(config, "vision_config", path)
+    qformer = _QFORMER_DEFAULTS | _group(config, "qformer_config", path)
     for name, values, needed in (("vision", vision, "quick_gelu"), ("qformer", qformer, "gelu")):
         if values["hidden_act"] != needed:
             raise CheckpointError(
-                f'{path}: its config gives the {name} part the activation "{values["hidden_act"]}", but BLIP-Diffusion '
-                f'has "{needed}": use the published config.json.'
+                f"{path}: its config gives the {name} part the activation {shown(values['hidden_act'])}, but "
+                f'BLIP-Diffusion has "{needed}": use the published config.json.'
             )
     return config_from_shapes(state_dict, _renamed(vision), _renamed(qformer), path)
+
+
+def _group(config: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """Return a group of values of a config file; CheckpointError if it is none."""
+    if not isinstance(group := config.get(name, {}), dict):
+        raise CheckpointError(f"{path}: its config sets {name} to {shown(group)}, where a group of values is needed.")
+    return group
 
 
 def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:

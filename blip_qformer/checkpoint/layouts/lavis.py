@@ -60,6 +60,6 @@ def encoder_from_lavis(
     both = {**qformer, **{f"proj_layer.{key}": tensor for key, tensor in projection.items()}}
     state_dict = KEY_MAP.to_encoder(both, path)
     for key in ("vision.class_embedding", "vision.position_embedding"):  # LAVIS saves them without the batch axis
-        if key in state_dict:
+        if key in state_dict and state_dict[key].ndim:
             state_dict[key] = state_dict[key].reshape(1, -1, state_dict[key].shape[-1])  # [1, tokens, width]
     return state_dict, config_from_shapes(state_dict, {}, {}, path)

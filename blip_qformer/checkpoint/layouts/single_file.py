@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...encoder import SubjectEncoderConfig
+from ...plain_data import parse_json
 from ..read_tensors import CheckpointError, read_config, read_metadata
 from ..write_safetensors import write_safetensors
 from . import hub
@@ -60,8 +61,9 @@ def config_from_file(state_dict: Mapping[str, Tensor], path: Path) -> SubjectEnc
     if header is None:
         return hub.config_from_hub(state_dict, read_config(path.parent), path)
     try:
-        return SubjectEncoderConfig.from_dict(json.loads(header))
-    except (ValueError, TypeError, KeyError) as error:
+        return SubjectEncoderConfig.from_dict(parse_json(header, "its header"), "its header")
+    except ValueError as error:
         raise CheckpointError(
-            f"{path} describes itself in a way this version does not know ({error}): update the pack."
+            f"{path} describes itself in a way this version does not know ({error}): update the pack, or download the "
+            "file again."
         ) from error
