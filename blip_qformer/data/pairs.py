@@ -11,10 +11,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from PIL import Image
+from pydantic import BaseModel, ConfigDict
 
 from ..encoder.tokenizer import tokenize_subjects
+from ..limits import MAX_LINE_BYTES
+from ..plain_data import needs, parse_json, validate
 
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
 WEBP_OPTIONS = {"quality": 95, "method": 2}  # lossy; a higher method takes twice as long for files of the same size
@@ -39,6 +43,15 @@ class Pair:
     word: str
     caption: str
     extra: Mapping[str, object] = field(default_factory=dict)
+
+
+class PairDetails(BaseModel):
+    """The content of a pair's ``json``; other names are kept as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    word: Annotated[str, needs("text")]
+    caption: Annotated[str, needs("text")]
 
 
 @dataclass(frozen=True)
@@ -90,13 +103,14 @@ def decode_pair(encoded: EncodedPair) -> Pair:
     Raises:
         Exception: A file is missing or damaged; which exception it is depends on the damage.
     """
-    details = json.loads(_read(encoded.files["json"]))
-    word, caption = details.pop("word"), details.pop("caption")
-    tokenize_subjects([word])  # raises if the Q-Former cannot read it
-    if not caption.strip():
+    if len(content := _read(encoded.files["json"])) > MAX_LINE_BYTES:
+        raise ValueError(f"its json has {len(content)} bytes")
+    details = validate(PairDetails, parse_json(content, "its json"), "its json")
+    tokenize_subjects([details.word])  # raises if the Q-Former cannot read it
+    if not details.caption.strip():
         raise ValueError("its caption is empty")
     subject, target = (_decode_image(encoded.files, role) for role in ("subject", "target"))
-    return Pair(encoded.key, subject, target, word, caption, details)
+    return Pair(encoded.key, subject, target, details.word, details.caption, details.model_extra or {})
 
 
 def _read(file: bytes | Path) -> bytes:

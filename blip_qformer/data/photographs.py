@@ -37,6 +37,7 @@ from ..imaging.masks import Box, NoSubjectError, blur_mask, bounding_box
 from ..imaging.matting import THRESHOLDS, MattingError
 from ..imaging.pil import to_pil_image
 from ..imaging.segmentation import Segmenter, check_segmentation_folder
+from ..limits import MAX_LINE_BYTES
 from .filters import area_of, aspect_ratio_of, refusal
 from .pairs import Pair
 from .prepare import SkippedPairError
@@ -197,7 +198,10 @@ def parse_annotation(line: bytes) -> Annotation:
         SkippedPairError: The line cannot be understood.
     """
     try:
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(f"it has {len(line)} bytes")
         content = json.loads(line)
+        json.dumps(content, ensure_ascii=False).encode()  # raises for half characters, which no file can hold
         file, word = content["file"], content["word"].strip()
         if not file or not word:
             raise ValueError("file or word is empty")
@@ -211,12 +215,12 @@ def parse_annotation(line: bytes) -> Annotation:
             word,
             content.get("caption") or f"a {word}",
             None if box is None else _checked_box(*map(float, box)),
-            None if area is None else float(area),
+            None if area is None else _checked_area(float(area)),
             bool(content.get("is_group")),
             bool(content.get("is_inside")),
             content.get("mask"),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise SkippedPairError("bad line", f"{type(error).__name__}: {error} in {line[:200]!r}") from error
 
 
@@ -228,6 +232,12 @@ def leaves_folder(name: str) -> bool:
     """
     paths = (PurePosixPath(name), PureWindowsPath(name))
     return any(path.drive or path.root or ".." in path.parts for path in paths) or "\0" in name
+
+
+def _checked_area(area: float) -> float:
+    if not 0 <= area <= 1:
+        raise ValueError(f"the area {area} is no fraction from 0 to 1")
+    return area
 
 
 def _checked_box(left: float, top: float, right: float, bottom: float) -> Box:

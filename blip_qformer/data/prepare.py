@@ -23,6 +23,8 @@ import torch
 
 from ..atomic import atomic_file, only_writer, remove_partial
 from ..extras import import_extra
+from ..limits import MAX_INDEX_BYTES
+from ..plain_data import parse_json, read_bytes
 from .pairs import Pair
 from .shards import INDEX_NAME, write_shard
 
@@ -170,7 +172,7 @@ def _open_folder(folder: Path, settings: Mapping[str, object]) -> None:
     """
     index = folder / INDEX_NAME
     if index.is_file():
-        before = json.loads(index.read_bytes())["settings"]
+        before = _settings(index)
         if differences := sorted(
             f"{name} {before.get(name)!r} instead of {settings.get(name)!r}"
             for name in {*before, *settings}
@@ -182,6 +184,14 @@ def _open_folder(folder: Path, settings: Mapping[str, object]) -> None:
     else:
         _write_json(index, {"complete": False, "settings": settings})
     remove_partial(folder, exclusive=True)
+
+
+def _settings(index: Path) -> dict[str, Any]:
+    """Return the settings in an index; ValueError if it is none of ours."""
+    content = parse_json(read_bytes(index, MAX_INDEX_BYTES), str(index))
+    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+        raise ValueError(f"{index} was not written by blip-qformer prepare: choose another folder, or empty it.")
+    return content["settings"]
 
 
 def _write_index(folder: Path, settings: Mapping[str, object], tasks: Sequence[_ShardTask]) -> PrepareResult:

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import glob
 import itertools
-import json
 import math
 import os
 import re
-import tarfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from ..atomic import atomic_file
 from ..extras import import_extra
+from ..limits import MAX_COUNT, MAX_INDEX_BYTES, MAX_PAIR_FILES, MAX_SHARDS
+from ..plain_data import parse_json, read_bytes, validate, whole_number
+from .bounded_tar import read_members
 from .pairs import EncodedPair, Pair, encode_pair
 
+Count = Annotated[int, whole_number(0, MAX_COUNT)]
+
 INDEX_NAME = "index.json"  # lists the shards that blip-qformer prepare wrote
-MAX_SHARDS = 1_000_000  # of one pattern: {0..999999999} would fill the memory with names
 
 # What a source may do besides reading files; a run's file is data, so that only the one who starts the run allows it.
 URLS, COMMANDS = "urls", "commands"
@@ -83,15 +85,11 @@ class TarShard:
 
     def read(self) -> Iterator[EncodedPair]:
         """Yield every pair, its files as bytes."""
-        with _open(self.url) as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:
-            members = (member for member in archive if member.isreg())
-            for key, group in itertools.groupby(members, key=lambda member: _split_name(member.name)[0]):
-                files = {}
-                for member in group:
-                    file = archive.extractfile(member)
-                    assert file is not None  # a regular file
-                    files[_split_name(member.name)[1]] = file.read()
-                yield EncodedPair(key, files, f"{self.url}: {key}")
+        with _open(self.url) as stream:
+            for key, group in itertools.groupby(read_members(stream), key=lambda member: _split_name(member[0])[0]):
+                # A key that never ends would fill the memory: what is too much for a pair stays out of it.
+                members = itertools.islice(group, MAX_PAIR_FILES)
+                yield EncodedPair(key, {_split_name(name)[1]: data for name, data in members}, f"{self.url}: {key}")
 
 
 @dataclass(frozen=True)
@@ -237,9 +235,9 @@ def _list_index(index: str) -> list[Shard]:
     remote = is_remote(index)
     if remote:
         with _open(index) as file:
-            content = json.load(file)
+            content = parse_json(file.read(MAX_INDEX_BYTES), index)
     elif Path(index).is_file():
-        content = json.loads(Path(index).read_bytes())
+        content = parse_json(read_bytes(Path(index), MAX_INDEX_BYTES), index)
     else:
         raise ValueError(f"{index} is not there: make it with blip-qformer prepare.")
     if not isinstance(content, dict) or "complete" not in content:
@@ -248,7 +246,8 @@ def _list_index(index: str) -> list[Shard]:
         )
     if not content["complete"]:
         raise ValueError(f"{index} is not complete: run the same blip-qformer prepare again, it goes on where it was.")
-    counts = {name: count for name, count in content["shards"].items() if count}
+    shards = validate(dict[str, Count], content.get("shards"), f'The entry "shards" of {index}')
+    counts = {name: count for name, count in shards.items() if count}
     if elsewhere := [name for name in counts if not _is_plain_name(name)]:
         raise ValueError(f'{index} names "{elsewhere[0]}", and shards lie beside their index: correct it.')
     if remote:

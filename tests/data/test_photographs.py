@@ -138,6 +138,10 @@ def test_a_box_leaves_out_what_is_beside_it(folder):
         ({"box": [0, 0, 2, 1]}, "bad line", "is not left, top, right, bottom"),
         ({"box": [0, 0, 1]}, "bad line", ""),
         ({"area": "large"}, "bad line", "large"),
+        ({"area": float("nan")}, "bad line", "the area nan is no fraction"),
+        ({"area": 10**400}, "bad line", "OverflowError"),
+        ({"caption": "half a character: \ud800"}, "bad line", "surrogates not allowed"),
+        ({"caption": "x" * 70_000}, "bad line", "it has 70"),
     ],
 )
 def test_what_is_skipped_and_why(folder, changes, reason, detail):
@@ -275,3 +279,10 @@ def test_the_command(folder, capsys):
         prepare_command(*words[:2])
     with pytest.raises(ValueError, match="has no metadata.jsonl"):
         prepare_command(folder / "backgrounds", folder / "pairs")
+
+
+@pytest.mark.parametrize("line", [b"[" * 60_000, b'{"a":' * 10_000, b"[]", b"null", b"\xff", b"9" * 5000])
+def test_lines_that_are_no_annotation_are_skipped(line):
+    """One of them must not end the preparation of all the others."""
+    with pytest.raises(SkippedPairError, match="bad line"):
+        parse_annotation(line)
