@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..data.shards import ALLOWED
 from ..extras import import_extra
-from ..training.config import read_config
+from ..training.config import RunConfig, read_config
 
 EXTRAS = ("accelerate", "diffusers", "transformers", "yaml", "webdataset")
 
@@ -48,5 +48,25 @@ def pretrain(arguments: argparse.Namespace) -> None:
         import_extra(name, "Training")
     from ..training.trainer import train  # its imports are optional packages
 
-    model = train(read_config(arguments.config), arguments.steps, allow=arguments.allow)
+    model = train(read_run(arguments.config), arguments.steps, allow=arguments.allow)
     print(f"The trained model is in {model}.")
+
+
+def read_run(file: Path) -> RunConfig:
+    """Read a run's file, and check its stage and the stage's options too, which the training reads.
+
+    Args:
+        file: The run's YAML file.
+
+    Raises:
+        ValueError: The file, its stage or one of the options cannot be used; the file is named.
+        OSError: The file cannot be read.
+    """
+    from ..training.stages import find_stage, read_options  # their imports are optional packages
+
+    config = read_config(file)
+    try:
+        read_options(find_stage(config.stage), config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return config

@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..atomic import flush, publish_folder, remove_folder, remove_partial, shared_partial
+from ..limits import MAX_CONFIG_BYTES, MAX_COUNT
+from ..plain_data import parse_json, read_bytes
 
 KEPT = 2  # the newest, and one before it
 
@@ -118,7 +120,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path, data_order: Mapping[st
     Raises:
         ValueError: The run that wrote the checkpoint reads the pairs in another order, or has another model.
     """
-    state = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+    state = _read_state(path / RUN_FILE)
     for name, ours in {"processes": accelerator.num_processes, **data_order}.items():
         if (written := state.get(name, ours)) != ours:
             raise ValueError(
@@ -137,7 +139,15 @@ def load_checkpoint(accelerator: Accelerator, path: Path, data_order: Mapping[st
     except (RuntimeError, ValueError, KeyError, EOFError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit this run ({reason}): choose another output to begin anew.") from error
-    return int(state["step"])
+    return state["step"]
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    """Read what :func:`save_checkpoint` wrote about a run; ValueError if it is something else."""
+    state = parse_json(read_bytes(file, MAX_CONFIG_BYTES), str(file))
+    if not isinstance(state, dict) or type(state.get("step")) is not int or not 0 <= state["step"] <= MAX_COUNT:
+        raise ValueError(f"{file} does not say which step it is of: choose another output to begin anew.")
+    return state
 
 
 def _in_any_process(accelerator: Accelerator, here: bool) -> bool:

@@ -8,10 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Strict
 
-from ..extras import import_extra
 from .options import Count, Flag, Fraction, Name, Number, OptionGroup, PositiveCount, needs, read_settings
-
-EXAMPLES = "see blip_qformer/training/runs/ for examples"
+from .run_file import read_yaml
 
 
 def _path_as_text(value: Any) -> Any:
@@ -124,9 +122,9 @@ def read_config(file: Path) -> RunConfig:
         FileNotFoundError: There is no such file.
         ValueError: It is not a YAML mapping, or a name in it is unknown, missing, or of the wrong kind.
     """
-    content = _read_yaml(file)
-    if str(content.get("model")).endswith((".yaml", ".yml")):
-        content["model"] = _read_yaml(file.parent / content["model"])
+    content = read_yaml(file)
+    if isinstance(model := content.get("model"), str) and model.endswith((".yaml", ".yml")):
+        content["model"] = read_yaml(file.parent / model)
     return config_from(content, str(file))
 
 
@@ -144,16 +142,3 @@ def config_from(content: Mapping[str, Any], source: str) -> RunConfig:
         ValueError: A name is unknown or missing, or its value is of the wrong kind.
     """
     return read_settings(RunConfig, content, source, owner="a run")
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    yaml = import_extra("yaml", "Reading a run's file")
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no file {file}: {EXAMPLES}.")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML ({error}): {EXAMPLES}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is no mapping of names to values: {EXAMPLES}.")
-    return content

@@ -14,10 +14,11 @@ from pydantic import (
     Field,
     Strict,
     ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
     model_validator,
 )
+
+from ..limits import MAX_COUNT, MAX_IMAGE_SIZE
+from ..plain_data import needs, shown
 
 Settings = TypeVar("Settings", bound="OptionGroup")
 
@@ -58,18 +59,6 @@ def read_settings(
         raise ValueError(_sentence(error.errors(), model, source, owner, prefix)) from None
 
 
-def needs(phrase: str) -> WrapValidator:
-    """Replace pydantic's messages about a value by "where {phrase} is needed"."""
-
-    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return handler(value)
-        except ValidationError:
-            raise ValueError(phrase) from None
-
-    return WrapValidator(validate)
-
-
 def _number_in_text(value: Any) -> Any:
     """YAML reads ``1e-4`` as text, and pydantic would read true as 1."""
     if isinstance(value, bool):
@@ -81,8 +70,8 @@ _FromYaml = BeforeValidator(_number_in_text)
 
 Name = Annotated[str, Strict(), needs("a name")]
 Flag = Annotated[bool, Strict(), needs("true or false")]
-Count = Annotated[int, _FromYaml, Field(ge=0), needs("a whole number, 0 or more,")]
-PositiveCount = Annotated[int, _FromYaml, Field(ge=1), needs("a whole number, 1 or more,")]
+Count = Annotated[int, _FromYaml, Field(ge=0, le=MAX_COUNT), needs("a whole number, 0 or more,")]
+PositiveCount = Annotated[int, _FromYaml, Field(ge=1, le=MAX_COUNT), needs("a whole number, 1 or more,")]
 Number = Annotated[float, _FromYaml, AllowInfNan(False), Field(ge=0), needs("a number, 0 or more,")]
 Fraction = Annotated[
     float, _FromYaml, AllowInfNan(False), Field(ge=0, lt=1), needs("a number, 0 or more and less than 1,")
@@ -91,7 +80,7 @@ Probability = Annotated[float, _FromYaml, AllowInfNan(False), Field(ge=0, le=1),
 LatentEdge = Annotated[
     int,
     _FromYaml,
-    Field(ge=8, multiple_of=8),
+    Field(ge=8, le=MAX_IMAGE_SIZE, multiple_of=8),
     needs("a number of pixels that the VAE can halve three times, a multiple of 8,"),
 ]
 
@@ -110,7 +99,7 @@ def _sentence(
     first = errors[0]
     phrase = first["ctx"]["error"] if first["type"] == "value_error" else "a mapping"
     name = prefix + ".".join(map(str, first["loc"]))
-    return f"{source} sets {name} to {first['input']!r}, where {phrase} is needed."
+    return f"{source} sets {name} to {shown(first['input'])}, where {phrase} is needed."
 
 
 def _names_in(model: type[BaseModel], group: tuple[int | str, ...]) -> list[str]:

@@ -177,3 +177,13 @@ def test_a_run_does_not_go_on_with_pairs_in_another_order(pairs, tmp_path, chang
     tiny.run(tiny.make_config("vision", **settings))
     with pytest.raises(ValueError, match=f"was written with {next(iter(changed))} . and cannot be taken up with"):
         tiny.run(tiny.make_config("vision", **{**settings, "steps": 2, **changed}))
+
+
+def test_a_step_that_cannot_be_read_gets_one_sentence(pairs, tmp_path):
+    settings = {"pairs": pairs, "output": str(tmp_path), "steps": 1, "checkpoint_every": 1}
+    tiny.run(tiny.make_config("vision", **settings))
+    state = tmp_path / "checkpoints" / "step-00000001" / "run.json"
+    for content in ("[", "[]", "{}", '{"step": "3"}', '{"step": -1}', '{"step": true}', "[" * 100_000):
+        state.write_text(content)
+        with pytest.raises(ValueError, match=r"run\.json (does not say which step|is not valid JSON)"):
+            tiny.run(tiny.make_config("vision", **settings))

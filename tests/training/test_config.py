@@ -176,3 +176,38 @@ def test_a_missing_package_is_called_by_its_own_name(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(ValueError, match="Reading a run's file needs the package pyyaml, .* run pip install pyyaml"):
         read_config(written(tmp_path, TEXT))
+
+
+BILLION = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]" for i in range(10))
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (BILLION, "stands for more than 10000 values, as its aliases"),
+        ("model: &a [*a]", "is no YAML"),
+        ("model: " + "[" * 20_000, "is no YAML"),
+        ("gradient_checkpointing: !!bool x", "is no YAML"),
+        ("steps: !!int x", "is no YAML"),
+        ("steps: 2024-99-99", "is no YAML.*month must be in"),
+        ("stage: !!python/name:os.system", "is no YAML"),
+        ("stage: x\n" + "# \n" * 30_000, "more than 0.032 MB"),
+        ("steps: " + "9" * 400, "sets steps to 9+.*, where a whole number, 1 or more"),
+        ("learning_rate: 1" + "0" * 400, "sets learning_rate to 10+.*, where a number"),
+        ("steps: 2024-01-02", "sets steps to datetime.date.*, where a whole number"),
+        ("model: [a]", "sets model to .*, where a folder, or a mapping of sizes"),
+        ("model: 5.yaml", "There is no file"),
+    ],
+)
+def test_yaml_of_any_content_gives_one_sentence(tmp_path, line, sentence):
+    file = written(tmp_path, TEXT + line + "\n")
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence) as error:
+        read_config(file)
+    assert str(tmp_path) in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_aliases_are_read(tmp_path):
+    """A few of them are how people write what they need twice."""
+    config = read_config(written(tmp_path, TEXT + "epsilon: &e 1e-7\nweight_decay: *e\n"))
+    assert config.epsilon == config.weight_decay == 1e-7
