@@ -26,7 +26,7 @@ export TRANSFORMERS_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help env demo test hosts bench soak kills lint browser mini
+.PHONY: help env demo test hosts bench fuzz soak kills lint browser mini
 
 help:
 	@echo "make env      the environment in .venv and the host in .host/ComfyUI (or the one at COMFYUI_PATH)"
@@ -36,6 +36,8 @@ help:
 	@echo "make bench    speed, as ratios against the reference implementation"
 	@echo "make soak     500 prompts from two clients in a real ComfyUI: what is lost, and what grows"
 	@echo "make kills    each kind of write killed a hundred times: whether the old or the new file is there, whole"
+
+	@echo "make fuzz     100,000 damaged files of every kind, read in hours; docs/reliability.md has the figures"
 	@echo "make mini     train the small model from nothing and evaluate it, in output/mini"
 	@echo "make lint     style, which room imports what, types"
 	@echo "make browser  Chromium, which the tests open the real frontend in"
@@ -61,6 +63,9 @@ kills: env
 
 bench: env
 	@$(RUN) -m benchmarks $(ARGS)
+
+fuzz: env
+	@$(RUN) -m tools.fuzz --count 100000 $(ARGS)
 
 # Every step can be interrupted and goes on where it was. The runs are shared by two processes, whose batches
 # together are what one update sees; each has one thread, which on two CPU cores is fastest. With a torch for two GPUs
