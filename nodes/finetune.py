@@ -8,6 +8,7 @@ from ..blip_qformer.finetune.loop import FULL, LOW_RANK, FinetuneSettings
 from ..blip_qformer.finetune.lora import RANK
 from ..blip_qformer.finetune.validation import VALIDATION_PROMPTS
 from .host.finetune import FinetuneOptions, finetune_subject
+from .host.graph import ancestors_hash
 from .host.lists import takes_lists
 from .host.managed import ManagedEncoder
 from .types import CATEGORY, Blip2QFormer, BlipSubject, advanced, io, newer_fields
@@ -31,7 +32,7 @@ class SubjectFinetune(io.ComfyNode):
             **newer_fields(["dreambooth", "train lora", "personalization"], CATEGORY),
             description="Teaches the model your thing from 3 to 5 pictures, in about a minute on a large card. The "
             "model and the subject go where the untuned ones went. Cancelled, it keeps what it learned so far: press "
-            "Queue again and the graph goes on with that.",
+            "Run again and the graph goes on with that. If ComfyUI stops in the middle, the next Run goes on learning.",
             inputs=[
                 io.Model.Input("model", tooltip="From Load BLIP-Diffusion. It stays as it is; a tuned one comes out."),
                 io.Clip.Input("clip", tooltip="From the same Load BLIP-Diffusion."),
@@ -149,6 +150,7 @@ class SubjectFinetune(io.ComfyNode):
                 ),
                 io.String.Output(display_name="report", tooltip="What was trained and which step was kept."),
             ],
+            hidden=[io.Hidden.dynprompt, io.Hidden.unique_id],
             is_input_list=True,
         )
 
@@ -183,7 +185,8 @@ class SubjectFinetune(io.ComfyNode):
         options = FinetuneOptions(
             trains, rank, gradient_checkpointing, resolution, mirror, validate_every=look_every, prompts=look_prompts
         )
-        return io.NodeOutput(*finetune_subject(model, clip, vae, qformer, images, mask, word, settings, options))
+        graph = ancestors_hash(cls.hidden.dynprompt, cls.hidden.unique_id) if cls.hidden.dynprompt else ""
+        return io.NodeOutput(*finetune_subject(model, clip, vae, qformer, images, mask, word, settings, options, graph))
 
 
 NODES = [SubjectFinetune]

@@ -15,6 +15,7 @@ PAGES = (
     "CHANGELOG.md",
     "SECURITY.md",
     "mini/README.md",
+    "docs/cancelling.md",
     "docs/hosts.md",
     "docs/other-packs.md",
     "docs/reliability.md",

@@ -189,6 +189,11 @@ class ComfyServer:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
+    def kill(self) -> None:
+        """End the server as a power failure does; it stays down until the block ends."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def log(self) -> str:
         """Return what the server has printed so far."""
         return self.log_file.read_text(encoding="utf-8", errors="replace")

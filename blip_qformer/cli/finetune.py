@@ -13,6 +13,8 @@ from ..finetune.loop import FULL, LOW_RANK, FinetuneSettings, check_count
 from ..finetune.lora import RANK
 from ..subject.file_name import checked_name
 
+UNFINISHED = ".unfinished-finetuning"  # folder in the output: what a run that was ended needs to go on
+
 EXTRAS = ("accelerate", "diffusers", "transformers")
 
 
@@ -24,7 +26,8 @@ def add_finetune_command(commands: argparse._SubParsersAction[argparse.ArgumentP
         help="teach a model one subject from a few pictures",
         description="Fine-tune a model on 3 to 5 pictures of one thing. Writes the tuned subject, an embedding that "
         "every ComfyUI loads, and beside it a LoRA file or, with --trains full, a checkpoint for the stock loader; "
-        "and pictures of the curve and of what was drawn on the way.",
+        "and pictures of the curve and of what was drawn on the way. A run that was ended goes on when the same "
+        "command is given again.",
     )
     parser.add_argument("model", metavar="MODEL", type=Path, help="a whole BLIP-Diffusion model in the Hub layout")
     parser.add_argument("images", metavar="PICTURE", nargs="+", type=Path, help="3 to 5 pictures of the thing")
@@ -81,7 +84,7 @@ def finetune(arguments: argparse.Namespace) -> None:
         gradient_checkpointing=arguments.gradient_checkpointing,
         mirror=arguments.mirror,
     )
-    result = run.tune(arguments.validate_every)
+    result = run.tune(arguments.validate_every, snapshots=arguments.output / UNFINISHED)
     for path in run.save(arguments.output, name, result):
         print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
     print(f"{len(result.losses)} steps, step {result.kept_step} kept.")

@@ -7,7 +7,7 @@ loop knows neither ComfyUI nor diffusers: it is given the denoiser and the text 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS, Denoiser, add_noise
+from .snapshots import Snapshots
 from .validation import Score, Validation
 
 LOW_RANK, FULL = "low-rank", "full"  # which weights of the U-Net train, as users choose it
@@ -24,6 +25,11 @@ MIN_EDGE = 64  # of an image, in pixels
 
 #: ``vectors [16, width] -> context [1, T, width]``: the caption with the subject in it through the frozen text encoder.
 CaptionEncoder = Callable[[Tensor], Tensor]
+
+#: Called after each step with the loss of each step so far, and with the images of each validation so far.
+StepCallback = Callable[[Sequence[float], Sequence[Tensor]], None]
+
+BASELINE = "baseline"  # key of a snapshot: images without the subject before any step
 
 log = logging.getLogger("blip_diffusion")
 
@@ -130,12 +136,12 @@ class SubjectTuning:
         return [*self.weights, self.vectors]
 
     def steps(self) -> Iterator[Step]:
-        """Train, yielding each step when it is done; a caller may stop at any step.
+        """Train, from where it is on, yielding each step when it is done; a caller may stop at any step.
 
         Training ends before a loss or gradient that is not finite reaches the weights.
         """
         with torch.enable_grad():
-            for number in range(1, self.settings.steps + 1):
+            for number in range(len(self.losses) + 1, self.settings.steps + 1):
                 loss = self.loss(sample_batch(self.latents, self.settings, number))
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -177,6 +183,34 @@ class SubjectTuning:
         for parameter, saved in zip(self.parameters, snapshot, strict=True):
             parameter.copy_(saved)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything that training changes; what is random in a step depends on the seed and its number alone.
+
+        Returns:
+            The parameters themselves, the optimizer's moments and the losses, by names that :meth:`load_state_dict`
+            reads.
+        """
+        tensors = {f"parameters.{index}": parameter.detach() for index, parameter in enumerate(self.parameters)}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": moment for name, moment in moments.items()}
+        return {**tensors, "losses": torch.tensor(self.losses, dtype=torch.float64)}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from where a fine-tuning with the same settings was.
+
+        Args:
+            tensors: What :meth:`state_dict` returned; others are left alone.
+        """
+        self.restore([tensors[f"parameters.{index}"] for index in range(len(self.parameters))])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, moment = name.split(".")
+                moments.setdefault(int(index), {})[moment] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.losses = tensors["losses"].tolist()
+
     def _is_finite(self, loss: Tensor) -> bool:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norms = torch.stack([gradient.norm() for gradient in gradients])
@@ -184,7 +218,7 @@ class SubjectTuning:
 
 
 class FinetuneCancelledError(Exception):
-    """Raised by the ``sample`` function of :func:`finetune` when the user has cancelled."""
+    """Raised by the functions that :func:`finetune` is given, when the user has cancelled."""
 
 
 @dataclass(frozen=True)
@@ -196,12 +230,14 @@ class FinetuneResult:
         losses: The loss of each step.
         scores: The score of each validation, the first before any step; empty without validation.
         samples: The images of each validation, each of shape [P, 3, H, W] in 0..1.
+        cancelled: Whether the user cancelled before the end.
     """
 
     kept_step: int
     losses: list[float]
     scores: list[Score]
     samples: list[Tensor]
+    cancelled: bool = False
 
 
 def finetune(
@@ -211,20 +247,24 @@ def finetune(
     sample: Callable[[bool], Tensor] | None = None,
     make_validation: Callable[[Tensor], Validation] | None = None,
     steps: Iterator[Step] | None = None,
-    on_step: Callable[[Step, list[Tensor]], bool] = lambda step, samples: True,
+    on_step: StepCallback = lambda losses, samples: None,
+    snapshots: Snapshots | None = None,
 ) -> FinetuneResult:
     """Train to the end, sample validation images on the way, and restore the step whose images scored best.
 
-    If ``on_step`` or ``sample`` cancels, training ends there with the last step's weights.
+    Any of the functions may raise :class:`FinetuneCancelledError`: then training ends there with the last step's
+    weights.
 
     Args:
         tuning: The fine-tuning to run.
         validate_every: Number of steps between two validations; 0 means none, and the last step is kept.
         sample: Samples an image for each validation prompt with the weights as they are, with or without the subject in
-            the prompt; of shape [P, 3, H, W] in 0..1. May raise :class:`FinetuneCancelledError`.
+            the prompt; of shape [P, 3, H, W] in 0..1.
         make_validation: Makes the validation from the images without the subject.
         steps: ``tuning.steps()``, for callers that have to prepare something for each step.
-        on_step: Called after each step with all validation images so far; returns whether to go on.
+        on_step: Called after each step with the losses and all validation images so far.
+        snapshots: Where to go on from, and where to save what is needed to go on. The caller removes them when the
+            result is in safety.
 
     Returns:
         The course of the fine-tuning; the weights of its ``kept_step`` are in place.
@@ -233,34 +273,56 @@ def finetune(
         ValueError: If there is to be validation, but nothing to sample or score with.
     """
     validator: _Validator | None = None
-    number = 0
+    saved = snapshots.load() if snapshots else None
+    if saved:
+        tuning.load_state_dict(saved)
+        log.info("Fine-tuning goes on from its snapshot: step %d of %d.", len(tuning.losses), tuning.settings.steps)
+    first = number = len(tuning.losses)
+
+    def state_dict() -> dict[str, Tensor]:
+        return {**tuning.state_dict(), **(validator.state_dict() if validator else {})}
+
     try:
         if validate_every:
             if sample is None or make_validation is None:
                 raise ValueError("Validation needs both sample and make_validation.")
-            validator = _Validator(tuning, sample, make_validation(sample(False)))
-            validator.validate(0)
+            baseline = saved[BASELINE] if saved else sample(False)
+            validator = _Validator(tuning, sample, make_validation(baseline), baseline, validate_every)
+            if saved:
+                validator.load_state_dict(saved)
+            validator.validate_if_due(number)
         for step in steps or tuning.steps():
             number = step.number
-            if validator and (number % validate_every == 0 or number == tuning.settings.steps):
-                validator.validate(number)
-            if not on_step(step, validator.samples if validator else []):
-                raise FinetuneCancelledError
+            if validator:
+                validator.validate_if_due(number)
+            on_step(tuning.losses, validator.samples if validator else [])
+            if snapshots:
+                snapshots.save_if_due(state_dict)
         if validator and validator.scores[-1].step < number:  # a loss that is not finite ended it between two
             validator.validate(number)
     except FinetuneCancelledError:
-        kept_step = number
+        cancelled, kept_step = True, number
+        if snapshots and number > first:
+            snapshots.save_cancelled(state_dict())
     else:
-        kept_step = validator.restore_best() if validator else number
+        cancelled, kept_step = False, validator.restore_best() if validator else number
     scores, samples = (validator.scores, validator.samples) if validator else ([], [])
-    return FinetuneResult(kept_step, tuning.losses, scores, samples)
+    return FinetuneResult(kept_step, tuning.losses, scores, samples, cancelled)
 
 
 class _Validator:
     """Validates a fine-tuning on the way and keeps a copy of the best step's parameters."""
 
-    def __init__(self, tuning: SubjectTuning, sample: Callable[[bool], Tensor], validation: Validation) -> None:
-        self.tuning, self.sample, self.validation = tuning, sample, validation
+    def __init__(
+        self,
+        tuning: SubjectTuning,
+        sample: Callable[[bool], Tensor],
+        validation: Validation,
+        baseline: Tensor,
+        every: int,
+    ) -> None:
+        self.tuning, self.sample, self.validation, self.baseline = tuning, sample, validation, baseline
+        self.every = every
         self.samples: list[Tensor] = []
         self._best: list[Tensor] | None = None
 
@@ -268,10 +330,18 @@ class _Validator:
     def scores(self) -> list[Score]:
         return self.validation.scores
 
+    def validate_if_due(self, number: int) -> None:
+        """Validate after step ``number``, unless it is none of those to validate, or one that was validated."""
+        is_due = number % self.every == 0 or number == self.tuning.settings.steps
+        if is_due and not (self.scores and self.scores[-1].step == number):
+            self.validate(number)
+
     def validate(self, number: int) -> None:
         """Sample and score images after step ``number``; 0 is before any."""
-        self.samples.append(self.sample(True))
-        if self.validation.add(number, self.samples[-1]) and number:  # before any step there is nothing to go back to
+        samples = self.sample(True)
+        is_best = self.validation.add(number, samples)
+        self.samples.append(samples)  # only now: whoever cancels in between leaves as many images as scores
+        if is_best and number:  # before any step there is nothing to go back to
             self._best = self.tuning.snapshot()
 
     def restore_best(self) -> int:
@@ -279,6 +349,20 @@ class _Validator:
         if self._best is not None:
             self.tuning.restore(self._best)
         return self.validation.best.step
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what was sampled, scored and kept, by names that :meth:`load_state_dict` reads."""
+        scores = [(score.step, score.likeness, score.agreement) for score in self.scores]
+        best = {f"best.{index}": parameter for index, parameter in enumerate(self._best or [])}
+        tensors = {BASELINE: self.baseline, "samples": torch.stack(self.samples)}
+        return {**tensors, "scores": torch.tensor(scores, dtype=torch.float64), **best}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`state_dict` returned; other tensors are left alone."""
+        self.samples = list(tensors["samples"])
+        self.scores[:] = [Score(int(step), *scores) for step, *scores in tensors["scores"].tolist()]
+        if "best.0" in tensors:
+            self._best = [tensors[f"best.{index}"] for index in range(len(self.tuning.parameters))]
 
 
 def sample_batch(latents: Tensor, settings: FinetuneSettings, number: int) -> Batch:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from ..atomic import atomic_files
 from ..checkpoint.ldm_keys import stable_diffusion_checkpoint
 from ..checkpoint.write_safetensors import write_safetensors
 from ..encoder import preprocess
-from ..finetune.loop import FinetuneResult, FinetuneSettings, Step, SubjectTuning, check_size, finetune
+from ..finetune.loop import FinetuneResult, FinetuneSettings, SubjectTuning, check_size, finetune
 from ..finetune.lora import LoRA
 from ..finetune.loss_curve import loss_curve
+from ..finetune.snapshots import Snapshots, snapshot_key
 from ..finetune.validation import (
     GUIDANCE_SCALE,
     NUM_INFERENCE_STEPS,
@@ -76,12 +78,24 @@ class FinetuneRun:
     ) -> None:
         self.pipeline, self.accelerator, self.word, self.resolution = pipeline, accelerator, word, resolution
         self.guidance_scale, self.repetitions = guidance_scale, repetitions
+        self.snapshots: Snapshots | None = None
         for network in pipeline.networks.values():
             network.requires_grad_(False).eval().to(accelerator.device)
         if gradient_checkpointing:
             pipeline.unet.train()  # diffusers checkpoints in training mode only; its U-Net has no dropout
             pipeline.unet.enable_gradient_checkpointing()
-        self.image_hash = image_hash(images[0])
+        self.images, self.image_hash = images, image_hash(images[0])
+        self.values = {
+            "word": word,
+            "settings": asdict(settings),
+            "rank": rank,
+            "resolution": resolution,
+            "gradient_checkpointing": gradient_checkpointing,
+            "mirror": mirror,
+            "guidance_scale": guidance_scale,
+            "repetitions": repetitions,
+            "precision": accelerator.mixed_precision,
+        }
         self.lora = None if rank is None else LoRA(pipeline.unet, rank, settings.seed, accelerator.device)
         if self.lora is None:
             pipeline.unet.requires_grad_(True)
@@ -95,16 +109,24 @@ class FinetuneRun:
             lora=self.lora is not None,
         )
 
-    def tune(self, validate_every: int = 0, show_progress: bool = True) -> FinetuneResult:
+    def tune(
+        self, validate_every: int = 0, show_progress: bool = True, snapshots: Path | None = None
+    ) -> FinetuneResult:
         """Fine-tune.
 
         Args:
             validate_every: Number of steps between two validations; 0 means none.
             show_progress: Whether to show a progress bar on the terminal.
+            snapshots: Folder of what a run that was ended needs to go on; None keeps nothing.
 
         Returns:
             Losses, scores and validation images.
         """
+        if snapshots:
+            values = {**self.values, "validate_every": validate_every, "prompts": VALIDATION_PROMPTS}
+            weights = [network.state_dict() for network in self.pipeline.networks.values()]
+            key = snapshot_key(weights, self.images, values)
+            self.snapshots = Snapshots(snapshots, key)
         initial_vectors = self.tuning.vectors.detach().clone()  # [16, width]
 
         def sample(with_subject: bool) -> Tensor:
@@ -119,10 +141,9 @@ class FinetuneRun:
             if self.lora:
                 stack.enter_context(self.lora)
 
-            def on_step(step: Step, samples: list[Tensor]) -> bool:
-                bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
-                bar.update()
-                return True
+            def on_step(losses: Sequence[float], samples: Sequence[Tensor]) -> None:
+                bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+                bar.update(len(losses) - bar.n)
 
             return finetune(
                 self.tuning,
@@ -130,13 +151,14 @@ class FinetuneRun:
                 sample=sample,
                 make_validation=make_validation,
                 on_step=on_step,
+                snapshots=self.snapshots,
             )
 
     def save(self, folder: Path, name: str, result: FinetuneResult) -> list[Path]:
         """Write the fine-tuned subject, the weights, the loss curve and the validation images, all of them or none.
 
         Those of an earlier run under the same name are exchanged together: a subject never lies beside another run's
-        weights.
+        weights. After that no snapshot is needed, and there is none.
 
         Args:
             folder: The folder to write to.
@@ -159,6 +181,8 @@ class FinetuneRun:
             write_safetensors(weights_file, self._state_dict(), metadata={"format": "pt"}, dtype=torch.float16)
             for file, image in zip(image_files, images.values(), strict=True):
                 image.save(file, format="PNG")  # the temporary name has another suffix
+        if self.snapshots:
+            self.snapshots.remove()
         return paths
 
     def _state_dict(self) -> dict[str, Tensor]:

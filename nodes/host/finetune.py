@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -21,16 +21,17 @@ from ...blip_qformer.encoder.preprocessing import composite_alpha
 from ...blip_qformer.finetune.loop import (
     FULL,
     LOW_RANK,
-    FinetuneCancelledError,
     FinetuneResult,
     FinetuneSettings,
     Step,
+    StepCallback,
     SubjectTuning,
     check_count,
     check_size,
     finetune,
 )
 from ...blip_qformer.finetune.lora import LoRA, count_lora_parameters
+from ...blip_qformer.finetune.snapshots import Snapshots
 from ...blip_qformer.finetune.validation import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, Validation, validation_noise
 from ...blip_qformer.prompt import compose_prompt
 from ...blip_qformer.subject import Subject
@@ -42,19 +43,17 @@ from .autograd import (
     trainable,
     training_model,
 )
+from .cancelling import stop_when_cancelled
 from .checks import require_additive_noise, require_clip_l, require_plain_sd15, require_same_latents
 from .finetune_report import curve_image, describe_result, preview_image, show_progress
+from .finetune_snapshots import snapshots_of
 from .managed import ManagedEncoder, encode_views
+from .training_models import GIGABYTE, room_beside, training_models
 
 BYTES_PER_PARAMETER = 16  # in float32: the parameter, its gradient and AdamW's two moments
 
 # Training keeps the activations that it goes back through: times what the host estimates for sampling.
 ACTIVATION_FACTOR, ACTIVATION_FACTOR_CHECKPOINTED = 12, 3
-
-GIGABYTE = 1024**3
-
-#: Called after each step with all validation images so far; returns whether to go on.
-StepCallback = Callable[[Step, list[Tensor]], bool]
 
 log = logging.getLogger("blip_diffusion")
 
@@ -97,6 +96,7 @@ def finetune_subject(
     word: str,
     settings: FinetuneSettings,
     options: FinetuneOptions,
+    graph: str = "",
 ) -> tuple[ModelPatcher, Subject, dict[str, Tensor], Tensor, Tensor, str]:
     """Fine-tune the model and the subject on a few images of it.
 
@@ -110,6 +110,7 @@ def finetune_subject(
         word: The subject's word.
         settings: Hyperparameters.
         options: Which weights train, and what is shown on the way.
+        graph: Hash of the node with everything before it. Where it is known, a run that died goes on from its snapshot.
 
     Returns:
         The tuned model, the tuned subject, the weights as a LoRA file has them, the loss curve and the validation
@@ -128,23 +129,22 @@ def finetune_subject(
     views, source = encode_views(qformer, images, word, "crop", masks)
     vectors = views.mean(dim=0)  # [16, width]
     latents = encode_squares(vae, images, options.resolution, options.mirror)
-    finetuner = HostFinetuner(
-        model, clip, vae, qformer, word, options.trains, options.rank, options.gradient_checkpointing
-    )
-    with torch.inference_mode(False):
-        tuned = finetuner.tune(
-            vectors.clone(),
-            latents.clone(),
-            settings,
-            validate_every=options.validate_every if options.validation_prompts else 0,
-            prompts=options.validation_prompts,
-            on_step=show_progress(settings.steps),
-        )
+    needed = require_memory(model, clip, options, (settings.batch_size, *latents.shape[1:]))
+    with training_models(model, clip) as (own_model, own_clip):
+        finetuner = HostFinetuner(own_model, own_clip, vae, qformer, word, options)
+        finetuner.load(needed)
+        networks = [finetuner.network, own_clip.cond_stage_model, vae.first_stage_model]
+        hashes = qformer.encoder_hash, graph
+        snapshots = snapshots_of(networks, hashes, images, masks, settings, options) if graph else None
+        with torch.inference_mode(False):
+            tuned = finetuner.tune(vectors.clone(), latents.clone(), settings, show_progress(settings.steps), snapshots)
     if not tuned.result.losses:  # nothing was learned that a later run could go on with
         comfy.model_management.throw_exception_if_processing_interrupted()
     patched = cast(ModelPatcher, comfy.sd.load_lora_for_models(model, None, tuned.weights, 1.0, 0.0)[0])
     subject = Subject(tuned.vectors[None], word, qformer.encoder_hash, source)
     curve, previews = curve_image(tuned.result), preview_image(tuned.result)
+    if snapshots and not tuned.result.cancelled:
+        snapshots.remove()
     return patched, subject, tuned.weights, curve, previews, describe_result(tuned.result, options.trains)
 
 
@@ -194,9 +194,7 @@ class HostFinetuner:
         vae: VAE, only for validation images.
         qformer: Subject encoder, only for validation.
         word: The subject's word.
-        trains: ``low-rank`` or ``full``.
-        rank: Rank of the LoRA.
-        checkpointing: Whether activations are recomputed in the backward pass.
+        options: Which weights train, and what is shown on the way.
     """
 
     def __init__(
@@ -206,12 +204,10 @@ class HostFinetuner:
         vae: comfy.sd.VAE,
         qformer: ManagedEncoder,
         word: str,
-        trains: str,
-        rank: int,
-        checkpointing: bool,
+        options: FinetuneOptions,
     ) -> None:
         self.model, self.clip, self.vae, self.qformer = training_model(model), clip, vae, qformer
-        self.word, self.trains, self.rank, self.checkpointing = word, trains, rank, checkpointing
+        self.word, self.options = word, options
         self.names = diffusers_names(model)
 
     @property
@@ -219,35 +215,36 @@ class HostFinetuner:
         """The U-Net."""
         return self.model.model.diffusion_model
 
+    def load(self, needed: int = 0) -> None:
+        """Load the models that train, with their patches.
+
+        Args:
+            needed: Bytes that are to be free beside them; the host unloads other models for it.
+        """
+        models = [self.model, self.clip.patcher]
+        comfy.model_management.load_models_gpu(models, memory_required=needed, force_full_load=True)
+
     def tune(
         self,
         vectors: Tensor,
         latents: Tensor,
         settings: FinetuneSettings,
-        *,
-        validate_every: int = 0,
-        prompts: Sequence[str] = (),
-        on_step: StepCallback = lambda step, samples: True,
+        on_step: StepCallback,
+        snapshots: Snapshots | None,
     ) -> Finetuned:
-        """Fine-tune; to be called outside inference mode.
+        """Fine-tune; to be called outside inference mode, with the models loaded.
 
         Args:
             vectors: Mean of the images' subject vectors, of shape [16, width].
             latents: Latents of shape [N, 4, h, w], as the host keeps them.
             settings: Hyperparameters.
-            validate_every: Number of steps between two validations; 0 means none.
-            prompts: Validation prompts.
-            on_step: Called after each step with all validation images so far; returns whether to go on.
+            on_step: Called after each step with the losses and all validation images so far.
+            snapshots: Where to go on from, and where to save what is needed to go on.
 
         Returns:
             The tuned vectors, the weights and how the training went.
-
-        Raises:
-            ValueError: The device has too little memory.
         """
-        device = self.model.load_device
-        self._load()
-        self._require_memory(settings, latents)
+        device, prompts = self.model.load_device, self.options.validation_prompts
         weights = self._new_weights(settings.seed)
         tuning = SubjectTuning(
             host_denoiser(self.model),
@@ -256,9 +253,10 @@ class HostFinetuner:
             self.model.model.process_latent_in(latents.to(device, torch.float32)),
             host_caption_encoder(self.clip, f"a {self.word}", vectors.shape[-1]),
             settings,
-            lora=self.trains == LOW_RANK,
+            lora=self.options.trains == LOW_RANK,
         )
 
+        @stop_when_cancelled()
         def sample(with_subject: bool) -> Tensor:
             noise = validation_noise(len(prompts), latents.shape[1:]).to(device)
             with self._borrow(weights):
@@ -270,36 +268,26 @@ class HostFinetuner:
 
         result = finetune(
             tuning,
-            validate_every=validate_every,
+            validate_every=self.options.validate_every if prompts else 0,
             sample=sample,
             make_validation=make_validation,
             steps=self._steps(tuning, weights),
-            on_step=on_step,
+            on_step=stop_when_cancelled()(on_step),
+            snapshots=snapshots,
         )
         state_dict = {name: tensor.to("cpu") for name, tensor in weights.state_dict(torch.float16).items()}
         return Finetuned(tuning.vectors.detach().to(comfy.model_management.intermediate_device()), state_dict, result)
 
-    def _load(self) -> None:
-        comfy.model_management.load_models_gpu([self.model, self.clip.patcher], force_full_load=True)
-
-    def _require_memory(self, settings: FinetuneSettings, latents: Tensor) -> None:
-        parameters = {
-            FULL: sum(weight.numel() for weight in self.network.parameters()),
-            LOW_RANK: count_lora_parameters(self.network, self.rank),
-        }
-        batch_shape = (settings.batch_size, *latents.shape[1:])
-        require_memory(self.model, parameters, self.trains, batch_shape, self.checkpointing)
-
     def _new_weights(self, seed: int) -> FullWeights | LoRA:
         """Make the weights that train; they are active as a context manager."""
-        if self.trains == FULL:
+        if self.options.trains == FULL:
             return FullWeights(self.network, self.names)
-        return LoRA(self.network, self.rank, seed, self.model.load_device, self.names)
+        return LoRA(self.network, self.options.rank, seed, self.model.load_device, self.names)
 
     @contextmanager
     def _borrow(self, weights: FullWeights | LoRA) -> Iterator[None]:
         """Load the models, let autograd through them, and make the weights active."""
-        self._load()
+        self.load()
         with trainable(self.network), trainable(self.clip.cond_stage_model), weights:
             yield
 
@@ -308,8 +296,9 @@ class HostFinetuner:
         steps = tuning.steps()
         while True:
             with ExitStack() as stack:
+                stack.enter_context(stop_when_cancelled())
                 stack.enter_context(self._borrow(weights))
-                if self.checkpointing:
+                if self.options.gradient_checkpointing:
                     stack.enter_context(gradient_checkpointing(self.network))
                 step = next(steps, None)
             if step is None:
@@ -326,9 +315,8 @@ class HostFinetuner:
         encode_nothing = host_caption_encoder(self.clip, "", vectors.shape[-1])
         uncond = encode_nothing(vectors[:0]).expand(len(prompts), -1, -1)  # [P, 77, width]
 
+        @stop_when_cancelled()
         def denoiser(*inputs: Tensor) -> Tensor:
-            if comfy.model_management.processing_interrupted():
-                raise FinetuneCancelledError
             return tuning.denoiser(*inputs)
 
         return ddim_sample(
@@ -341,6 +329,7 @@ class HostFinetuner:
             images = self.vae.decode(self.model.model.process_latent_out(latents))
         return rearrange(images.clone(), "b h w c -> b c h w").clamp(0, 1)
 
+    @stop_when_cancelled()
     def _encode_images(self, images: Tensor, words: Sequence[str]) -> Tensor:
         """Encode images [P, 3, H, W], each with a word of its own, to vectors [P, 16, width]."""
         with torch.inference_mode():
@@ -349,35 +338,41 @@ class HostFinetuner:
 
 
 def require_memory(
-    model: ModelPatcher, parameters: Mapping[str, int], trains: str, batch_shape: Sequence[int], checkpointing: bool
-) -> None:
+    model: ModelPatcher, clip: comfy.sd.CLIP, options: FinetuneOptions, batch_shape: Sequence[int]
+) -> int:
     """Refuse to begin what the device has too little memory for.
 
     Args:
-        model: Model that is loaded already.
-        parameters: Number of parameters that train in each mode.
-        trains: The chosen mode.
+        model: Model to fine-tune, loaded or not.
+        clip: Text encoder, likewise.
+        options: Which weights train, and how.
         batch_shape: Shape of a batch of latents.
-        checkpointing: Whether activations are recomputed in the backward pass.
+
+    Returns:
+        Bytes that training needs beside the models.
 
     Raises:
         ValueError: The mode needs more memory than is free; the message says how much each mode needs.
     """
-    device = model.load_device
-    factor = ACTIVATION_FACTOR_CHECKPOINTED if checkpointing else ACTIVATION_FACTOR
-    activations = model.memory_required(list(batch_shape)) * factor
+    network, trains = model.model.diffusion_model, options.trains
+    parameters = {
+        FULL: sum(weight.numel() for weight in network.parameters()),
+        LOW_RANK: count_lora_parameters(network, options.rank),
+    }
+    factor = ACTIVATION_FACTOR_CHECKPOINTED if options.gradient_checkpointing else ACTIVATION_FACTOR
+    activations = model.model.memory_required(list(batch_shape)) * factor
     needs = {name: count * BYTES_PER_PARAMETER + activations for name, count in parameters.items()}
-    free = cast(int, comfy.model_management.get_free_memory(device))
+    free = room_beside(model, clip)
     log.info(
         "Fine-tuning (%s) needs about %.1f GB; %.1f GB are free.", trains, needs[trains] / GIGABYTE, free / GIGABYTE
     )
     if needs[trains] <= free:
-        return
+        return round(needs[trains])
     others = [f"{name} needs {need / GIGABYTE:.1f} GB" for name, need in needs.items() if name != trains]
     raise ValueError(
-        f"Fine-tuning ({trains}) needs about {needs[trains] / GIGABYTE:.1f} GB beside the models, and {device} has "
-        f"{free / GIGABYTE:.1f} GB free: take a smaller batch_size or resolution, or another mode "
-        f"({', '.join(others)})."
+        f"Fine-tuning ({trains}) needs about {needs[trains] / GIGABYTE:.1f} GB beside the models, and "
+        f"{model.load_device} has {max(free, 0) / GIGABYTE:.1f} GB free: take a smaller batch_size or resolution, or "
+        f"another mode ({', '.join(others)})."
     )
 
 

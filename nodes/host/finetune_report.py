@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import comfy.model_management
 import comfy.utils
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ...blip_qformer.finetune.loop import FinetuneResult, Step
+from ...blip_qformer.finetune.loop import FinetuneResult, StepCallback
 from ...blip_qformer.finetune.loss_curve import loss_curve
 from ...blip_qformer.finetune.validation import preview_grid
 from ...blip_qformer.imaging.pil import to_pil_image
@@ -19,20 +18,16 @@ from ...blip_qformer.imaging.pil import to_pil_image
 PREVIEW_EDGE = 512  # pixels, the longer one
 
 
-def show_progress(steps: int) -> Callable[[Step, list[Tensor]], bool]:
-    """Return a step callback that fills the host's progress bar and stops when the user cancels.
+def show_progress(steps: int) -> StepCallback:
+    """Return a step callback that fills the host's progress bar.
 
     Args:
         steps: Number of all steps.
     """
     progress = comfy.utils.ProgressBar(steps)
-    losses: list[float] = []
 
-    def on_step(step: Step, samples: list[Tensor]) -> bool:
-        losses.append(step.loss)
-        progress.update_absolute(step.number, steps, ("JPEG", progress_image(losses, samples), PREVIEW_EDGE))
-        # The flag stays up: the graph stops behind this node, whose result the host keeps for the next run.
-        return not comfy.model_management.processing_interrupted()
+    def on_step(losses: Sequence[float], samples: Sequence[Tensor]) -> None:
+        progress.update_absolute(len(losses), steps, ("JPEG", progress_image(losses, samples), PREVIEW_EDGE))
 
     return on_step
 

@@ -56,6 +56,16 @@ def is_dynamic(patcher: ModelPatcher) -> bool:
     return ask is not None and ask()
 
 
+def static_copy(patcher: ModelPatcher) -> ModelPatcher:
+    """Load a dynamic model once more from its file, with its patches, as one that stays in place while it is loaded.
+
+    Args:
+        patcher: Dynamic model that knows its file.
+    """
+    options = {"disable_dynamic": True}  # older hosts have no such argument, and no dynamic models
+    return patcher.clone(**options)
+
+
 def remember_loader(patcher: ModelPatcher, load: Callable[..., ModelPatcher], *arguments: Any) -> None:
     """Tell the host how the same model is loaded once more from the same files.
 

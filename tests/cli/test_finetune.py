@@ -11,7 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from blip_qformer.cli.command_line import main as blip_qformer
-from blip_qformer.pipeline import save_pipeline
+from blip_qformer.finetune import snapshots
+from blip_qformer.finetune.loop import SubjectTuning
+from blip_qformer.pipeline import save_pipeline, subject_finetune
 from blip_qformer.subject import load_subject
 from tests import tiny
 from tests.images import bomb, damaged_avif
@@ -128,3 +130,33 @@ def test_a_tiny_image_is_refused(model, tmp_path, capsys):
     Image.new("RGB", (40, 80)).save(tmp_path / "small.png")
     assert finetune(model, [tmp_path / "small.png"], tmp_path) == 2
     assert f"{tmp_path / 'small.png'}: The pictures are 40 x 80 pixels" in capsys.readouterr().err
+
+
+def test_a_run_that_was_ended_goes_on(model, images, tmp_path, monkeypatch, capsys):
+    """By Ctrl+C in the third step, and then on a full disk: nothing is lost before the files are written."""
+    assert finetune(model, images, tmp_path / "whole", "--validate-every", "1") == 0
+    monkeypatch.setattr(snapshots, "COST", float("inf"))  # one after each step, however fast they are
+    monkeypatch.setattr(snapshots, "SECONDS", 0)
+    loss = SubjectTuning.loss
+
+    def interrupted(self, batch):
+        if len(self.losses) == 2:
+            raise KeyboardInterrupt
+        return loss(self, batch)
+
+    output = tmp_path / "ended"
+    with monkeypatch.context() as patched:
+        patched.setattr(SubjectTuning, "loss", interrupted)
+        assert finetune(model, images, output, "--validate-every", "1") == 130
+    with monkeypatch.context() as patched:
+        patched.setattr(subject_finetune, "save_subject", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+        assert finetune(model, images, output, "--validate-every", "1") == 2
+    monkeypatch.setattr(SubjectTuning, "loss", lambda *_: pytest.fail("a step was made twice"))
+    assert finetune(model, images, output, "--validate-every", "1") == 0
+    assert sorted(path.name for path in output.iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+    for path in output.glob("*.safetensors"):
+        expected = load_file(tmp_path / "whole" / path.name)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(path).items())
+    assert (output / "dog-curve.png").read_bytes() == (tmp_path / "whole" / "dog-curve.png").read_bytes()
