@@ -10,6 +10,7 @@ from . import (
     inversion,
     loaders,
     prompt,
+    regions,
     subject_files,
 )
 from .host.plain_errors import with_plain_errors
@@ -23,6 +24,7 @@ NODES = [
         interpolate,
         subject_files,
         attention_edit,
+        regions,
         inversion,
         attention_map,
         composite,

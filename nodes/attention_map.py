@@ -9,6 +9,7 @@ from ..blip_qformer.attention.word_sheets import word_sheets
 from ..blip_qformer.attention.words import parse_words
 from .host.attention.lost_edits import require_kept
 from .host.attention.recorder import model_for_records, record_attention, require_recorded
+from .host.attention.regional_conditioning import with_region_words
 from .host.conditioning import Conditioning
 from .host.prompt_words import token_spans
 from .types import CATEGORY, RecordedAttention, advanced, io, model_input, model_output, newer_fields
@@ -64,7 +65,7 @@ class RecordAttention(io.ComfyNode):
     ) -> io.NodeOutput:
         """Return the conditioning that fills a record, the record, and the model that fills it without a hook."""
         require_kept(cls.hidden)
-        record = AttentionRecord(token_spans(conditioning, clip, text))
+        record = AttentionRecord(with_region_words(conditioning, token_spans(conditioning, clip, text)))
         recorded = record_attention(conditioning, record, in_model=model is not None)
         return io.NodeOutput(recorded, record, model_for_records(model))
 

@@ -45,6 +45,7 @@ OTHER = {
     "cat-near.jpg": "cup.jpg",
     "cat-evening.jpg": "cup.jpg",
     "cup.jpg": "cat.jpg",
+    "rocket.jpg": "cat.jpg",
     "scribble.png": "depth.png",
     "depth.png": "scribble.png",
 }
@@ -59,7 +60,12 @@ STEPS = 3  # of subject-trajectory
 SHEET = ((STEPS + 2) * (TILE + 1) + 1, TILE + 12 + 2)  # a row with its sources, gaps of one pixel and labels of twelve
 
 #: Sizes of what is saved, where it is not one picture; an edit comes with its source.
-SAVED = {"subject-trajectory": [SHEET], "edit-generated": [(TILE, TILE)] * 2, "edit-photo": [(TILE, TILE)] * 2}
+SAVED = {
+    "subject-trajectory": [SHEET],
+    "three-subjects": [(TILE * 3 // 2, TILE)],
+    "edit-generated": [(TILE, TILE)] * 2,
+    "edit-photo": [(TILE, TILE)] * 2,
+}
 
 
 @pytest.fixture(scope="module")

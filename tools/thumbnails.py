@@ -28,11 +28,12 @@ SIZED = ("EmptyLatentImage", "ImageScale", "SolidMask", "MaskComposite")
 IMAGES = {
     "cat.jpg": "buoy.png",
     "cup.jpg": "pear.png",
+    "rocket.jpg": "lobster.png",
     "cat-near.jpg": "buoy.png",
     "cat-evening.jpg": "buoy.png",
 }
-WORDS = {"cat": "buoy", "cup": "pear"}
-CONTEXT = "on the grass"
+WORDS = {"cat": "buoy", "cup": "pear", "rocket": "lobster"}
+CONTEXT, SCENE = "on the grass", "grass"
 
 #: Further changes to a workflow: node class -> inputs.
 CHANGES: dict[str, Mapping[str, Mapping[str, Any]]] = {
@@ -49,6 +50,7 @@ CHANGES: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "subject-img2img": {},
     "subject-inpaint": {},
     "subject-trajectory": {"BLIPDiffusionSubjectTrajectory": {"steps": 5}},
+    "three-subjects": {},
     "two-subjects": {},
 }
 
@@ -115,6 +117,8 @@ def _make_small(node: str, inputs: dict[str, Any], checkpoint: str) -> None:
     elif node == "BLIPDiffusionPromptCompose":
         target = WORDS.get(inputs["target_subject"], "")
         inputs |= {"prompt": CONTEXT, "target_subject": target, "prompt_strength": 0.2}
+    elif node == "CLIPTextEncode" and "shelf" in inputs["text"]:
+        inputs["text"] = SCENE
     elif node == "CLIPTextEncode":
         inputs["text"] = ""  # the small model has not learned what "low quality" looks like
     elif node in ("KSampler", "KSamplerAdvanced"):

@@ -6,13 +6,15 @@ edited].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..prompt import TokenSpan
 from .alignment import Alignment
 from .schedule import StepRange
 
@@ -127,6 +129,7 @@ class Region:
         base_share: Share of the region's weight that is left to the scene, 0..1.
         steps: The steps in which it applies.
         edits: Edits of the region's own prompt.
+        words: Words of the region's prompt in order; empty if they are not known.
     """
 
     context: Tensor
@@ -136,6 +139,40 @@ class Region:
     base_share: float = 0.0
     steps: StepRange = StepRange()
     edits: tuple[Edit, ...] = ()
+    words: tuple[TokenSpan, ...] = ()
+
+    def has_layout_of(self, other: Region) -> bool:
+        """Whether this region is where another one is, with the same strength and in the same steps."""
+        settings, others = (
+            (each.strength, each.feather, each.base_share, each.steps, isinstance(each.mask, Box))
+            for each in (self, other)
+        )
+        if settings != others:
+            return False
+        if isinstance(self.mask, Tensor) and isinstance(other.mask, Tensor):
+            return torch.equal(self.mask, other.mask)
+        return tuple(self.mask) == tuple(other.mask)
+
+    @property
+    def covers_everything(self) -> bool:
+        """Whether only this region's prompt counts, in every pixel and step."""
+        if isinstance(self.mask, Box):
+            is_full = self.mask.x <= 0 and self.mask.y <= 0 and min(self.mask.width, self.mask.height) >= 1
+        else:
+            is_full = bool((self.mask >= 1).all())
+        is_alone = self.strength >= 1 and self.base_share == 0
+        return is_full and is_alone and self.steps.start <= 0 and self.steps.end >= 1
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether the scene's prompt counts alone, in every pixel and step."""
+        has_mask = isinstance(self.mask, Box) or bool(self.mask.any())
+        return not has_mask or self.strength == 0 or self.base_share == 1 or self.steps.is_empty
 
 
 Edit = Reweight | PromptToPrompt | Region
+
+
+def regions_of(edits: Sequence[Edit]) -> list[Region]:
+    """Return those of some edits that are regions."""
+    return [edit for edit in edits if isinstance(edit, Region)]

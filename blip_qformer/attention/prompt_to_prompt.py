@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,25 @@ class PromptToPromptSettings:
     threshold: float = 0.3
     source_unguided: bool = False
 
+    @property
+    def has_local_blend(self) -> bool:
+        """Whether there are blend words, and the threshold does not switch them off."""
+        return self.threshold > 0 and bool(self.blend_words or self.source_blend_words)
+
+
+class PromptGroup(NamedTuple):
+    """The prompts of a source and of its edited images: of the scene, or of one region.
+
+    Args:
+        words: The words of the source and of each edited prompt, in order.
+        tokens: Number of tokens of each prompt.
+        reweights: Edits that single prompts carry already.
+    """
+
+    words: Sequence[Sequence[TokenSpan]]
+    tokens: int
+    reweights: Sequence[Reweight]
+
 
 def build_edits(
     source: Sequence[TokenSpan],
@@ -64,6 +84,46 @@ def build_edits(
     Raises:
         ValueError: If a word stands in none of the edited prompts or not in the source's, or a prompt is too long.
     """
+    edits = _edits(PromptGroup([source, *edited], tokens, reweights), settings, keep_masks)
+    (edit,) = [edit for edit in edits if isinstance(edit, PromptToPrompt)]
+    return () if edits == (edit,) and edit.is_neutral else edits
+
+
+def build_regional_edits(
+    groups: Sequence[PromptGroup],
+    settings: PromptToPromptSettings,
+    keep_masks: Callable[[Tensor, Tensor], None] | None = None,
+) -> list[tuple[Edit, ...]]:
+    """Build the edits of images whose scene and regions have prompts of their own.
+
+    Args:
+        groups: The prompts of the scene, and of each region.
+        settings: How the edited images follow their source. A word may stand in any of the prompts.
+        keep_masks: Receives the masks of local blend, see :class:`~.edits.PromptToPrompt`.
+
+    Returns:
+        The edits of each of the groups, none of them empty.
+
+    Raises:
+        ValueError: If a word stands in none of the edited prompts, or a prompt is too long.
+    """
+    all_edited = [with_end(words, group.tokens) for group in groups for words in group.words[1:]]
+    for phrase, _ in (*settings.weights, *settings.word_steps):
+        find_in_prompts(all_edited, phrase)
+    edits = []
+    for group in groups:
+        edited = [with_end(words, group.tokens) for words in group.words[1:]]
+        weights = [each for each in settings.weights if _has_phrase(edited, each.phrase)]
+        word_steps = [each for each in settings.word_steps if _has_phrase(edited, each.phrase)]
+        edits.append(_edits(group, replace(settings, weights=weights, word_steps=word_steps), keep_masks))
+    return edits
+
+
+def _edits(
+    group: PromptGroup, settings: PromptToPromptSettings, keep_masks: Callable[[Tensor, Tensor], None] | None
+) -> tuple[Edit, ...]:
+    """The edits of one group, the last of which is the :class:`~.edits.PromptToPrompt`."""
+    (source, *edited), tokens = group.words, group.tokens
     weighted = [
         Reweight(factors, StepRange(), image)
         for image, factors in enumerate(weight_tokens(edited, settings.weights, [tokens] * len(edited)), start=1)
@@ -84,8 +144,16 @@ def build_edits(
     prompt_to_prompt = PromptToPrompt(
         images, settings.self_steps, settings.threshold, settings.source_unguided, keep_masks
     )
-    edits = (*reweights, *weighted, prompt_to_prompt)
-    return () if edits == (prompt_to_prompt,) and prompt_to_prompt.is_neutral else edits
+    return (*group.reweights, *weighted, prompt_to_prompt)
+
+
+def _has_phrase(prompts: Sequence[Sequence[TokenSpan]], phrase: str) -> bool:
+    """Whether one of some prompts has a phrase."""
+    try:
+        find_in_prompts(prompts, phrase)
+    except ValueError:
+        return False
+    return True
 
 
 def _blend_words(

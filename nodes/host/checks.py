@@ -29,8 +29,8 @@ def require_sd15(model: ModelPatcher) -> None:
     config = model.model.model_config
     if not isinstance(config, comfy.supported_models.SD15):
         raise ValueError(
-            f"This model is {type(config).__name__}, but Attention Re-weight Edit and Prompt-to-Prompt Edit work on "
-            "SD1.5's U-Net: connect an SD1.5 model, or take the edit out."
+            f"This model is {type(config).__name__}, but Attention Re-weight Edit, Prompt-to-Prompt Edit and "
+            "Subject Regions work on SD1.5's U-Net: connect an SD1.5 model, or take the edit out."
         )
 
 

@@ -10,7 +10,7 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ....blip_qformer.attention.edits import Edit, PromptToPrompt, Reweight
+from ....blip_qformer.attention.edits import Edit, PromptToPrompt, Reweight, regions_of
 from ....blip_qformer.attention.prompt_to_prompt import PromptToPromptSettings, build_edits
 from ....blip_qformer.prompt import TokenSpan
 from ..conditioning import TOKEN_SPANS, Conditioning, stack_rows
@@ -20,6 +20,7 @@ from ..prompt_words import token_spans
 from .hooks import EDITS, get_edits, set_edits
 from .local_blend import EDIT_MASKS, EditMasks
 from .recorder import RECORDED_PROMPTS
+from .regional_batching import edits_with_regions, require_same_regions
 
 OWN_KEYS = {"pooled_output", TOKEN_SPANS, EDITS}  # of a conditioning's dictionary: may differ within a group
 
@@ -61,12 +62,18 @@ def batch_edits(
             "back."
         )
     joined = join_rows(source, edited)
+    for number, each in enumerate(edited, start=1):
+        require_same_regions(each, source, "edited" if number == 1 else f"edited_{number}", settings)
     words = words_of_each([source, *edited], clip, source_text, edited_text)
     masks = EditMasks()
     edits: list[tuple[Edit, ...]] = []
     for index, (tensor, _) in enumerate(joined):
         source_words, *edited_words = (each[index] for each in words)
         reweights = reweights_of_each([source, *edited], index)
+        if regions_of(get_edits(source)[index]):
+            prompts = [each[index] for each in words]
+            edits.append(edits_with_regions([source, *edited], index, prompts, reweights, settings, masks.keep))
+            continue
         edits.append(build_edits(source_words, edited_words, tensor.shape[1], settings, masks.keep, reweights))
     if any(edits):
         joined = set_edits(joined, edits, in_model=in_model)

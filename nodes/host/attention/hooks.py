@@ -16,7 +16,8 @@ From the edit node to the first edited step, in the order in which the host call
    own prediction in the place of the guided one where it is to be unguided (:mod:`.unguided_source`). Which predictions
    are whose, and which the guider made for itself, is told by :mod:`.predictions`.
 6. Each attention layer of the U-Net calls ``AttentionRun.patch_self``, ``patch_cross`` or ``replace_cross``, which
-   apply the plan to queries, keys and values (:mod:`blip_qformer.attention.injection`). This is the first edited step.
+   apply the plan to queries, keys and values (:mod:`blip_qformer.attention.injection`), and attend to the prompts of
+   regions (:mod:`.regions`). This is the first edited step.
 7. After the last step ``AttentionRun.finish`` applies local blend once more, and the run is forgotten.
 
 Record Attention goes the same way with a wrapper of its own, see :mod:`.recorder`.
@@ -34,7 +35,7 @@ from comfy.patcher_extension import WrapperExecutor
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
-from ....blip_qformer.attention.edits import Edit, Reweight
+from ....blip_qformer.attention.edits import Edit, Reweight, regions_of
 from ..checks import require_sd15
 from ..conditioning import Conditioning
 from .carrier import attach, detach, wrap_model
@@ -110,7 +111,8 @@ def sample_with_edits(
     if any(edit.source_unguided for each in edited.values() if (edit := each.prompt_to_prompt)):
         require_no_added_noise(noise)
         require_exact_sampler(sampler, sigmas, guider.model_patcher)
-    run = AttentionRun(edited, noise, sigmas.tolist())
+    require_images_for_regions(edited, len(noise))
+    run = AttentionRun(edited, noise, sigmas.tolist(), guider)
     run.install(guider)
     return run.finish(executor(noise, latent_image, sampler, sigmas, *args, **kwargs))
 
@@ -131,6 +133,25 @@ def detach_edits(guider: comfy.samplers.CFGGuider) -> dict[UUID, EditedCondition
             padded = tuple(edit.padded(tokens) if isinstance(edit, Reweight) else edit for edit in edits)
             edited[entry["uuid"]] = EditedConditioning(side, padded, rows, tokens)
     return edited
+
+
+def require_images_for_regions(edited: dict[UUID, EditedConditioning], batch_size: int) -> None:
+    """Refuse a run that would leave out rows of a region's prompt.
+
+    Args:
+        edited: Edited conditionings of the run.
+        batch_size: Number of images in the run.
+
+    Raises:
+        ValueError: If a region's prompt has more rows than there are images.
+    """
+    regions = [region for each in edited.values() for region in regions_of(each.edits)]
+    rows = max((len(region.context) for region in regions), default=1)
+    if rows > batch_size:
+        raise ValueError(
+            f"The sampler draws {batch_size} picture(s), but a prompt of Subject Regions needs {rows} side by side, "
+            f"one for each subject: connect an Empty Latent Image with batch_size {rows}, or a single subject."
+        )
 
 
 def require_no_added_noise(noise: Tensor) -> None:

@@ -19,6 +19,7 @@ from ..conditioning import Conditioning
 from .carrier import attach, detach, wrap_model
 from .layers import ExtraOptions, calling_layer, conditioning_rows, latent_size, map_size, require_known_rows
 from .predictions import OwnPredictions
+from .regions import RUN_REGIONS, RunRegions
 
 #: Key of a conditioning's dictionary for its :class:`RecordedPrompt`s, and reference of the hook that comes with them.
 RECORDED_PROMPTS = "blip_attention_records"
@@ -31,10 +32,12 @@ class RecordedPrompt:
     Attributes:
         record: Record that is filled.
         prompt: Index of the conditioning's prompt in the record.
+        tokens: Number of tokens of that prompt, behind which those of its regions are recorded.
     """
 
     record: AttentionRecord
     prompt: int
+    tokens: int
 
 
 def record_attention(conditioning: Conditioning, record: AttentionRecord, *, in_model: bool = False) -> Conditioning:
@@ -46,8 +49,8 @@ def record_attention(conditioning: Conditioning, record: AttentionRecord, *, in_
         in_model: Whether the sampler gets a MODEL from :func:`model_for_records`.
     """
     recorded_prompts = [
-        (*options.get(RECORDED_PROMPTS, ()), RecordedPrompt(record, prompt))
-        for prompt, (_, options) in enumerate(conditioning)
+        (*options.get(RECORDED_PROMPTS, ()), RecordedPrompt(record, prompt, tensor.shape[1]))
+        for prompt, (tensor, options) in enumerate(conditioning)
     ]
     return attach(conditioning, RECORDED_PROMPTS, recorded_prompts, sample_and_record, in_model=in_model)
 
@@ -157,9 +160,11 @@ class AttentionRecorder:
             self.require_whole_images(len(query), extra_options, area)
             q, k = layer.to_q(query[rows]), layer.to_k(context[rows])
             maps = mean_attention(q, k, layer.heads, tokens=entry["cross_attn"].shape[1])  # [B, tokens, h * w]
-            maps = maps.unflatten(-1, map_size(extra_options))  # [B, tokens, h, w]
+            regions: RunRegions | None = extra_options.get(RUN_REGIONS)
             for recorded in self.prompts[uuid]:
-                recorded.record.add(recorded.prompt, maps, area)
+                own = maps[:, : recorded.tokens]  # what was concatenated behind this node is no word of the record
+                own = own if regions is None else regions.add_region_maps(uuid, q, own, extra_options)
+                recorded.record.add(recorded.prompt, own.unflatten(-1, map_size(extra_options)), area)
         return query, context, values
 
     def area_of(self, entry: dict[str, Any]) -> Area:

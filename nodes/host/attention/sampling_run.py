@@ -12,7 +12,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ....blip_qformer.attention.edits import PromptToPrompt
+from ....blip_qformer.attention.edits import PromptToPrompt, regions_of
 from ....blip_qformer.attention.injection import ConditioningRows, attend_twice, edit_cross, inject_self
 from ....blip_qformer.attention.plan import StepPlan, can_need_two_attentions, plan_step
 from ....blip_qformer.attention.schedule import step_of
@@ -20,6 +20,7 @@ from .edited_conditioning import EditedConditioning, common_group_size
 from .layers import ExtraOptions, conditioning_rows, is_coarse, require_known_rows, unet_blocks
 from .local_blend import LocalBlend
 from .predictions import OwnPredictions
+from .regions import RUN_REGIONS, RunRegions
 from .unguided_source import UnguidedSource
 
 KEY = "blip_attention"  # of our wrappers
@@ -32,12 +33,19 @@ class AttentionRun:
         edited: Edited conditionings by the host's id of each.
         noise: Noise that the run starts from, of shape [B, 4, h, w].
         sigmas: Noise levels of the schedule, falling, one more than there are steps.
+        guider: Guider of the run.
 
     Raises:
         ValueError: If the batch does not consist of the images that belong together.
     """
 
-    def __init__(self, edited: dict[UUID, EditedConditioning], noise: Tensor, sigmas: Sequence[float]) -> None:
+    def __init__(
+        self,
+        edited: dict[UUID, EditedConditioning],
+        noise: Tensor,
+        sigmas: Sequence[float],
+        guider: comfy.samplers.CFGGuider,
+    ) -> None:
         height, width = noise.shape[-2:]
         self.group_size = common_group_size(list(edited.values()), len(noise))
         self.batch_size = len(noise)
@@ -47,6 +55,7 @@ class AttentionRun:
         self.predictions = OwnPredictions({uuid: each.side for uuid, each in edited.items()})
         unguided = [uuid for uuid, each in edited.items() if (edit := each.prompt_to_prompt) and edit.source_unguided]
         self.unguided_source = UnguidedSource(unguided, self.predictions, self.group_size)
+        self.regions = RunRegions(guider, edited, (height, width), self.batch_size, self.group_size)
         self.step = -1
         self.plans: dict[UUID, StepPlan] = {}
 
@@ -54,6 +63,11 @@ class AttentionRun:
     def prompt_to_prompts(self) -> list[PromptToPrompt]:
         """Edits of the run that make images follow a source."""
         return [edit for each in self.edited.values() if (edit := each.prompt_to_prompt) is not None]
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether a conditioning of the run has regions with prompts of their own."""
+        return any(regions_of(each.edits) for each in self.edited.values())
 
     def install(self, guider: comfy.samplers.CFGGuider) -> None:
         """Add what this run needs to the options of the run, patches in front of those of other packs.
@@ -67,9 +81,12 @@ class AttentionRun:
         patches["attn2_patch"] = [self.patch_cross, *patches.get("attn2_patch", [])]
         if self.prompt_to_prompts:
             patches["attn1_patch"] = [self.patch_self, *patches.get("attn1_patch", [])]
-        if any(edit.has_local_blend or can_need_two_attentions(edit) for edit in self.prompt_to_prompts):
+        replaces = any(edit.has_local_blend or can_need_two_attentions(edit) for edit in self.prompt_to_prompts)
+        if self.has_regions:
+            options[RUN_REGIONS] = self.regions
+        if replaces or self.has_regions:
             replaced = options.setdefault("patches_replace", {}).setdefault("attn2", {})
-            for block in {*unet_blocks(guider.model_patcher.model.diffusion_model), *replaced}:
+            for block in {*unet_blocks(self.regions.unet), *replaced}:
                 replaced[block] = partial(self.replace_cross, replaced.get(block))
         self.predictions.install(model_options)
         for wrapper_type, wrapper in (
@@ -116,6 +133,7 @@ class AttentionRun:
         if step != self.step:
             self.step, num_steps = step, len(self.sigmas) - 1
             self.plans = {uuid: plan_step(each.edits, step, num_steps, x.device) for uuid, each in self.edited.items()}
+            self.regions.plans = self.plans
 
         def predict(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return self.unguided_source.predict_noise(executor, x, *args, **kwargs)
@@ -156,12 +174,16 @@ class AttentionRun:
         Returns:
             Hidden states and prompts, edited.
         """
-        return edit_cross(query, context, values, self.planned_rows(query, extra_options))
+        planned = self.planned_rows(query, extra_options)
+        self.regions.prompt_length = context.shape[1]
+        if any(plan.regions for _, plan in planned):  # replace_cross edits the attention of each region by itself
+            return query, context, values
+        return edit_cross(query, context, values, planned)
 
     def replace_cross(
         self, other: Callable | None, query: Tensor, key: Tensor, values: Tensor, extra_options: ExtraOptions
     ) -> Tensor:
-        """Compute a cross-attention, twice for rows that need it, and note where blend words attend.
+        """Compute a cross-attention, twice or by regions where it is needed, and note where blend words attend.
 
         Args:
             other: Another pack's replacement of this attention, if there is one.
@@ -186,6 +208,8 @@ class AttentionRun:
         planned = [(uuid, rows, self.plans[uuid]) for uuid, rows in self.edited_rows(len(query), extra_options)]
         own = [each for each in planned if each[0] in self.predictions.ids]
         self.local_blend.add_maps(query, key, own, extra_options)
+        if any(plan.regions for _, _, plan in planned):
+            return self.regions.attend(query, key, values, extra_options, attend, attend_all if other else None)
         if any(plan.needs_two_attentions for _, _, plan in planned):
             return attend_twice(query, key, values, [(rows, plan) for _, rows, plan in planned], attend, attend_all)
         return attend_all(query, key, values)

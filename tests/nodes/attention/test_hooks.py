@@ -127,7 +127,9 @@ def test_another_model_is_refused_when_sampling_starts(host, small, monkeypatch,
     edited = reweight(host, compose(host, small, small.subject)[0], "snow:2")
     config = getattr(comfy.supported_models, name)
     monkeypatch.setattr(small.model.model, "model_config", config.__new__(config))
-    with pytest.raises(ValueError, match=f"This model is {name}, but Attention Re-weight Edit and Prompt-to-Prompt"):
+    with pytest.raises(
+        ValueError, match=f"This model is {name}, but Attention Re-weight Edit, Prompt-to-Prompt Edit and"
+    ):
         sample(host, small, edited)
 
 

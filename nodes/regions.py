@@ -1,0 +1,164 @@
+"""Subject Regions."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import Tensor
+
+from ..blip_qformer.attention.region_sheet import region_sheet
+from ..blip_qformer.attention.region_text import parse_boxes, parse_numbers
+from ..blip_qformer.attention.schedule import StepRange
+from .host.attention.hooks import model_for_edits
+from .host.attention.lost_edits import require_kept
+from .host.attention.regional_conditioning import add_regions
+from .host.conditioning import Conditioning
+from .types import CATEGORY, advanced, fraction_input, io, model_input, model_output, newer_fields, slider_input
+
+InputT = TypeVar("InputT")
+
+REGIONS = 4  # of one node; further ones come from a second node behind it
+PREVIEW = 512  # pixels of the preview's edges where no mask says what shape the picture has
+
+
+def region_input(number: int) -> io.Conditioning.Input:
+    """Return the input of one region's prompt; all but the first are optional."""
+    return io.Conditioning.Input(
+        f"region_{number}",
+        optional=number > 1,
+        tooltip="What stands in this region: from Subject Prompt Compose, or any prompt.",
+    )
+
+
+def mask_input(number: int) -> io.Mask.Input:
+    """Return the optional input of one region's mask."""
+    return io.Mask.Input(
+        f"mask_{number}",
+        optional=True,
+        tooltip=f"White where region {number} is, in place of its line in boxes. Of any size; a mask for each picture "
+        "of a batch works too.",
+    )
+
+
+class SubjectRegions(io.ComfyNode):
+    """Gives regions of the picture prompts of their own, in one call of the model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
+        return io.Schema(
+            node_id="BLIPDiffusionSubjectRegions",
+            display_name="Subject Regions",
+            category=CATEGORY,
+            **newer_fields(["regional prompt", "several subjects", "attention couple", "area"]),
+            description="Puts several subjects into one picture, each where you want it, in the time of one. Stands "
+            "between the prompts and any sampler. For more than four regions, connect the conditioning to the scene "
+            "of a second such node.",
+            inputs=[
+                io.Conditioning.Input(
+                    "scene",
+                    tooltip="The prompt of the whole picture: a table in a garden. It speaks where no region is.",
+                ),
+                region_input(1),
+                io.String.Input(
+                    "boxes",
+                    default="0, 0, 0.5, 1\n0.5, 0, 0.5, 1",
+                    multiline=True,
+                    tooltip="A line for each region: x, y, width, height, as parts of the picture. 0, 0, 0.5, 1 is the "
+                    "left half. The line of a region with a mask is not read and can stay empty.",
+                ),
+                io.String.Input(
+                    "strengths",
+                    default="1",
+                    tooltip="One number for all regions, or one for each, with commas between them. Below 1 the scene "
+                    "speaks too; where regions overlap, the stronger one gets more.",
+                ),
+                io.String.Input(
+                    "feathers",
+                    default="0.1",
+                    tooltip="How wide the soft edge of a region is, as a part of the picture's shorter side. One "
+                    "number for all regions, or one for each.",
+                ),
+                slider_input(
+                    "base_share",
+                    0.2,
+                    "How much every region also hears the scene. 0: not at all. More: the subjects fit better into one "
+                    "picture, and are less like themselves.",
+                    0.0,
+                    1.0,
+                ),
+                advanced(
+                    fraction_input(
+                        "start", 0.0, "From which part of the steps on the regions count; before it, the scene alone."
+                    )
+                ),
+                advanced(
+                    fraction_input(
+                        "end",
+                        1.0,
+                        "Up to which part of the steps the regions count. The first steps decide what stands where.",
+                    )
+                ),
+                mask_input(1),
+                *(make(number) for number in range(2, REGIONS + 1) for make in (region_input, mask_input)),
+                model_input(),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="conditioning",
+                    tooltip="For a sampler's positive input, or ControlNet and area nodes before it.",
+                ),
+                io.Image.Output(
+                    display_name="layout", tooltip="The regions in colours, with the words of their subjects."
+                ),
+                model_output(),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        scene: Conditioning,
+        region_1: Conditioning,
+        boxes: str,
+        strengths: str,
+        feathers: str,
+        base_share: float,
+        start: float,
+        end: float,
+        mask_1: Tensor | None = None,
+        region_2: Conditioning | None = None,
+        mask_2: Tensor | None = None,
+        region_3: Conditioning | None = None,
+        mask_3: Tensor | None = None,
+        region_4: Conditioning | None = None,
+        mask_4: Tensor | None = None,
+        model: io.Model.Type | None = None,
+    ) -> io.NodeOutput:
+        """Return the scene with its regions, their layout, and the model that samples it without a hook."""
+        require_kept(cls.hidden)
+        prompts = _connected(region_1, region_2, region_3, region_4)
+        masks = _connected(mask_1, mask_2, mask_3, mask_4)
+        count = max(prompts)
+        conditioning, regions = add_regions(
+            scene,
+            prompts,
+            masks,
+            parse_boxes(boxes),
+            parse_numbers(strengths, "strengths", count),
+            parse_numbers(feathers, "feathers", count),
+            base_share,
+            StepRange(start, end),
+            in_model=model is not None,
+        )
+        height, width = next(iter(masks.values())).shape[-2:] if masks else (PREVIEW, PREVIEW)
+        return io.NodeOutput(conditioning, region_sheet(regions, height, width), model_for_edits(model))
+
+
+def _connected(*inputs: InputT | None) -> dict[int, InputT]:
+    """Those of the inputs that are connected, by their numbers from 1 on."""
+    return {number: value for number, value in enumerate(inputs, start=1) if value is not None}
+
+
+NODES = [SubjectRegions]
