@@ -17,6 +17,8 @@ from .read_tensors import CheckpointError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+CHUNK = 2**20  # numbers that are summed at once: torch casts them to float32 first, which is memory
+
 
 def check_dtypes(state_dict: Mapping[str, Tensor], path: Path) -> None:
     """Refuse weights of a dtype that networks do not compute in. No tensor is read.
@@ -55,8 +57,11 @@ def check_finite(state_dict: Mapping[str, Tensor], path: Path) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Return whether every number of a floating-point tensor is finite in float32, in which networks compute."""
-    # One pass without a temporary tensor: NaN and infinity stay in a sum. A sum of finite numbers may overflow too.
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor.float()).all())
+    for numbers in tensor.reshape(-1).split(CHUNK):
+        # One pass without a second tensor: NaN and infinity stay in a sum. A sum of finite numbers may overflow too.
+        if not torch.isfinite(numbers.sum(dtype=torch.float32)) and not torch.isfinite(numbers.float()).all():
+            return False
+    return True
 
 
 def detach_from_file(network: nn.Module, mapped: Iterable[Tensor]) -> None:
