@@ -241,7 +241,8 @@ def test_the_latent_keeps_its_noise_numbers_and_loses_its_mask(host, loaded, pro
     latent = {**image, "batch_index": [7], "noise_mask": torch.ones(1, 1, *SIZE)}
     before = latent["samples"].clone()
     inverted, _ = invert(host, loaded.model, prompt, latent, refinements=0)
-    assert set(inverted) == {"samples", "batch_index"}
+    assert set(inverted) == {"samples", "batch_index", "blip_inverted_with_guidance"}
+    assert inverted["blip_inverted_with_guidance"] is False
     assert set(latent) == {"samples", "batch_index", "noise_mask"}
     assert torch.equal(latent["samples"], before)
 
