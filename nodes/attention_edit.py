@@ -65,7 +65,7 @@ class AttentionReweight(io.ComfyNode):
                 text_input(
                     "text",
                     "Only for a conditioning from CLIP Text Encode: the text it was made from. "
-                    "If Concat or Combine made it of several: a line for each.",
+                    "If Concat, Combine, BREAK or AND made it of several: a line for each, in order.",
                 ),
                 model_input(),
             ],

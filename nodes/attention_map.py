@@ -41,8 +41,8 @@ class RecordAttention(io.ComfyNode):
                         optional=True,
                         default="",
                         multiline=True,
-                        tooltip="Only for a prompt from CLIP Text Encode: the same text. If Concat or Combine made it "
-                        "of several: a line for each.",
+                        tooltip="Only for a prompt from CLIP Text Encode: the same text. If Concat, Combine, "
+                        "BREAK or AND made it of several: a line for each, in order.",
                     )
                 ),
                 model_input(),

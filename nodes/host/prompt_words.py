@@ -2,13 +2,15 @@
 
 Other nodes join and combine conditionings. Concat puts the tokens of one behind those of another, and keeps what the
 first one notes; Combine makes a list of both. So the text of a part is looked for in all of the conditioning, by
-encoding it once more. Tokens whose words stay unknown are one word, ``<joined>``.
+encoding it once more. Other nodes encode it differently, with weights as other programs read them; then the number of
+its tokens says where it stands. Tokens whose words stay unknown are one word, ``<joined>``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import comfy.sd
 from torch import Tensor
@@ -17,6 +19,9 @@ from ...blip_qformer.attention.alignment import BLOCK
 from ...blip_qformer.prompt import JOINED_WORD, TokenSpan, fill_blocks, find_words
 from .checks import require_clip_l_for_edits
 from .conditioning import TOKEN_SPANS, Conditioning, encode_tokens, read_tokens
+
+#: The host's: when an entry acts, in parts of the sampling run; of a CLIP's scheduled hooks, and of the entry's own.
+RANGE = ("clip_start_percent", "clip_end_percent", "start_percent", "end_percent")
 
 #: Greatest difference, in units of an encoding's spread, of the same text encoded twice in half precision.
 ROUNDING = 2e-2
@@ -36,7 +41,7 @@ def token_spans(conditioning: Conditioning, clip: comfy.sd.CLIP | None, text: st
     Raises:
         ValueError: A conditioning does not know its words and there is no CLIP, or it was not encoded from this text.
     """
-    entries = [Entry(tensor, options.get(TOKEN_SPANS)) for tensor, options in conditioning]
+    entries = [Entry(tensor, options) for tensor, options in conditioning]
     if any(not entry.is_known for entry in entries) and clip is not None and text.strip():
         find_text(clip, text, [entry for entry in entries if not entry.is_known])
     elif any(entry.spans is None for entry in entries):
@@ -52,11 +57,13 @@ class Entry:
 
     Args:
         encoded: Its encoding, of shape [B, tokens, width].
-        spans: The words that it notes; None if it notes none.
+        options: Its dictionary in the conditioning.
     """
 
-    def __init__(self, encoded: Tensor, spans: list[TokenSpan] | None) -> None:
+    def __init__(self, encoded: Tensor, options: dict[str, Any]) -> None:
         self.encoded = encoded
+        self.range = tuple(options.get(each) for each in RANGE)
+        spans: list[TokenSpan] | None = options.get(TOKEN_SPANS)
         self.spans = spans
         self.known = 0 if spans is None else tokens_of(spans)  # number of tokens, from the first one on
 
@@ -106,22 +113,79 @@ def find_text(clip: comfy.sd.CLIP, text: str, entries: Sequence[Entry]) -> None:
     require_clip_l_for_edits(clip)
     width = entries[0].encoded.shape[-1]
     whole = TextPart(clip, text, width)
+    lines = [TextPart(clip, line, width) for line in text.splitlines() if line.strip()]
     fits = all(entry.known == 0 and entry.tokens == whole.tokens for entry in entries)
-    if not (fits and len(entries) == 1):
-        for parts in ([whole], [TextPart(clip, line, width) for line in text.splitlines() if line.strip()]):
-            found = [(entry, part, offset) for entry in entries for part, offset in find_parts(parts, entry)]
-            if {part for _, part, _ in found} == {*parts}:
-                for entry, part, offset in found:
-                    entry.add(part.spans, offset)
-                return
-    if not fits:
+    if fits and len(entries) == 1:
+        layout = [(entries[0], whole, 0)]
+    else:
+        layout = (
+            find_all(entries, [whole])
+            or find_all(entries, lines)
+            or lay_out(entries, lines)
+            or ([(entry, whole, 0) for entry in entries] if fits and follow_each_other(entries) else [])
+        )
+    if layout:
+        for entry, part, offset in layout:
+            entry.add(part.spans, offset)
+    elif fits:
+        raise ValueError(
+            f"The text is found in none of the {len(entries)} prompts of this conditioning: write the texts that they "
+            "were encoded from, a line for each, in their order."
+        )
+    else:
         tokens = max(entry.tokens for entry in entries)
         raise ValueError(
             f"The text makes {whole.tokens} tokens and the conditioning has {tokens}: write the text that the "
-            "conditioning was encoded from. If Concat or Combine made it of several, write a line for each text."
+            "conditioning was encoded from. If Concat, Combine, BREAK or AND made it of several, write a line for each "
+            "text, in their order."
         )
-    for entry in entries:  # the only one, or changed by nodes such as Average
-        entry.add(whole.spans, 0)
+
+
+def find_all(entries: Sequence[Entry], parts: Sequence[TextPart]) -> Layout:
+    """Find texts by their encodings.
+
+    Args:
+        entries: Entries of a conditioning.
+        parts: The texts in order.
+
+    Returns:
+        Everywhere that each of them stands; nothing if one of them is nowhere.
+    """
+    found = [(entry, part, offset) for entry in entries for part, offset in find_parts(parts, entry)]
+    return found if {part for _, part, _ in found} == {*parts} else []
+
+
+def lay_out(entries: Sequence[Entry], parts: Sequence[TextPart]) -> Layout:
+    """Lay texts out by their numbers of tokens, one behind the other.
+
+    Args:
+        entries: Entries of a conditioning.
+        parts: The texts in order.
+
+    Returns:
+        Where each of them stands; nothing if they do not fill the entries, or if one is found elsewhere.
+    """
+    layout: Layout = []
+    left = [*parts]
+    for entry in entries:
+        position = entry.known
+        while left and position + left[0].tokens <= entry.tokens:
+            part = left.pop(0)
+            layout.append((entry, part, position))
+            position += part.tokens
+        if position != entry.tokens:
+            return []
+    found = {(entry, part.text, offset) for entry in entries for part, offset in find_parts(parts, entry)}
+    return layout if not left and found <= {(entry, part.text, offset) for entry, part, offset in layout} else []
+
+
+def follow_each_other(entries: Sequence[Entry]) -> bool:
+    """Return whether each entry has a range of steps of its own, as those that a schedule makes of one prompt.
+
+    Args:
+        entries: Entries of a conditioning.
+    """
+    return len({entry.range for entry in entries}) == len(entries)
 
 
 def find_parts(parts: Sequence[TextPart], entry: Entry) -> list[tuple[TextPart, int]]:
@@ -155,6 +219,7 @@ class TextPart:
 
     def __init__(self, clip: comfy.sd.CLIP, text: str, width: int) -> None:
         self.clip = clip
+        self.text = text
         self.read = read_tokens(clip, text, width)
         blocks = fill_blocks(self.read, BLOCK - 2, "continue")
         self.tokens = len(blocks) * BLOCK
@@ -180,6 +245,10 @@ class TextPart:
             if any((window - each).abs().max() <= ROUNDING * each.std() for each in self.encodings):
                 return offset
         return None
+
+
+#: Entries, and the texts that stand in them from a position on.
+Layout = list[tuple[Entry, TextPart, int]]
 
 
 def tokens_of(spans: Sequence[TokenSpan]) -> int:

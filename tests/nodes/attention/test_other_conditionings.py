@@ -235,6 +235,41 @@ def test_each_of_two_combined_prompts_has_its_own_words(host, small):
         reweight(host, joined(host, one, two), "cat:2", clip=small.clip, text="a cat")
 
 
+# Encodings that differ from the stock node's, as nodes make them that read weights as other programs do.
+
+
+def test_words_behind_concat_are_counted_where_they_are_not_found(host, small):
+    one, two = stock(host, small.clip, ONE), stock(host, small.clip, TWO)
+    factors = factors_at([([2], 3.0), ([78, 79], 0.2)], 154)
+    for first, second in ((averaged(host, small, one), averaged(host, small, two)), (one, averaged(host, small, two))):
+        conditioning = joined(host, first, second)
+        edited = reweight(host, conditioning, "dog:3, green grass:0.2", clip=small.clip, text=f"{ONE}\n{TWO}")
+        expect(host, small, conditioning, conditioning[0][0], factors, edited)
+    with pytest.raises(ValueError, match="BREAK or AND made it of several, write a line for each text, in their order"):
+        reweight(host, conditioning, "dog:3", clip=small.clip, text=f"{TWO}\n{ONE}")  # ONE is found in front
+
+
+def test_a_line_for_each_of_the_combined_prompts_that_are_not_found(host, small):
+    one, two = (averaged(host, small, stock(host, small.clip, text)) for text in (ONE, TWO))
+    conditioning = host.run("ConditioningCombine", conditioning_1=one, conditioning_2=two)[0]
+    edited = reweight(host, conditioning, "grass:4", clip=small.clip, text=f"{ONE}\n{TWO}")
+    expect(host, small, conditioning, two[0][0], factors_at([([2], 4.0)]), edited)
+    with pytest.raises(ValueError, match="found in none of the 2 prompts of this conditioning: .*a line for each"):
+        reweight(host, conditioning, "grass:4", clip=small.clip, text=TWO)
+
+
+def test_one_text_serves_all_ranges_of_a_schedule_that_changes_its_encoding(host, small):
+    """As a LoRA on the CLIP from the middle on does, when the clip here is the one without the LoRA."""
+    prompt = stock(host, small.clip, TWO)
+    early, late = (
+        averaged(host, small, host.run("ConditioningSetTimestepRange", conditioning=prompt, start=start, end=end)[0])
+        for start, end in ((0.0, 0.5), (0.5, 1.0))
+    )
+    conditioning = host.run("ConditioningCombine", conditioning_1=early, conditioning_2=late)[0]
+    edited = reweight(host, conditioning, "grass:4", clip=small.clip, text=TWO)
+    expect(host, small, conditioning, early[0][0], factors_at([([2], 4.0)]), edited)
+
+
 @pytest.mark.parametrize("way", ["hook", "wire"])
 def test_prompt_to_prompt_behind_concat(host, small, way):
     """Both prompts with the same words behind them: these are taken over from the source one by one."""
