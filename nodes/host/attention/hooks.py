@@ -42,6 +42,7 @@ from .carrier import attach, detach, wrap_model
 from .edited_conditioning import EditedConditioning
 from .sampler_probe import require_exact_sampler
 from .sampling_run import AttentionRun
+from .uncompiled import run_uncompiled
 
 #: Key of a conditioning's dictionary for its edits, and reference of the hook that comes with them.
 EDITS = "blip_attention_edits"
@@ -112,6 +113,7 @@ def sample_with_edits(
         require_no_added_noise(noise)
         require_exact_sampler(sampler, sigmas, guider.model_patcher)
     require_images_for_regions(edited, len(noise))
+    run_uncompiled(guider.model_options)
     run = AttentionRun(edited, noise, sigmas.tolist(), guider)
     run.install(guider)
     return run.finish(executor(noise, latent_image, sampler, sigmas, *args, **kwargs))

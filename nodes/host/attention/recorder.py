@@ -20,6 +20,7 @@ from .carrier import attach, detach, wrap_model
 from .layers import ExtraOptions, calling_layer, conditioning_rows, latent_size, map_size, require_known_rows
 from .predictions import OwnPredictions
 from .regions import RUN_REGIONS, RunRegions
+from .uncompiled import run_uncompiled
 
 #: Key of a conditioning's dictionary for its :class:`RecordedPrompt`s, and reference of the hook that comes with them.
 RECORDED_PROMPTS = "blip_attention_records"
@@ -86,6 +87,7 @@ def sample_and_record(executor: WrapperExecutor, noise: Tensor, *args: Any, **kw
     if not detached:
         return executor(noise, *args, **kwargs)
     require_cross_attention(guider.model_patcher)
+    run_uncompiled(guider.model_options)
     recorder = AttentionRecorder(guider, detached, noise)
     for record in recorder.records:
         record.start(*noise.shape[-2:])
