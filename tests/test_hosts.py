@@ -15,7 +15,7 @@ from tools.hosts import Outcome, read_outcome, table
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.nodes.test_a" name="test_one"/>
 <testcase classname="tests.nodes.test_a" name="test_two"><system-out>text</system-out></testcase>
-<testcase classname="tests.nodes.test_a" name="test_three"><skipped/></testcase>
+<testcase classname="tests.nodes.test_a" name="test_three"><skipped message="no card"/></testcase>
 <testcase classname="tests.nodes.test_b" name="test_four"><failure/></testcase>
 <testcase classname="tests.nodes.test_b" name="test_five"><error/></testcase>
 </testsuite></testsuites>"""
@@ -38,9 +38,9 @@ def test_outcomes_are_counted(tmp_path: Path) -> None:
     report.write_text(REPORT)
     outcome = read_outcome("0.4.0", report)
     failed = ("tests.nodes.test_b::test_four", "tests.nodes.test_b::test_five")
-    assert outcome == Outcome("0.4.0", passed=2, skipped=1, failed=failed)
+    assert outcome == Outcome("0.4.0", passed=2, skipped=("no card",), failed=failed)
     assert not outcome.is_green
-    assert Outcome("0.4.0", passed=2, skipped=1, failed=()).is_green
+    assert Outcome("0.4.0", passed=2, skipped=("no card",), failed=()).is_green
     assert table([outcome], date(2026, 11, 25)).splitlines()[-1] == "| 0.4.0 | 2026-11-25 | 2 | 1 | 2 |"
 
 

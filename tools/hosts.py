@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -34,13 +35,13 @@ class Outcome:
     Attributes:
         version: Version of the host.
         passed: Number of tests that passed.
-        skipped: Number of tests that were skipped.
+        skipped: For each test that was skipped, why.
         failed: Names of the tests that failed.
     """
 
     version: str
     passed: int
-    skipped: int
+    skipped: tuple[str, ...]
     failed: tuple[str, ...]
 
     @property
@@ -82,17 +83,17 @@ def read_outcome(version: str, report: Path) -> Outcome:
         report: File that pytest wrote with ``--junitxml``; it is missing where pytest ended before any test.
     """
     if not report.is_file():
-        return Outcome(version, 0, 0, ("pytest did not run",))
-    passed, skipped, failed = 0, 0, []
+        return Outcome(version, 0, (), ("pytest did not run",))
+    passed, skipped, failed = 0, [], []
     for case in ElementTree.parse(report).iter("testcase"):
         outcomes = {child.tag for child in case}
         if outcomes & {"failure", "error"}:
             failed.append(f"{case.get('classname')}::{case.get('name')}")
-        elif "skipped" in outcomes:
-            skipped += 1
+        elif (reason := case.find("skipped")) is not None:
+            skipped.append(reason.get("message", "no reason given"))
         else:
             passed += 1
-    return Outcome(version, passed, skipped, tuple(failed))
+    return Outcome(version, passed, tuple(skipped), tuple(failed))
 
 
 def table(outcomes: Sequence[Outcome], day: date) -> str:
@@ -102,7 +103,9 @@ def table(outcomes: Sequence[Outcome], day: date) -> str:
         outcomes: An outcome for each host.
         day: Day of the run.
     """
-    rows = [f"| {each.version} | {day} | {each.passed} | {each.skipped} | {len(each.failed)} |" for each in outcomes]
+    rows = [
+        f"| {each.version} | {day} | {each.passed} | {len(each.skipped)} | {len(each.failed)} |" for each in outcomes
+    ]
     return "\n".join(["| ComfyUI | tried on | passed | skipped | failed |", "|---|---|---|---|---|", *rows])
 
 
@@ -120,7 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, pytest_arguments = parser.parse_known_args(arguments)
     outcomes = [run_on_host(comfyui, pytest_arguments) for comfyui in options.hosts]
     for outcome in outcomes:
-        print(*(f"{outcome.version}: {name}" for name in outcome.failed), sep="\n")
+        print(*(f"{outcome.version}: failed: {name}" for name in outcome.failed), sep="\n")
+        reasons = Counter(outcome.skipped).most_common()
+        print(*(f"{outcome.version}: {count} skipped: {reason}" for reason, count in reasons), sep="\n")
     print(table(outcomes, date.today()))
     return 0 if all(outcome.is_green for outcome in outcomes) else 1
 
