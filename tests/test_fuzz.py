@@ -12,6 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_damaged_files_give_one_sentence():
     """In processes of their own, as a file may end one; what is printed names each case, to be read again."""
-    command = [sys.executable, "-m", "tools.fuzz", "--count", os.environ.get("FUZZ_COUNT", "200")]
+    command = [sys.executable, "-m", "tools.fuzz", "--count", os.environ.get("FUZZ_COUNT", "1500")]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
