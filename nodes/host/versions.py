@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 import comfy.model_management
@@ -64,6 +65,38 @@ def static_copy(patcher: ModelPatcher) -> ModelPatcher:
     """
     options = {"disable_dynamic": True}  # older hosts have no such argument, and no dynamic models
     return patcher.clone(**options)
+
+
+def share_static_copy(clone: ModelPatcher) -> None:
+    """Let a clone of a dynamic MODEL take its static copy from that MODEL, and so do all clones of the clone.
+
+    Since 0.16.0 the host keeps with each patcher the static copy that it loaded for runs with hooks
+    (``get_non_dynamic_delegate``), but gives it to no clone: what a node clones at each of its runs is loaded anew.
+
+    Args:
+        clone: What ``clone()`` returned; unchanged where the host has no such copies or the MODEL is not dynamic.
+    """
+    if is_dynamic(clone) and hasattr(clone, "get_non_dynamic_delegate"):
+        clone.__class__ = _sharing_class(type(clone))  # clones have the same class, but no attributes of ours
+
+
+@cache
+def _sharing_class(base: Any) -> Any:
+    """Make the class of patchers that take their static copy from what they were cloned from; once for each base."""
+    if getattr(base, "shares_static_copy", False):
+        return base
+
+    class SharesStaticCopy(base):
+        shares_static_copy = True
+
+        def get_non_dynamic_delegate(self) -> Any:
+            """Return a copy that is not dynamic, with the patches and wrappers of this one."""
+            if getattr(self.parent, "model", None) is not self.model:  # a clone for another device
+                return super().get_non_dynamic_delegate()
+            static = self.parent.get_non_dynamic_delegate()  # loaded at the first time, and kept there
+            return self.clone(disable_dynamic=True, model_override=static.get_clone_model_override())
+
+    return SharesStaticCopy
 
 
 def remember_loader(patcher: ModelPatcher, load: Callable[..., ModelPatcher], *arguments: Any) -> None:

@@ -22,6 +22,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..conditioning import Conditioning
+from ..versions import share_static_copy
 
 NO_MODEL = (
     "This node's model output is empty, because nothing is connected to its model input: connect the model there, or "
@@ -96,6 +97,7 @@ def wrap_model(model: ModelPatcher | None, key: str, wrapper: Callable) -> Model
     if model is None:
         return ExecutionBlocker(NO_MODEL)
     model = model.clone()
+    share_static_copy(model)  # hooks of others, such as a LoRA's, still need one
     if wrapper not in model.get_wrappers(WrappersMP.OUTER_SAMPLE, key):
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, key, wrapper)
     return model

@@ -10,6 +10,7 @@ import torch
 from tests.dynamic_memory import turn_on
 from tests.nodes.attention.graphs import plain, sample, under_controlnet, with_lora
 from tests.nodes.attention.test_carrier import NODES, run_node
+from tests.nodes.test_prompt import compose
 
 
 @pytest.fixture
@@ -65,6 +66,48 @@ def test_a_lora_in_hooks_loads_the_model_again_once(host, small, dynamic):
         assert torch.equal(found, picture)
     assert dynamic.counts.loads == 1
     assert not torch.equal(picture, sample(host, small, expected.conditioning, model=expected.model))
+
+
+@pytest.mark.parametrize("order", ["one after the other", "both before the first picture"])
+def test_another_weight_under_a_lora_in_hooks_loads_nothing_again(host, small, dynamic, order):
+    """The node gives a new clone of its MODEL at each run; all of them, and what others clone of them, share one copy.
+
+    So do two edits behind each other, of which the first one changes.
+    """
+
+    def run(source, weights):
+        positive = compose(host, source, source.subject)[0]
+        model = source.model
+        for each in (weights, "<subject>:0.5"):
+            positive, model = host.run(
+                "BLIPDiffusionAttentionReweight", conditioning=positive, weights=each, model=model
+            )
+        return [with_lora(host, small, positive, source.negative), model.clone()]
+
+    def pictures(source):
+        runs, found = [], []
+        for weights in ("snow:2", "snow:6"):
+            runs.append(run(source, weights))
+            if order == "one after the other":
+                found.append(sample(host, source, runs[-1][0][0], model=runs[-1][1], negative=runs[-1][0][1]))
+        return found or [sample(host, source, both[0], model=model, negative=both[1]) for both, model in runs]
+
+    for found, expected in zip(pictures(dynamic), static := pictures(small), strict=True):
+        assert torch.equal(found, expected)
+    assert not torch.equal(*static)
+    assert (dynamic.counts.delegates, dynamic.counts.loads) == (2, 1)
+
+
+def test_the_shared_copy_leaves_private_ones_alone(host, small, dynamic):
+    """Train LoRA and fine-tuning ask for a copy of their own, and change its weights."""
+    wired = run_node(host, dynamic, "reweight", model=dynamic.model).model
+    shared, again = wired.get_non_dynamic_delegate(), wired.clone().get_non_dynamic_delegate()
+    private = wired.clone(disable_dynamic=True)
+    assert shared.model is again.model is dynamic.model.get_non_dynamic_delegate().model
+    assert len({id(each.model) for each in (shared, private, wired)}) == 3
+    assert [each.is_dynamic() for each in (shared, private, wired, wired.clone())] == [False, False, True, True]
+    assert shared.get_wrappers("outer_sample", "blip_attention_edits")
+    assert dynamic.counts.loads == 2
 
 
 def test_merges_and_loras_need_no_copy(host, small, dynamic):
