@@ -61,6 +61,10 @@ def run_node(host, small, node, **inputs):
     if node == "record":
         conditioning, record, model = host.run("BLIPDiffusionAttentionRecord", conditioning=edited, **inputs)
         return SimpleNamespace(conditioning=conditioning, latent=empty(), model=model, record=record)
+    if node == "regions":
+        halves = {"region_1": edited, "boxes": "0, 0, 0.5, 1"}
+        conditioning, _, model = host.run("BLIPDiffusionSubjectRegions", scene=source, **halves, **inputs)
+        return SimpleNamespace(conditioning=conditioning, latent=empty(), model=model, record=None)
     settings = {"blend_words": "<subject>", "blend_threshold": 0.7} if node == "local blend" else {}
     texts = {"clip": small.clip, "source_text": SOURCE}
     conditioning, latent, model = host.run(
@@ -69,7 +73,7 @@ def run_node(host, small, node, **inputs):
     return SimpleNamespace(conditioning=conditioning, latent=latent, model=model, record=None)
 
 
-NODES = ["reweight", "prompt to prompt", "local blend", "record"]
+NODES = ["reweight", "prompt to prompt", "local blend", "record", "regions"]
 
 
 @pytest.mark.parametrize("node", NODES)
