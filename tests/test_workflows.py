@@ -214,6 +214,21 @@ def test_a_thumbnail_changes_inputs_that_are_there(stocked, workflow):
     }
 
 
+def test_the_model_goes_through_every_node_that_can_bring_an_edit(workflow):
+    """Where the host's memory is dynamic, an edit without this wire loads the checkpoint a second time."""
+    for node in read_graph(workflow)["nodes"]:
+        for wire in model_wires(node):
+            assert wire.get("link") or wire.get("links"), node["type"]
+
+
+def model_wires(node: dict) -> list[dict]:
+    """The MODEL sockets of a node of this pack that gives a conditioning and its model; none of other nodes."""
+    sockets = [socket for side in ("inputs", "outputs") for socket in node.get(side, []) if socket["type"] == "MODEL"]
+    outputs = {socket["type"] for socket in node.get("outputs", [])}
+    is_edit = node["type"].startswith("BLIPDiffusion") and outputs >= {"CONDITIONING", "MODEL"}
+    return sockets if is_edit else []
+
+
 def test_uses_no_node_that_the_host_calls_deprecated(server, workflow):
     info = server.object_info()
     assert [

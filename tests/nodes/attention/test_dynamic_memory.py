@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,10 @@ from tests.dynamic_memory import turn_on
 from tests.nodes.attention.graphs import plain, sample, under_controlnet, with_lora
 from tests.nodes.attention.test_carrier import NODES, run_node
 from tests.nodes.test_prompt import compose
+from tests.test_workflows import OTHER, WORKFLOWS, model_wires, read_graph
+from tests.test_workflows import small as quick_prompt
+from tools.host import ROOT
+from tools.workflow import override
 
 
 @pytest.fixture
@@ -126,3 +132,59 @@ def test_merges_and_loras_need_no_copy(host, small, dynamic):
         assert torch.equal(found, expected)
     assert len({picture.sum().item() for picture in pictures[0]}) == 3
     assert (dynamic.counts.delegates, dynamic.counts.loads) == (0, 0)
+
+
+EDITS = sorted({each["type"] for name in WORKFLOWS for each in read_graph(name)["nodes"] if model_wires(each)})
+EDIT_WORKFLOWS = [name for name in WORKFLOWS if any(map(model_wires, read_graph(name)["nodes"]))]
+
+
+def sampled(host, prompt) -> torch.Tensor:
+    """What the one sampler of a prompt gives; the nodes before it run as in the host."""
+    results = {}
+
+    def run(number):
+        if number not in results:
+            node = prompt[number]
+            inputs = {
+                name: run(value[0])[value[1]] if isinstance(value, list) else value
+                for name, value in node["inputs"].items()
+            }
+            results[number] = host.run(node["class_type"], **inputs)
+        return results[number]
+
+    (sampler,) = [number for number, node in prompt.items() if node["class_type"].startswith("KSampler")]
+    return run(sampler)[0]["samples"]
+
+
+def without_wires(prompt) -> dict:
+    """A prompt in which every model comes from the loader, and no edit node gets one."""
+    prompt = copy.deepcopy(prompt)
+    (loader,) = [number for number, node in prompt.items() if node["class_type"] == "BLIPDiffusionLoader"]
+    for node in prompt.values():
+        if node["inputs"].pop("model", None) and node["class_type"] not in EDITS:
+            node["inputs"]["model"] = [loader, 0]
+    return prompt
+
+
+@pytest.mark.parametrize("workflow", EDIT_WORKFLOWS)
+def test_a_shipped_edit_loads_nothing_again(host, small, monkeypatch, workflow):
+    """The same picture as with plain memory, and without a static copy, which the same graph without the wire needs."""
+    for name in OTHER:
+        shutil.copy(ROOT / "workflows" / "inputs" / name, host.base / "input" / name)
+    info = {
+        name: {"input": node.INPUT_TYPES(), "display_name": name} for name, node in host.nodes.items() if name in used()
+    }
+    prompt = quick_prompt(SimpleNamespace(object_info=lambda: info), workflow)
+    prompt = override(prompt, "BLIPDiffusionLoader", checkpoint="editing")
+    expected = sampled(host, prompt)
+    if not turn_on(monkeypatch.setattr, counts := SimpleNamespace()):
+        pytest.skip("this version of the host has no dynamic memory")
+    assert torch.equal(sampled(host, prompt), expected)
+    assert counts.delegates == 0
+    assert torch.equal(sampled(host, without_wires(prompt)), expected)
+    assert counts.delegates == 1
+
+
+def used() -> set[str]:
+    """The classes of all nodes of these workflows."""
+    return {node["type"] for name in EDIT_WORKFLOWS for node in read_graph(name)["nodes"]}
