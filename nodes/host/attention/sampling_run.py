@@ -54,7 +54,7 @@ class AttentionRun:
         self.local_blend = LocalBlend(edited, self.group_size, (height, width))
         self.predictions = OwnPredictions({uuid: each.side for uuid, each in edited.items()})
         unguided = [uuid for uuid, each in edited.items() if (edit := each.prompt_to_prompt) and edit.source_unguided]
-        self.unguided_source = UnguidedSource(unguided, self.predictions, self.group_size)
+        self.unguided_source = UnguidedSource(unguided, self.predictions, self.group_size, guider)
         self.regions = RunRegions(guider, edited, (height, width), self.batch_size, self.group_size)
         self.step = -1
         self.plans: dict[UUID, StepPlan] = {}

@@ -7,13 +7,14 @@ from typing import Any, cast
 from uuid import UUID
 
 import comfy.samplers
-from comfy.patcher_extension import WrapperExecutor
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from .predictions import OwnPredictions
 
-#: Root mean square, in units of the noise, up to which two predictions of the same are told apart by rounding alone.
-ROUNDING = 1e-2
+#: Root mean square, in units of the noise, up to which two predictions of the same differ by rounding alone.
+ROUNDING = 1e-4
+ROUNDING_OF_HALF = 1e-2  # where the U-Net computes in 16 bits
 
 
 class UnguidedSource:
@@ -23,13 +24,20 @@ class UnguidedSource:
         conditionings: The host's ids of the conditionings whose sources are unguided; the first one's list counts.
         predictions: Predictions of the run.
         group_size: Number of images in a group, a source and its edited images.
+        guider: Guider of the run, before this pack adds its own patches.
     """
 
-    def __init__(self, conditionings: Sequence[UUID], predictions: OwnPredictions, group_size: int) -> None:
+    def __init__(
+        self,
+        conditionings: Sequence[UUID],
+        predictions: OwnPredictions,
+        group_size: int,
+        guider: comfy.samplers.CFGGuider,
+    ) -> None:
         self.conditionings = conditionings
         self.predictions = predictions
         self.group_size = group_size
-        self.is_mixed: bool | None = None  # not known before the first step
+        self.is_mixed = True if can_mix_conditionings(guider) else None  # None: not known before the first step
 
     def predict_noise(self, executor: WrapperExecutor, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Call the guider, and replace what it predicts for the sources.
@@ -69,8 +77,9 @@ class UnguidedSource:
     ) -> Tensor:
         """The prediction [B, 4, h, w] of the sources' conditioning alone.
 
-        A patch such as NAG guides inside the U-Net, where positive and negative are one batch. The first step tells
-        whether there is one: then the conditioning is predicted once more in a batch of its own.
+        A patch such as NAG guides inside the U-Net, where positive and negative are one batch. So behind any patch the
+        conditioning is predicted once more, in a batch of its own: how much the patch mixes changes from step to step.
+        Without one, the first step tells whether the network mixes in a way that cannot be seen.
         """
         entries = next(
             entries
@@ -83,5 +92,26 @@ class UnguidedSource:
         (alone,) = comfy.samplers.calc_cond_batch(guider.inner_model, [entries], x, sigma, model_options)
         if self.is_mixed is None:
             difference = (alone - conditional)[:: self.group_size].square().mean().sqrt()
-            self.is_mixed = bool(difference > ROUNDING * sigma.max())
+            dtype = guider.inner_model.manual_cast_dtype or guider.inner_model.get_dtype()
+            self.is_mixed = bool(difference > (ROUNDING if dtype.itemsize > 2 else ROUNDING_OF_HALF) * sigma.max())
         return alone if self.is_mixed else conditional
+
+
+def can_mix_conditionings(guider: comfy.samplers.CFGGuider) -> bool:
+    """Return whether something on the MODEL acts inside the U-Net, where it could mix positive and negative.
+
+    Args:
+        guider: Guider of a run.
+    """
+    model_options, patcher = guider.model_options, guider.model_patcher
+    options = model_options["transformer_options"]
+    wrappers = options.get("wrappers", {})
+    return bool(
+        any(options.get("patches", {}).values())
+        or any(options.get("patches_replace", {}).values())
+        or "optimized_attention_override" in options
+        or "model_function_wrapper" in model_options
+        or any(wrappers.get(kind) for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL))
+        or any(name.startswith("diffusion_model") for name in patcher.object_patches)
+        or patcher.injections
+    )

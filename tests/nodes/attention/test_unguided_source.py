@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.nodes.attention.graphs import SOURCE, close, counted, differ, empty, inserted, pair
+from tests.nodes.attention.graphs import SOURCE, close, differ, empty, inserted, pair
 from tests.nodes.test_prompt import stock
 from tools.host_versions import NEWER_NODES
 
@@ -120,13 +120,83 @@ def test_with_a_patch_of_the_unet_it_is_that_models(host, small, group, patch):
     close(sampled[:1], alone(host, small, model, source, start), 1e-4)
 
 
-def test_it_costs_one_call_in_a_run(host, small, group):
-    """By which it is found out whether the model guides inside the U-Net; NAG does, and costs one in every step."""
+@pytest.mark.parametrize(("scale", "alpha"), [(5.0, 0.5), (3.0, 0.25), (2.0, 0.25), (1.5, 0.1)])
+def test_under_weak_nag_too(host, small, group, scale, alpha):
+    """At these settings NAG does least in the first, noisiest step, and more later."""
+    source, start, (conditioning, latent) = group
+    model = run_patch(host, small, "NAGuidance", nag_scale=scale, nag_alpha=alpha, nag_tau=1.5)
+    sampled = sample(host, make_guider(host, small, "CFGGuider", model, conditioning), latent, model)
+    close(sampled[:1], alone(host, small, small.model, source, start), 1e-4)
+
+
+def mix_late(out, extra_options):
+    """A patch that mixes positive and negative from the second step on."""
+    if len(extra_options["cond_or_uncond"]) > 1 and extra_options["sigmas"].max() < 5:
+        return out.roll(len(out) // 2, 0)
+    return out
+
+
+def with_output_patch(model):
+    model.set_model_attn2_output_patch(mix_late)
+
+
+def with_replaced_attention(model):
+    from comfy.ldm.modules.attention import optimized_attention
+
+    def replace(query, key, values, extra_options):
+        return mix_late(optimized_attention(query, key, values, extra_options["n_heads"]), extra_options)
+
+    for block in (("input", 1), ("input", 2), ("middle", 0), ("output", 2), ("output", 3)):
+        model.set_model_attn2_replace(replace, *block)
+
+
+def with_function_wrapper(model):
+    def wrap(function, arguments):
+        out = function(arguments["input"], arguments["timestep"], **arguments["c"])
+        return mix_late(out, arguments["c"]["transformer_options"])
+
+    model.set_model_unet_function_wrapper(wrap)
+
+
+def with_wrapper_of_the_network(model):
+    def wrap(executor, x, timesteps, context, y, control, transformer_options, **kwargs):
+        out = executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+        return mix_late(out, transformer_options)
+
+    model.add_wrapper_with_key("diffusion_model", "test", wrap)
+
+
+@pytest.mark.parametrize(
+    "add_to", [with_output_patch, with_replaced_attention, with_function_wrapper, with_wrapper_of_the_network]
+)
+def test_under_patches_that_mix_after_the_first_step(host, small, group, add_to):
+    source, start, (conditioning, latent) = group
+    model = small.model.clone()
+    add_to(model)
+    sampled = sample(host, make_guider(host, small, "CFGGuider", model, conditioning), latent, model)
+    expected = alone(host, small, small.model, source, start)
+    close(sampled[:1], expected, 1e-4)
+    both = pair(host, small, source, source, start, (SOURCE, SOURCE), source_unguided=False)
+    mixed = sample(host, make_guider(host, small, "CFGGuider", model, both[0]), both[1], model)
+    clean = sample(host, make_guider(host, small, "CFGGuider", small.model, both[0]), both[1], small.model)
+    differ(mixed, clean)
+
+
+@pytest.mark.parametrize(
+    ("patch", "expected"),
+    [(None, [4, 2, 4, 4]), ("RescaleCFG", [4, 2, 4, 4]), ("FreeU_V2", [4, 2] * 3), ("NAGuidance", [4, 2] * 3)],
+)
+def test_it_costs_one_call_in_a_run_or_behind_a_patch_in_every_step(host, small, group, patch, expected):
     _, _, (conditioning, latent) = group
-    for patch, expected in ((None, [4, 2, 4, 4]), ("NAGuidance", [4, 2, 4, 2, 4, 2])):
-        model, calls = counted(run_patch(host, small, patch, **GUIDANCE[patch]) if patch else small.model)
+    model = run_patch(host, small, patch, **GUIDANCE.get(patch, {})) if patch else small.model
+    calls = []
+    unet = small.model.model.diffusion_model
+    counting = unet.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
+    try:
         sample(host, make_guider(host, small, "CFGGuider", model, conditioning), latent, model)
-        assert calls == expected
+    finally:
+        counting.remove()
+    assert calls == expected
 
 
 def test_a_guider_that_does_not_predict_the_source_is_refused(host, small, group):
