@@ -151,11 +151,11 @@ def test_one_subject_is_not_counted(host, loaded, subjects):
 
 @pytest.mark.parametrize("node", ["BLIPDiffusionAttentionReweight", "BLIPDiffusionAttentionRecord"])
 @pytest.mark.parametrize("wired", [False, True])
-def test_subjects_are_counted_behind_other_nodes(host, loaded, subjects, node, wired):
+def test_subjects_are_counted_behind_other_nodes(host, loaded, subjects, monkeypatch, node, wired):
     """Also with a model of dynamic memory, which is not copied for it, and with a prompt for an area beside it."""
     (path,), _, _ = host.run("BLIPDiffusionSubjectTrajectory", **named(subjects[:2]), steps=3)
     positive, _ = compose(host, loaded, path)
-    model, copies = dynamic(loaded.model)
+    model, copies = dynamic(loaded.model, monkeypatch)
     inputs = {"model": model} if wired else {}
     inputs |= {"weights": "dog:2"} if node == "BLIPDiffusionAttentionReweight" else {}
     edited, *_, wired_model = host.run(node, conditioning=positive, **inputs)
@@ -170,10 +170,10 @@ def test_subjects_are_counted_behind_other_nodes(host, loaded, subjects, node, w
         assert copies == []
 
 
-def test_counting_subjects_copies_no_model_with_dynamic_memory(host, loaded, subjects):
+def test_counting_subjects_copies_no_model_with_dynamic_memory(host, loaded, subjects, monkeypatch):
     (path,), _, _ = host.run("BLIPDiffusionSubjectTrajectory", **named(subjects[:2]), steps=3)
     positive, _ = compose(host, loaded, path)
-    model, copies = dynamic(loaded.model)
+    model, copies = dynamic(loaded.model, monkeypatch)
     (empty,) = host.run("EmptyLatentImage", width=64, height=64, batch_size=2)
     with pytest.raises(ValueError, match="draws 2 picture.*needs 3 side by side"):
         sample(host, loaded, positive, empty, model)
