@@ -14,12 +14,14 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...blip_qformer.checkpoint import Checkpoint, open_checkpoint
+from ...blip_qformer.checkpoint.weights import check_finite
 from ...blip_qformer.encoder import SubjectEncoder, fit_mask, preprocess
 from ...blip_qformer.encoder.preprocessing import PreprocessingMode
 from ...blip_qformer.imaging.segmentation import Segmenter
 from ...blip_qformer.subject.provenance import encoder_hash, image_hash
 from .lists import match_masks, merge_batches
-from .versions import archive_dtypes, is_dynamic, patcher_class, remember_loader
+from .mapped_weights import detach_static_model
+from .versions import archive_dtypes, patcher_class, remember_loader
 
 MAX_BATCH_SIZE = 8
 
@@ -45,13 +47,13 @@ def build_encoder(checkpoint: Checkpoint, disable_dynamic: bool = False) -> Mode
     load_device, offload_device = management.text_encoder_device(), management.text_encoder_offload_device()
     dtype = management.text_encoder_dtype(load_device)
     attention = comfy.ldm.modules.attention.optimized_attention_for_device(load_device, mask=True, small_input=True)
-    # Built without memory and then given copies of the file's tensors, made one by one: there are never two.
+    # Built without memory and then given the file's tensors, which are copied one by one: there are never two.
     encoder = SubjectEncoder(checkpoint.encoder_config, dtype, "meta", comfy.ops.manual_cast, attention)
     archive_dtypes(encoder)
     patcher = patcher_class(disable_dynamic)(encoder, load_device=load_device, offload_device=offload_device)
-    # Dynamic weights keep the file's dtype and are cast when a layer fetches them.
-    cast_to = (None, "cpu") if is_dynamic(patcher) else (dtype, offload_device)
-    encoder.load_state_dict(checkpoint.copy_encoder_weights(*cast_to), assign=True)
+    encoder.load_state_dict(checkpoint.encoder_state_dict, assign=True)
+    detach_static_model(patcher, checkpoint.encoder_state_dict.values(), dtype)
+    check_finite(encoder.state_dict(), checkpoint.encoder_path)  # after the cast, which may overflow
     encoder.eval().requires_grad_(False)
     remember_loader(patcher, _rebuild_encoder, checkpoint.path)
     return patcher

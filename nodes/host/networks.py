@@ -27,12 +27,12 @@ import comfy.utils
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy.supported_models_base import ClipTarget
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...blip_qformer.checkpoint import Checkpoint, CheckpointError, Component
 from ...blip_qformer.checkpoint.ldm_config import controlnet_config, text_encoder_config, unet_config, vae_config
 from ...blip_qformer.checkpoint.ldm_keys import network_to_ldm
-from ...blip_qformer.checkpoint.weights import detach_from_file
+from .mapped_weights import detach_static_model
 from .versions import clip_with_weights, dynamic_option, is_dynamic, patcher_class, remember_loader
 
 SD15_HEADS = 8
@@ -76,7 +76,7 @@ def build_model(unet: Component, vae: Component, disable_dynamic: bool = False) 
         published = unet.weights()
         state_dict = network_to_ldm("unet", published, unet.config)
         model = _load_model(state_dict, unet_config(published, _attention_heads(unet.config)), disable_dynamic)
-        detach_from_file(model.model, published.values())
+        detach_static_model(model, published.values())
     model.model.latent_format.scale_factor = vae.config.get("scaling_factor") or SD15_SCALING_FACTOR
     remember_loader(model, build_model, unet, vae)
     return model
@@ -131,7 +131,7 @@ def build_clip(text_encoder: Component, disable_dynamic: bool = False) -> comfy.
             parameters=comfy.utils.calculate_parameters(state_dict),
             model_options={"clip_l_model_config": sizes},
         )
-        detach_from_file(clip.cond_stage_model, published.values())
+        detach_static_model(clip.patcher, published.values())
     remember_loader(clip.patcher, _clip_patcher, text_encoder)
     return clip
 
@@ -154,7 +154,7 @@ def build_vae(vae: Component) -> comfy.sd.VAE:
         state_dict = network_to_ldm("vae", published, vae.config)
         config = vae_config(published)
         built = comfy.sd.VAE(sd=state_dict, config={"params": config})
-        detach_from_file(built.patcher.model, published.values())
+        detach_static_model(built.patcher, published.values())
     built.downscale_ratio = built.upscale_ratio = 2 ** (len(config["ddconfig"]["ch_mult"]) - 1)
     remember_loader(built.patcher, _vae_patcher, vae)
     return built
@@ -178,7 +178,7 @@ def build_controlnet(controlnet: Component) -> comfy.controlnet.ControlNet:
         published = controlnet.weights()
         state_dict = network_to_ldm("controlnet", published, controlnet.config)
         built = _load_controlnet(state_dict, controlnet_config(published, _attention_heads(controlnet.config)))
-        detach_from_file(cast(nn.Module, built.control_model), published.values())
+        detach_static_model(built.control_model_wrapped, published.values())
     return built
 
 

@@ -48,7 +48,7 @@ def patcher_class(disable_dynamic: bool = False) -> type[ModelPatcher]:
 
 
 def is_dynamic(patcher: ModelPatcher) -> bool:
-    """Return whether a model's weights stay where they were mapped until a layer runs; since 0.12.0.
+    """Return whether a model's weights stay in their mapped file until a layer runs; since 0.12.0.
 
     Args:
         patcher: Model.

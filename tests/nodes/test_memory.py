@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.clipseg import write_clipseg
@@ -16,6 +23,9 @@ from tools.host_versions import trained_lora
 
 #: The same weights in every layout.
 CHECKPOINTS = ("hub", "lavis", "checkpoint_40.pth")
+
+#: Weights that the host's text encoder has, and SD1.5's file has not.
+NOT_IN_FILES = re.compile("text_projection|logit_scale")
 
 
 @pytest.fixture
@@ -114,13 +124,87 @@ def test_dynamic_memory_changes_no_result(host, loaded, dynamic):
     assert dynamic.counts.delegates == 0
 
 
-def test_dynamic_weights_stay_the_mapped_file(host, dynamic):
-    """Nothing is copied: another precision than the host computes in is cast when a layer fetches the weight."""
+@pytest.fixture
+def half(host, checkpoints) -> Iterator[Path]:
+    """A checkpoint in half precision, which the host casts, with files of both kinds."""
+    folder = host.base / "models" / "blip_diffusion" / "half"
+    shutil.copytree(folder.parent / "hub", folder)
+    for file in folder.rglob("*.bin"):
+        tensors = torch.load(file)
+        tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        if file.parent.name == "unet":
+            file.unlink()
+            save_file(tensors, file.with_suffix(".safetensors"))
+        else:
+            torch.save(tensors, file)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def mapped_ranges(folder: Path) -> list[tuple[int, int]]:
+    """First address, and the one behind the last, of what this process has mapped of a folder's files."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    spans = [line.split()[0].split("-") for line in lines if str(folder) in line]
+    return [(int(start, 16), int(end, 16)) for start, end in spans]
+
+
+def file_weights(patcher) -> dict[str, Tensor]:
+    """The weights that a file gives: SD1.5's text encoder has a scale of its own."""
+    return {name: weight for name, weight in patcher.model.named_parameters() if not NOT_IN_FILES.search(name)}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not show what a process has mapped")
+@pytest.mark.parametrize("is_dynamic", [False, True], ids=["plain", "dynamic"])
+def test_only_dynamic_weights_stay_the_mapped_file(host, half, monkeypatch, is_dynamic):
+    """In its precision, and none of them elsewhere; plain weights are copied, and those of the encoder cast."""
+    if is_dynamic and not turn_on(monkeypatch.setattr, SimpleNamespace()):
+        pytest.skip("this version of the host has no dynamic memory")
+    # On a CPU, where it is made, a CLIP is loaded at once, and its smallest layers are then the host's copies.
+    monkeypatch.setattr(
+        importlib.import_module("comfy.model_management"), "load_models_gpu", lambda *_, **options: None
+    )
+    loaded = load(host, half.name)
+    gc.collect()
+    ranges = mapped_ranges(half)
+    for name, patcher in loaded.items():
+        found = file_weights(patcher)
+        assert len(found) > 10
+        for key, weight in found.items():
+            is_mapped = any(start <= weight.data_ptr() < end for start, end in ranges)
+            assert is_mapped == is_dynamic, f"{name}: {key}"
+            if is_dynamic or name == "qformer":
+                assert weight.dtype == (torch.float16 if is_dynamic else torch.float32), f"{name}: {key}"
+    assert bool(ranges) == is_dynamic
+
+
+def test_layers_know_in_which_precision_they_compute(host, dynamic):
+    """So that dynamic weights in the file's precision are cast when a layer fetches them."""
     for name, patcher in patchers(dynamic).items():
         for module in patcher.model.modules():
             for key, weight in module.named_parameters(recurse=False):
                 assert hasattr(module, f"{key}_comfy_model_dtype"), f"{name}: {type(module).__name__}.{key}"
                 assert weight.device.type == "cpu"
+
+
+def test_factories_build_the_kind_of_memory_that_is_asked_for(host, loaded, dynamic):
+    """With equal weights. The host calls any patcher plain that it asked for as such, so they are called by hand."""
+    for name, patcher in patchers(dynamic).items():
+        factory, inputs = patcher.cached_patcher_init
+        options = [({}, True)]
+        if name != "vae":  # the host's VAE cannot be told
+            options.append(({"disable_dynamic": True}, False))
+        for arguments, is_dynamic in options:
+            again = factory(*inputs, **arguments)
+            assert again.is_dynamic() is is_dynamic, name
+            assert again.model is not patcher.model
+            assert_equal_weights(again, patchers(loaded)[name], name)
+
+
+def assert_equal_weights(found, expected, name):
+    found, expected = weights(found), weights(expected)
+    assert found.keys() == expected.keys()
+    for key, weight in expected.items():
+        assert torch.equal(found[key], weight), f"{name}: {key}"
 
 
 def test_a_static_copy_of_a_dynamic_model_draws_the_same(host, loaded, dynamic):
@@ -130,7 +214,7 @@ def test_a_static_copy_of_a_dynamic_model_draws_the_same(host, loaded, dynamic):
             static = patcher.clone(disable_dynamic=True)
             assert not static.is_dynamic()
             assert static.model is not patcher.model
-            assert weights(static).keys() == weights(patchers(loaded)[name]).keys()
+            assert_equal_weights(static, patchers(loaded)[name], name)
     static = dynamic.model.clone(disable_dynamic=True)
     assert torch.equal(sampled(host, loaded, static), sampled(host, loaded))
     assert static.clone().model is static.model
