@@ -11,6 +11,8 @@ import importlib
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from tools.host_versions import has_dynamic_memory
+
 
 class PinnedBuffer:
     """A buffer of pinned memory without memory."""
@@ -28,9 +30,9 @@ def dynamic_patcher(counts: SimpleNamespace) -> type | None:
     Args:
         counts: Gets the number of static copies that the host asked for, as ``delegates``.
     """
-    host: ModuleType = importlib.import_module("comfy.model_patcher")
-    if not hasattr(host, "ModelPatcherDynamic"):
+    if not has_dynamic_memory():
         return None
+    host: ModuleType = importlib.import_module("comfy.model_patcher")
     counts.delegates = 0
 
     class DynamicOnCpu(host.ModelPatcherDynamic):

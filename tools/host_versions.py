@@ -14,11 +14,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-#: Stock nodes that not every version has, and the oldest tried version that has them.
-NEWER_NODES = {"CFGOverride": "0.25.0", "DualModelGuider": "0.25.0", "NAGuidance": "0.25.0", "SamplerSEEDS2": "0.12.0"}
+#: Stock nodes that not every version has, and the version in which they came.
+NEWER_NODES = {
+    "CFGOverride": "0.24.0",
+    "DualModelGuider": "0.24.0",
+    "MultiGPU_WorkUnits": "0.23.0",
+    "NAGuidance": "0.14.0",
+    "SamplerSEEDS2": "0.5.0",
+    "SelectModelDevice": "0.23.0",
+}
 
 #: The same of samplers; KSampler takes euler for a name that it does not know.
-NEWER_SAMPLERS = {"exp_heun_2_x0": "0.12.0", "exp_heun_2_x0_sde": "0.12.0"}
+NEWER_SAMPLERS = {"exp_heun_2_x0": "0.5.0", "exp_heun_2_x0_sde": "0.5.0"}
 
 
 def read_version(comfyui: Path) -> str:
@@ -59,6 +66,14 @@ def with_hidden_inputs(get_output_data: Callable[..., Any], hidden: dict[Any, An
     if "v3_data" in inspect.signature(get_output_data).parameters:
         return {"v3_data": {"hidden_inputs": hidden}}
     return {"hidden_inputs": hidden}
+
+
+def has_dynamic_memory() -> bool:
+    """Return whether the host has models with dynamic memory, as it does since 0.12.0.
+
+    To be called where the host can be imported.
+    """
+    return hasattr(importlib.import_module("comfy.model_patcher"), "ModelPatcherDynamic")
 
 
 def copies_dynamic_models() -> bool:
@@ -109,7 +124,7 @@ def what_is_not_read(graph: dict[str, Any], object_info: dict[str, Any]) -> str:
 def trained_lora(outputs: Sequence[Any]) -> dict[str, Any]:
     """Return the weights among the outputs of the stock Train LoRA.
 
-    0.3.75 gives the patched MODEL first; newer versions, read in 0.33.0, do not give it.
+    Up to 0.10.0 the patched MODEL comes first; from 0.11.0 on the node does not give it.
 
     Args:
         outputs: All outputs of the node.

@@ -19,7 +19,7 @@ from tests.clipseg import write_clipseg
 from tests.dynamic_memory import turn_on
 from tests.host import InputList
 from tests.nodes.test_prompt import compose, stock
-from tools.host_versions import trained_lora
+from tools.host_versions import NEWER_NODES, trained_lora
 
 #: The same weights in every layout.
 CHECKPOINTS = ("hub", "lavis", "checkpoint_40.pth")
@@ -285,7 +285,7 @@ def test_the_stock_train_lora_trains_the_same_on_dynamic_memory(host, loaded, dy
 def test_our_models_on_another_device(host, loaded, kind, request):
     """Select Device and multi-GPU nodes; a CPU has one device only, so the copy is made by the host's own call."""
     if "SelectModelDevice" not in host.nodes:
-        pytest.skip("this version of the host has no such nodes")
+        pytest.skip(f"SelectModelDevice came in {NEWER_NODES['SelectModelDevice']}")
     ours = request.getfixturevalue(kind)
     expected = stages(host, loaded)
     (model,) = host.run("SelectModelDevice", model=ours.model, device="cpu")
