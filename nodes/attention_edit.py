@@ -8,7 +8,7 @@ from ..blip_qformer.attention.words import parse_word_ranges, parse_word_weights
 from .host.attention.batching import batch_edits
 from .host.attention.hooks import model_for_edits
 from .host.attention.local_blend import edit_masks_of
-from .host.attention.lost_edits import require_kept
+from .host.attention.lost_edits import require_edits_kept
 from .host.attention.reweight import require_single_prompt, reweight
 from .host.conditioning import Conditioning
 from .host.latents import Latent
@@ -91,11 +91,11 @@ class AttentionReweight(io.ComfyNode):
         model: io.Model.Type | None = None,
     ) -> io.NodeOutput:
         """Return the conditioning with weights on its words, and the model that samples it without a hook."""
-        require_kept(cls.hidden)
         require_single_prompt(conditioning)
         words = token_spans(conditioning, clip, text)
         steps = StepRange(start, end)
         edited = reweight(conditioning, words, parse_word_weights(weights), steps, in_model=model is not None)
+        require_edits_kept(cls.hidden, conditioning, edited)
         return io.NodeOutput(edited, model_for_edits(model))
 
 
@@ -235,7 +235,6 @@ class PromptToPromptEdit(io.ComfyNode):
         model: io.Model.Type | None = None,
     ) -> io.NodeOutput:
         """Return one conditioning for source and edits, the latent repeated for them, and the model that edits it."""
-        require_kept(cls.hidden)
         settings = PromptToPromptSettings(
             cross_steps=StepRange(cross_start, cross_end),
             self_steps=StepRange(self_start, self_end),
@@ -248,8 +247,11 @@ class PromptToPromptEdit(io.ComfyNode):
         )
         others = [each for each in (edited, edited_2, edited_3) if each is not None]
         in_model = model is not None
-        batch = batch_edits(source, others, latent, settings, clip, source_text, edited_text, in_model=in_model)
-        return io.NodeOutput(*batch, model_for_edits(model))
+        conditioning, repeated = batch_edits(
+            source, others, latent, settings, clip, source_text, edited_text, in_model=in_model
+        )
+        require_edits_kept(cls.hidden, source, conditioning)
+        return io.NodeOutput(conditioning, repeated, model_for_edits(model))
 
 
 class EditMask(io.ComfyNode):

@@ -10,7 +10,7 @@ from ..blip_qformer.attention.region_sheet import region_sheet
 from ..blip_qformer.attention.region_text import parse_boxes, parse_numbers
 from ..blip_qformer.attention.schedule import StepRange
 from .host.attention.hooks import model_for_edits
-from .host.attention.lost_edits import require_kept
+from .host.attention.lost_edits import require_edits_kept
 from .host.attention.regional_conditioning import add_regions
 from .host.conditioning import Conditioning
 from .types import CATEGORY, advanced, fraction_input, io, model_input, model_output, newer_fields, slider_input
@@ -137,7 +137,6 @@ class SubjectRegions(io.ComfyNode):
         model: io.Model.Type | None = None,
     ) -> io.NodeOutput:
         """Return the scene with its regions, their layout, and the model that samples it without a hook."""
-        require_kept(cls.hidden)
         prompts = _connected(region_1, region_2, region_3, region_4)
         masks = _connected(mask_1, mask_2, mask_3, mask_4)
         count = max(prompts)
@@ -152,6 +151,7 @@ class SubjectRegions(io.ComfyNode):
             StepRange(start, end),
             in_model=model is not None,
         )
+        require_edits_kept(cls.hidden, scene, conditioning)
         height, width = next(iter(masks.values())).shape[-2:] if masks else (PREVIEW, PREVIEW)
         return io.NodeOutput(conditioning, region_sheet(regions, height, width), model_for_edits(model))
 

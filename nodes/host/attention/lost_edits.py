@@ -6,10 +6,16 @@ No sampler can say so, because nothing of the edit comes to it. The host shows a
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from comfy_api.v0_0_2 import io
+
+from ..conditioning import Conditioning
+from .hooks import get_edits
+
+log = logging.getLogger("blip_diffusion")
 
 Graph = dict[str, dict[str, Any]]  # the host's: node's id -> {"class_type": ..., "inputs": {name: value or [id, slot]}}
 
@@ -17,19 +23,36 @@ Graph = dict[str, dict[str, Any]]  # the host's: node's id -> {"class_type": ...
 LOSES = {"ConditioningConcat": "conditioning_from", "ConditioningAverage": "conditioning_from"}
 
 
+def require_edits_kept(hidden: io.HiddenHolder | None, given: Conditioning, returned: Conditioning) -> None:
+    """Do what :func:`require_kept` does, if a node's first output carries edits that it has from this node.
+
+    Args:
+        hidden: What the host shows the node of the graph; None outside of it.
+        given: Conditioning that the node was given.
+        returned: Its first output, the same object if the node does nothing.
+
+    Raises:
+        ValueError: As there.
+    """
+    if returned is not given and any(get_edits(returned)):
+        require_kept(hidden)
+
+
 def require_kept(hidden: io.HiddenHolder | None) -> None:
-    """Refuse a graph in which a node's first output comes to an input that loses what it carries.
+    """Refuse a graph in which all that a node's first output carries gets lost; warn where some of it does.
 
     Args:
         hidden: What the host shows the node of the graph; None outside of it.
 
     Raises:
-        ValueError: If the conditioning comes to such an input, directly or through other nodes.
+        ValueError: If the conditioning comes to an input that loses what it carries, directly or through other nodes,
+            and to no sampler without such an input between.
     """
     graph, start = (hidden.prompt, hidden.unique_id) if hidden is not None else (None, None)
     if not graph or start is None:
         return
     outputs, seen = [(str(start), 0)], set()
+    lost, is_used = "", False
     while outputs:
         output = outputs.pop()
         if output in seen:
@@ -38,11 +61,18 @@ def require_kept(hidden: io.HiddenHolder | None) -> None:
         for node, name in consumers(graph, output):
             kind = graph[node]["class_type"]
             if LOSES.get(kind) == name:
-                raise ValueError(
+                lost = lost or (
                     f"This node's conditioning comes to {name} of {kind}, which takes over nothing of an edit or a "
                     "recording: connect it to conditioning_to there, or put this node behind that one."
                 )
-            outputs.extend((node, slot) for slot in conditioning_slots(kind, name))
+                continue
+            slots = conditioning_slots(kind, name)
+            is_used = is_used or not slots  # a sampler or a guider
+            outputs.extend((node, slot) for slot in slots)
+    if lost and not is_used:
+        raise ValueError(lost)
+    if lost:
+        log.warning("Node %s, %s: %s", start, graph[str(start)]["class_type"], lost)
 
 
 def consumers(graph: Graph, output: tuple[str, int]) -> Iterator[tuple[str, str]]:

@@ -354,6 +354,49 @@ def test_what_would_get_lost_is_refused(host, positive, kind, between, node):
         run_in_graph(host, node, graph, **inputs)
 
 
+SENTENCE = "comes to conditioning_from of ConditioningConcat"
+
+
+@pytest.mark.parametrize("inputs", [{"weights": ""}, {"weights": "snow:1"}, {"weights": "snow:2", "end": 0.0}])
+def test_where_nothing_is_edited_nothing_is_refused(host, positive, inputs, caplog):
+    inputs = {"conditioning": positive, "start": 0.0, "end": 1.0, **inputs}
+    graph = graph_with("ConditioningConcat", "conditioning_from", (AREA,))
+    ((same,), _), *_ = run_in_graph(host, "BLIPDiffusionAttentionReweight", graph, **inputs)
+    assert same is positive
+    assert SENTENCE not in caplog.text
+
+
+def test_prompt_to_prompt_that_edits_is_refused(host, small):
+    source, edited = (compose(host, small, small.subject, prompt=each)[0] for each in ("in the snow", "in the rain"))
+    inputs = {
+        "source": source, "edited": edited, "latent": {"samples": torch.zeros(1, 4, *SIZE)}, "cross_end": 0.8,
+        "self_end": 0.4, "weights": "", "blend_words": "", "source_blend_words": "", "blend_threshold": 0.3,
+        "cross_start": 0.0, "self_start": 0.0, "word_steps": "", "source_unguided": False,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=SENTENCE):
+        run_in_graph(
+            host, "BLIPDiffusionPromptToPrompt", graph_with("ConditioningConcat", "conditioning_from"), **inputs
+        )
+
+
+@pytest.mark.parametrize("node", ["BLIPDiffusionAttentionReweight", "BLIPDiffusionAttentionRecord"])
+@pytest.mark.parametrize("sampler", ["KSampler", "BasicGuider"])
+def test_what_another_use_keeps_is_warned_of(host, positive, node, sampler, caplog):
+    inputs = {"conditioning": positive}
+    if node == "BLIPDiffusionAttentionReweight":
+        inputs |= {"weights": "snow:2", "start": 0.0, "end": 1.0}
+    graph = graph_with("ConditioningConcat", "conditioning_from", (AREA,))
+    socket = {"KSampler": "positive", "BasicGuider": "conditioning"}[sampler]
+    # The Concat has a sampler as well, which gets nothing of the edit and so is no use that keeps it.
+    graph["8"] = {"class_type": "KSampler", "inputs": {"positive": ["9", 0]}}
+    with pytest.raises(ValueError, match=SENTENCE):
+        run_in_graph(host, node, graph, **inputs)
+    graph["7"] = {"class_type": sampler, "inputs": {socket: ["2", 0]}}
+    run_in_graph(host, node, graph, **inputs)
+    (warning,) = [each.getMessage() for each in caplog.records if SENTENCE in each.getMessage()]
+    assert warning.startswith("Node 1, BLIPDiffusionAttentionReweight: This node's conditioning comes to")
+
+
 def test_the_server_shows_the_sentence_at_the_edit(server, tmp_path):
     """With the graph that the real host hands the node."""
     pipeline = oracle.pipeline(SIZES, tmp_path, comfyui_path())
