@@ -7,6 +7,7 @@ from torch import Tensor
 from ..blip_qformer.imaging.compositing import Placement
 from ..blip_qformer.imaging.matting import THRESHOLDS
 from .host.composite import composite_batch, cut_out_by_mask, cut_out_by_word, drop_alpha
+from .host.lists import drop_blank_mask
 from .host.managed import ManagedSegmenter
 from .host.model_paths import SEGMENTATION_MODELS
 from .types import CATEGORY, advanced, io, newer_fields
@@ -124,7 +125,8 @@ class SubjectOnBackground(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip="White where the subject is; grey is half transparent. Needs no model. The mask of a Load "
-                    "Image with a transparent picture needs an Invert Mask first.",
+                    "Image with a transparent picture needs an Invert Mask first; without transparency it says nothing "
+                    "and is ignored.",
                 ),
             ],
             outputs=[
@@ -157,14 +159,34 @@ class SubjectOnBackground(io.ComfyNode):
     ) -> io.NodeOutput:
         """Cut the subjects out, by mask or by word, and put them onto the backgrounds."""
         images = drop_alpha(image)
-        if mask is not None:
-            cut_outs = cut_out_by_mask(images, mask, soften_edge)
+        marking = None if mask is None else drop_blank_mask(mask)
+        if marking is not None:
+            cut_outs = cut_out_by_mask(images, marking, soften_edge)
         else:
+            if mask is not None:
+                _require_without_mask(segmentation_model)
             segmenter = ManagedSegmenter(SEGMENTATION_MODELS.path(segmentation_model))
             thresholds = background_below, subject_above
             cut_outs = cut_out_by_word(images, subject_word, segmenter, thresholds, matting_size)
         placement = Placement(scale, x, y)
         return io.NodeOutput(*composite_batch(images, cut_outs, background, placement, output_size == "picture"))
+
+
+def _require_without_mask(segmentation_model: str) -> None:
+    """Say that a connected mask is none, where no model could do without.
+
+    Args:
+        segmentation_model: Entry of the drop-down list.
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    if segmentation_model not in SEGMENTATION_MODELS.find():
+        raise ValueError(
+            "The mask says nothing, because its picture has no transparency: disconnect it, and connect one that is "
+            "white where the subject is. Without it, a model has to find the subject. "
+            f"{SEGMENTATION_MODELS.missing(segmentation_model)}"
+        )
 
 
 NODES = [SubjectOnBackground]

@@ -26,11 +26,13 @@ def check_mask(mask: Tensor) -> None:
         mask: A mask of shape [H, W] in 0..1, white where the subject is.
 
     Raises:
-        NoSubjectError: If it is black everywhere, or white all along its border.
+        NoSubjectError: If it is black or white everywhere, or white all along its border.
     """
-    if not (mask > OPAQUE).any():
+    is_white = mask > 1 - OPAQUE
+    if not (mask > OPAQUE).any() or is_white.all():  # its inverse marks nothing either
+        shade = "white" if is_white.any() else "black"
         raise NoSubjectError(
-            "The mask is black everywhere, so it marks no subject: paint the subject white, invert the mask, "
+            f"The mask is {shade} everywhere, so it marks no subject: paint the subject white and the rest black, "
             "or leave the mask unconnected."
         )
     border = torch.cat([mask[0], mask[-1], mask[:, 0], mask[:, -1]])

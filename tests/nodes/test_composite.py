@@ -110,10 +110,10 @@ def test_transparent_and_grey_pictures(host):
 @pytest.mark.parametrize(
     ("mask", "sentence"),
     [
-        (torch.zeros(1, 64, 64), "The mask is black everywhere.* leave the mask unconnected"),  # Load Image's
+        (torch.zeros(1, 40, 60), "The mask is black everywhere.* leave the mask unconnected"),
         (torch.cat([square(), torch.zeros(1, 40, 60)]), "The mask is black everywhere"),
         (1 - square(), "white all along the picture's border, so it marks the background: invert"),
-        (torch.ones(1, 40, 60), "invert the mask"),
+        (torch.ones(1, 40, 60), "The mask is white everywhere.* leave the mask unconnected"),
         (square(40, 40), "The mask is 40 x 40 pixels and the picture 60 x 40"),
         (square().repeat(3, 1, 1), "holds 2 picture"),
     ],
@@ -148,6 +148,20 @@ def test_a_word_is_enough(host, clipseg, by_word):
     assert ((new_mask > 0.01) & (new_mask < 0.99)).any()
     assert torch.equal(found[new_mask == 1], image[new_mask == 1])
     assert (found[new_mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64), (1, 1, 64, 64)])
+@pytest.mark.parametrize("shade", [0.0, 1.0])  # as Load Image gives it beside an opaque picture, and inverted
+def test_a_mask_that_says_nothing_is_as_good_as_none(host, by_word, shape, shade, caplog):
+    blank, background = torch.full(shape, shade), torch.zeros(1, 48, 64, 3)
+    with caplog.at_level("INFO"):
+        found, new_mask = put(host, background=background, mask=blank, **by_word)
+    assert "The mask says nothing, because its picture has no transparency" in caplog.text
+    expected, expected_mask = put(host, background=background, **by_word)
+    assert torch.equal(found, expected)
+    assert torch.equal(new_mask, expected_mask)
+    with pytest.raises(ValueError, match="The mask says nothing, .*: disconnect it.*model has to.* run hf download"):
+        put(host, background=background, mask=blank, **{**by_word, "segmentation_model": "gone"})
 
 
 def test_work_shows_progress_and_can_be_cancelled(host, by_word):
