@@ -131,7 +131,7 @@ def test_under_weak_nag_too(host, small, group, scale, alpha):
 
 def mix_late(out, extra_options):
     """A patch that mixes positive and negative from the second step on."""
-    if len(extra_options["cond_or_uncond"]) > 1 and extra_options["sigmas"].max() < 5:
+    if len(extra_options["cond_or_uncond"]) > 1 and extra_options["sigmas"].max() < 2:  # the first step is 2.9
         return out.roll(len(out) // 2, 0)
     return out
 
