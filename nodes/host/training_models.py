@@ -62,7 +62,7 @@ def training_models(model: ModelPatcher, clip: comfy.sd.CLIP) -> Iterator[tuple[
         yield model, clip
     finally:
         for copy in copies:
-            unload(copy)
+            copy.detach()  # takes its weights off the card, whatever else still holds the copy
 
 
 def require_copies(patchers: list[ModelPatcher], size: int) -> None:
@@ -96,21 +96,6 @@ def _static_text_encoder(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
     copy.patcher = static_copy(clip.patcher)
     copy.cond_stage_model = copy.patcher.model
     return copy
-
-
-def unload(patcher: ModelPatcher) -> None:
-    """Take a model off its device and off the host's list of loaded models; others stay where they are.
-
-    Args:
-        patcher: Model, or a clone of the one that was loaded.
-    """
-    management = comfy.model_management
-    others = [loaded for loaded in management.current_loaded_models if not _is_clone(loaded, patcher)]
-    management.free_memory(1e30, patcher.load_device, keep_loaded=others)
-
-
-def _is_clone(loaded: comfy.model_management.LoadedModel, patcher: ModelPatcher) -> bool:
-    return loaded.model is not None and loaded.model.is_clone(patcher)
 
 
 def room_beside(model: ModelPatcher, clip: comfy.sd.CLIP) -> int:
