@@ -51,9 +51,9 @@ class SubjectRegions(io.ComfyNode):
             display_name="Subject Regions",
             category=CATEGORY,
             **newer_fields(["regional prompt", "several subjects", "attention couple", "area"]),
-            description="Puts several subjects into one picture, each where you want it, in one run of the sampler. Stands "
-            "between the prompts and any sampler. For more than four regions, connect the conditioning to the scene "
-            "of a second such node.",
+            description="Puts several subjects into one picture, each where you want it, in one run of the sampler. "
+            "Stands between the prompts and any sampler. For more than four regions, connect the conditioning to the "
+            "scene of a second such node.",
             inputs=[
                 io.Conditioning.Input(
                     "scene",

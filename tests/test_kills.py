@@ -76,6 +76,7 @@ class FinetuneWriter(Writer):
             word="dog",
             image_hash="",
             lora=True,
+            snapshots=None,
             _state_dict=lambda: {"lora_unet.lora_up.weight": values},
         )
         losses, shade = [float(version)] * 3, version % 100 / 100

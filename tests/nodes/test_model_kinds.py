@@ -137,7 +137,8 @@ def test_inverting_a_flow_model_is_refused_before_any_work(host, models, kind, p
 @pytest.mark.parametrize("kind", ["SD2", "SDXL", *FLOW])
 def test_edits_refuse_other_models_before_any_work(host, models, node, kind, prompts, latent, monkeypatch):
     forbid_work(monkeypatch, models[kind])
-    sentence = f"This model is {CONFIGS[kind]}, but Attention Re-weight Edit and Prompt-to-Prompt Edit work on SD1.5"
+    edits = "Attention Re-weight Edit, Prompt-to-Prompt Edit and Subject Regions"
+    sentence = f"This model is {CONFIGS[kind]}, but {edits} work on SD1.5"
     with pytest.raises(ValueError, match=sentence):
         edit(host, node, prompts, latent, model=models[kind])
     conditioning, latents, _ = edit(host, node, prompts, latent)
