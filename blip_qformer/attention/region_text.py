@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 from .edits import Box
+from .words import read_number
 
 SEPARATORS = re.compile(r"[\s,;]+")
 
@@ -25,7 +25,7 @@ def parse_boxes(text: str) -> list[Box | None]:
     boxes: list[Box | None] = []
     for number, line in enumerate(text.splitlines(), start=1):
         fields = [field for field in SEPARATORS.split(line) if field]
-        values = [value for field in fields if (value := _number(field)) is not None and 0 <= value <= 1]
+        values = [value for field in fields if (value := read_number(field)) is not None and 0 <= value <= 1]
         if not fields:
             boxes.append(None)
         elif len(values) == len(fields) == 4:
@@ -53,18 +53,10 @@ def parse_numbers(text: str, name: str, count: int) -> list[float]:
         ValueError: If there are fewer, or one is negative or no number.
     """
     fields = [field for field in SEPARATORS.split(text) if field]
-    values = [value for field in fields if (value := _number(field)) is not None and value >= 0]
+    values = [value for field in fields if (value := read_number(field)) is not None and value >= 0]
     if len(values) != len(fields) or not (len(values) == 1 or len(values) >= count):
         raise ValueError(
             f'{name} is "{text.strip()}", but it is one number for all regions or one for each of the {count}, with '
             "commas between them and none below 0."
         )
     return values[:count] if len(values) > 1 else values * count
-
-
-def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None

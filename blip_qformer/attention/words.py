@@ -71,7 +71,7 @@ def parse_word_weights(text: str) -> list[WordWeight]:
     weights = []
     for item in parse_words(text):
         phrase, _, number = (field.strip() for field in item.rpartition(":"))
-        weight = _number(number)
+        weight = read_number(number)
         if not phrase or weight is None:
             raise ValueError(
                 f'"{item}" is no word with a weight: write the word, a colon and a number, such as swimming:2.0, with '
@@ -97,7 +97,7 @@ def parse_word_ranges(text: str) -> list[WordRange]:
     for item in parse_words(text):
         phrase, _, numbers = (field.strip() for field in item.rpartition(":"))
         match = RANGE.fullmatch(numbers)
-        start, end = (_number(match[1] or "0"), _number(match[2])) if match else (None, None)
+        start, end = (read_number(match[1] or "0"), read_number(match[2])) if match else (None, None)
         if not phrase or start is None or end is None or not 0 <= start <= end <= 1:
             raise ValueError(
                 f'"{item}" is no word with a part of the steps: write the word, a colon and where it ends, such as '
@@ -234,7 +234,15 @@ def _word_list(spans: Sequence[TokenSpan]) -> str:
     return ", ".join(dict.fromkeys(word for word in words if word not in ",;" and word != END_WORD)) or "none"
 
 
-def _number(text: str) -> float | None:
+def read_number(text: str) -> float | None:
+    """Read a number that a user wrote.
+
+    Args:
+        text: What was written.
+
+    Returns:
+        The number; None if it is none, or not finite.
+    """
     try:
         number = float(text)
     except ValueError:
