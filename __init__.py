@@ -2,6 +2,7 @@
 
 from .nodes import NODES
 from .nodes.host.model_paths import register_model_folders
+from .nodes.host.samples import add_samples
 from .nodes.types import ComfyExtension, io
 
 WEB_DIRECTORY = "./web"
@@ -16,6 +17,10 @@ class BLIPDiffusionExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> BLIPDiffusionExtension:
-    """Register the model folders; the host's loader calls this once, before it asks for the nodes."""
+    """Register the model folders and add the sample pictures; the host's loader calls this once, before the nodes.
+
+    Not in ``on_load``, which 0.3.75 does not call.
+    """
     register_model_folders()
+    add_samples()
     return BLIPDiffusionExtension()

@@ -70,7 +70,7 @@ def sample_row(given: Path = GIVEN, word: str = WORD) -> Path:
 
 
 def run_workflow(workflow: Path, checkpoint: Path) -> list[Path]:
-    """Run a saved workflow on the sample photographs.
+    """Run a saved workflow on the sample pictures, which the pack brings into the input folder.
 
     Args:
         workflow: Workflow as the browser saves it.
@@ -86,8 +86,6 @@ def run_workflow(workflow: Path, checkpoint: Path) -> list[Path]:
         raise FileNotFoundError(f"No workflow is at '{workflow}': name a .json that the browser saved.")
     graph = json.loads(workflow.read_text(encoding="utf-8"))
     base = make_base_directory(OUTPUT / "demo")
-    for photograph in sorted((ROOT / "workflows" / "inputs").iterdir()):
-        shutil.copy(photograph, base / "input")
     name = link_checkpoint(base / "models" / "blip_diffusion", checkpoint)
     print("Starting ComfyUI ...")
     with ComfyServer(base) as server:

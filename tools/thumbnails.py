@@ -26,11 +26,11 @@ SIZED = ("EmptyLatentImage", "ImageScale", "SolidMask", "MaskComposite")
 
 #: Images and words of the workflows, and those of the small model's world that replace them.
 IMAGES = {
-    "cat.jpg": "buoy.png",
-    "cup.jpg": "pear.png",
-    "rocket.jpg": "lobster.png",
-    "cat-near.jpg": "buoy.png",
-    "cat-evening.jpg": "buoy.png",
+    "blip-diffusion-cat.jpg": "buoy.png",
+    "blip-diffusion-cup.jpg": "pear.png",
+    "blip-diffusion-rocket.jpg": "lobster.png",
+    "blip-diffusion-cat-near.jpg": "buoy.png",
+    "blip-diffusion-cat-evening.jpg": "buoy.png",
 }
 WORDS = {"cat": "buoy", "cup": "pear", "rocket": "lobster"}
 CONTEXT, SCENE = "on the grass", "grass"

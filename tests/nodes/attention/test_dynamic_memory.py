@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +12,8 @@ from tests.dynamic_memory import turn_on
 from tests.nodes.attention.graphs import plain, sample, under_controlnet, with_lora
 from tests.nodes.attention.test_carrier import NODES, run_node
 from tests.nodes.test_prompt import compose
-from tests.test_workflows import OTHER, WORKFLOWS, model_wires, read_graph
+from tests.test_workflows import WORKFLOWS, model_wires, read_graph
 from tests.test_workflows import small as quick_prompt
-from tools.host import ROOT
 from tools.workflow import override
 
 
@@ -169,8 +167,6 @@ def without_wires(prompt) -> dict:
 @pytest.mark.parametrize("workflow", EDIT_WORKFLOWS)
 def test_a_shipped_edit_loads_nothing_again(host, small, monkeypatch, workflow):
     """The same picture as with plain memory, and without a static copy, which the same graph without the wire needs."""
-    for name in OTHER:
-        shutil.copy(ROOT / "workflows" / "inputs" / name, host.base / "input" / name)
     info = {
         name: {"input": node.INPUT_TYPES(), "display_name": name} for name, node in host.nodes.items() if name in used()
     }
