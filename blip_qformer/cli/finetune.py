@@ -12,6 +12,7 @@ from ..extras import import_extra
 from ..finetune.loop import FULL, LOW_RANK, FinetuneSettings, check_count
 from ..finetune.lora import RANK
 from ..subject.file_name import checked_name
+from .output import format_bytes
 
 UNFINISHED = ".unfinished-finetuning"  # folder in the output: what a run that was ended needs to go on
 
@@ -86,7 +87,7 @@ def finetune(arguments: argparse.Namespace) -> None:
     )
     result = run.tune(arguments.validate_every, snapshots=arguments.output / UNFINISHED)
     for path in run.save(arguments.output, name, result):
-        print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
+        print(f"Wrote {path} ({format_bytes(path.stat().st_size)}).")
     print(f"{len(result.losses)} steps, step {result.kept_step} kept.")
     for score in result.scores:
         print(f"step {score.step}: likeness {score.likeness:.3f}, agreement {score.agreement:.3f}")

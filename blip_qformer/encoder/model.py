@@ -59,8 +59,8 @@ class SubjectEncoder(nn.Module):
         size = self.config.vision.image_size
         if pixel_values.shape[1:] != (3, size, size):
             raise ValueError(
-                f"The subject encoder got pictures of shape {list(pixel_values.shape)}, but it reads "
-                f"[batch, 3, {size}, {size}]: pass them through blip_qformer.encoder.preprocess first."
+                f"The subject encoder got pictures of shape {list(pixel_values.shape)}, but it reads [batch, "
+                f"3, {size}, {size}]: pass them through blip_qformer.encoder.preprocess(images, size={size}) first."
             )
         if len(words) != len(pixel_values):
             raise ValueError(

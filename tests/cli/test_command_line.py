@@ -11,6 +11,11 @@ import blip_qformer
 from blip_qformer.cli.command_line import main
 from tests.cli.refusal import assert_one_line_refusal
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -45,6 +50,38 @@ def test_it_runs_as_a_module_from_the_packs_folder(sources, tmp_path):
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("blip-qformer: ")
     assert wrong.stderr.count("\n") == 1
+
+
+def test_it_runs_by_its_path_from_anywhere(tmp_path):
+    words = [sys.executable, "-P", ROOT / "blip_qformer", "--version"]
+    if sys.version_info < (3, 11):
+        words.remove("-P")  # the folder of this repository is not on the path, as for ComfyUI portable's Python
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"blip-qformer {blip_qformer.__version__}\n", "")
+
+
+def test_without_torch_it_says_in_a_line_what_to_do(tmp_path):
+    words = [sys.executable, "-I", "-S", ROOT / "blip_qformer", "--version"]  # -S: without any installed package
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("blip-qformer: the package torch is missing in this Python (")
+    assert done.stderr.count("\n") == 1
+    assert "pip install '.[library]'" in done.stderr
+
+
+def test_the_library_extra_has_all_that_the_library_may_import():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extra = {name.replace("-", "_") for name in project["project"]["optional-dependencies"]["library"]}
+    rules = {rule["name"]: rule for rule in project["tool"]["importlinter"]["contracts"]}
+    allowed = {
+        {"PIL": "pillow"}.get(package, package)
+        for rule in (
+            "The library's upper half needs only what every ComfyUI brings",
+            "imaging adds transformers, which ComfyUI brings too, for CLIPSeg",
+        )
+        for package in rules[rule]["packages"]
+    }
+    assert allowed <= extra
 
 
 def test_version(capsys):

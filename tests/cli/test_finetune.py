@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from blip_qformer.cli.command_line import main as blip_qformer
+from blip_qformer.cli.output import format_bytes
 from blip_qformer.finetune import snapshots
 from blip_qformer.finetune.loop import SubjectTuning
 from blip_qformer.pipeline import save_pipeline, subject_finetune
@@ -56,8 +57,11 @@ def finetune(model: Path, images: list[Path], output: Path, *options: str) -> in
 
 
 @pytest.mark.parametrize("trains", ["low-rank", "full"])
-def test_it_does_what_the_node_does(host, model, images, tmp_path, trains):
+def test_it_does_what_the_node_does(host, model, images, tmp_path, capsys, trains):
     assert finetune(model, images, tmp_path, "--validate-every", "0", "--trains", trains) == 0
+    size = format_bytes((tmp_path / "dog.safetensors").stat().st_size)
+    assert size.endswith(" kB")  # which as megabytes were "0.0 MB"
+    assert f"Wrote {tmp_path / 'dog.safetensors'} ({size})." in capsys.readouterr().out
     (host.base / "models" / "blip_diffusion" / "finetuned").unlink(missing_ok=True)
     (host.base / "models" / "blip_diffusion" / "finetuned").symlink_to(model)
     loaded = dict(
