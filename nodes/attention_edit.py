@@ -15,7 +15,7 @@ from .host.latents import Latent
 from .host.prompt_words import token_spans
 from .types import CATEGORY, advanced, fraction_input, io, model_input, model_output, newer_fields, text_input
 
-WORDS_HELP = "A word that stands several times is meant everywhere; dog#2 is its second occurrence alone."
+WORDS_HELP = "A word that stands there several times is meant everywhere; dog#2 is the second dog alone."
 
 
 class AttentionReweight(io.ComfyNode):
@@ -28,51 +28,58 @@ class AttentionReweight(io.ComfyNode):
             node_id="BLIPDiffusionAttentionReweight",
             display_name="Attention Re-weight Edit",
             category=CATEGORY,
-            **newer_fields(["attention weight", "prompt weight", "emphasis"]),
-            description="Makes words of a prompt louder, quieter or the opposite, and leaves the rest of the picture "
-            "as it is. Stands between the prompt and any sampler; the negative prompt does not need it.",
+            **newer_fields(["attention weight", "prompt weight", "emphasis", "word weight"]),
+            description="Makes single words of a prompt stronger or weaker, and leaves the rest of the picture as it "
+            "is: more snow, no hat, less of the subject. Put it between the prompt and the sampler. The negative "
+            "prompt does not need it.",
             inputs=[
                 io.Conditioning.Input(
                     "conditioning",
-                    tooltip="From Subject Prompt Compose; or from CLIP Text Encode, with clip and text below.",
+                    tooltip="The prompt, from Subject Prompt Compose. A prompt from CLIP Text Encode works too; then "
+                    "fill in clip and text.",
                 ),
                 io.String.Input(
                     "weights",
                     default="",
                     multiline=True,
                     placeholder="swimming:2.0, <subject>:0.6, red hat:-0.5",
-                    tooltip="Words with weights, commas between them. 1: as it is. 2: twice as much. 0: not at all. "
-                    "Below 0: the opposite. <subject> is the subject's picture. <end> is the end of the prompt, behind "
-                    "its words: it carries the prompt as a whole, often the place, the light and the style, unless "
-                    f"repetitions fill the prompt. {WORDS_HELP}",
+                    tooltip="Words and numbers, with commas between them: swimming:2.0, red hat:0.5. 1: no change. "
+                    "2: twice as strong. 0: the word is ignored. Below 0: the opposite. <subject> is your subject. "
+                    "<end> is the end of the prompt, which often carries the place, the light and the style; it "
+                    f"needs a prompt that is said only a few times. {WORDS_HELP}",
                 ),
                 advanced(
-                    fraction_input("start", 0.0, "From which part of the steps on: 0 is the beginning, 0.5 the middle.")
+                    fraction_input(
+                        "start",
+                        0.0,
+                        "When it begins. 0: at the first step. 0.5: in the middle. Late steps change only details.",
+                    )
                 ),
                 advanced(
                     fraction_input(
                         "end",
                         1.0,
-                        "Up to which part of the steps: 1 is the end. The first steps decide what stands where, the "
-                        "last ones the details.",
+                        "When it stops. 1: at the last step. 0.5: in the middle. The first steps decide where things "
+                        "are, the last steps decide the details.",
                     )
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Only for a conditioning from CLIP Text Encode: the clip it was made with.",
+                    tooltip="Only for a prompt from CLIP Text Encode: the same clip as there.",
                 ),
                 text_input(
                     "text",
-                    "Only for a conditioning from CLIP Text Encode: the text it was made from. "
-                    "If Concat, Combine, BREAK or AND made it of several: a line for each, in order.",
+                    "Only for a prompt from CLIP Text Encode: the same text as there. If it was joined from several "
+                    "texts (Concat, Combine, BREAK, AND): one line for each, in the same order.",
                 ),
                 model_input(),
             ],
             outputs=[
                 io.Conditioning.Output(
                     display_name="conditioning",
-                    tooltip="For a sampler's positive input, or ControlNet and area nodes before it.",
+                    tooltip="The changed prompt. Connect it to positive of the sampler, or to ControlNet and area "
+                    "nodes before it.",
                 ),
                 model_output(),
             ],
@@ -109,102 +116,115 @@ class PromptToPromptEdit(io.ComfyNode):
             node_id="BLIPDiffusionPromptToPrompt",
             display_name="Prompt-to-Prompt Edit",
             category=CATEGORY,
-            **newer_fields(["p2p", "image editing", "swap words"]),
-            description="Draws a picture and an edit of it side by side: the same arrangement, another thing, or your "
-            "subject in its place. Both outputs go to the sampler; the negative prompt goes there as ever.",
+            **newer_fields(["p2p", "prompt to prompt", "image editing", "swap words", "replace object"]),
+            description="Draws a picture and a changed version of it side by side: the same arrangement, with another "
+            "thing in it, or with your subject. Connect conditioning and latent to the sampler. To change a "
+            "photograph, put DDIM Inversion before it.",
             inputs=[
-                io.Conditioning.Input("source", tooltip="The prompt of the picture to edit: a cat on a chair."),
+                io.Conditioning.Input("source", tooltip="The prompt of the picture as it is: a cat on a chair."),
                 io.Conditioning.Input(
                     "edited",
-                    tooltip="The prompt of the edit: a dog on a chair, or a <subject> dog on a chair. Words may be "
-                    "swapped, added or left out; what both prompts share is found by itself.",
+                    tooltip="The prompt of the changed picture: a dog on a chair. Or with your subject, from Subject "
+                    "Prompt Compose. You may swap words, add words or leave words out.",
                 ),
                 io.Latent.Input(
                     "latent",
-                    tooltip="An Empty Latent Image, or a picture from DDIM Inversion. Every picture of it is drawn "
-                    "once for the source and once for each edit.",
+                    tooltip="An Empty Latent Image, or a photograph from DDIM Inversion. Each picture in it is drawn "
+                    "once as it is and once for every change.",
                 ),
                 fraction_input(
                     "cross_end",
                     0.8,
-                    "How long the edit keeps what stands where, as a part of the steps. Lower: the new thing finds its "
-                    "own shape.",
+                    "How long the change keeps things where they are. 0.8: in the first 80 % of the steps. Lower it "
+                    "if the new thing needs a shape of its own.",
                 ),
                 fraction_input(
                     "self_end",
                     0.4,
-                    "How long the edit keeps outlines and layout, as a part of the steps. Lower it if the new thing "
-                    "has another shape.",
+                    "How long the change keeps outlines and layout. 0.4: in the first 40 % of the steps. Lower it to "
+                    "0.2 or less if the new thing has another shape.",
                 ),
                 io.String.Input(
                     "weights",
                     default="",
                     placeholder="red hat:2.0",
-                    tooltip=f"Words of the edited prompt with weights, as in Attention Re-weight Edit. {WORDS_HELP}",
+                    tooltip="Makes words of the edited prompt stronger or weaker: red hat:2.0. 1 is no change. "
+                    f"{WORDS_HELP}",
                 ),
                 io.String.Input(
                     "blend_words",
                     default="",
                     placeholder="<subject>, dog",
-                    tooltip="Words of the edited prompt, with commas between them: only where they look may the "
-                    "picture change, and the background stays. Empty: it may change everywhere.",
+                    tooltip="Keeps the background. Write the new thing here, in words of the edited prompt with "
+                    "commas between them, and the picture changes only there. Empty: it may change everywhere.",
                 ),
                 advanced(
                     io.String.Input(
                         "source_blend_words",
                         default="",
                         placeholder="cat",
-                        tooltip="The same with words of the source prompt, such as the thing that is replaced. With "
-                        "both, the picture may change where either looks.",
+                        tooltip="Write here the thing that is replaced, in words of the source prompt. The picture "
+                        "may then change there too.",
                     )
                 ),
                 advanced(
                     fraction_input(
                         "blend_threshold",
                         0.3,
-                        "How strongly blend words must look at a place for it to change. Higher: a smaller area. "
-                        "0: no blend.",
+                        "How large the area of the blend words is. Higher: smaller. Lower: larger. 0: the whole "
+                        "picture may change.",
                     )
                 ),
-                advanced(fraction_input("cross_start", 0.0, "From which part of the steps on cross_end counts.")),
-                advanced(fraction_input("self_start", 0.0, "From which part of the steps on self_end counts.")),
+                advanced(
+                    fraction_input(
+                        "cross_start",
+                        0.0,
+                        "When cross_end begins to count. 0: at the first step. It is seldom changed.",
+                    )
+                ),
+                advanced(
+                    fraction_input(
+                        "self_start", 0.0, "When self_end begins to count. 0: at the first step. It is seldom changed."
+                    )
+                ),
                 advanced(
                     io.String.Input(
                         "word_steps",
                         default="",
                         placeholder="dog:0.5, hat:0.2-0.9",
-                        tooltip="An end, or a start and an end, in place of cross_start and cross_end for single words "
-                        "of the edited prompt.",
+                        tooltip="A time of their own for single words of the edited prompt, instead of cross_start "
+                        "and cross_end. dog:0.5 ends in the middle of the steps; hat:0.2-0.9 begins at 0.2 and ends "
+                        "at 0.9.",
                     )
                 ),
                 advanced(
                     io.Boolean.Input(
                         "source_unguided",
                         default=False,
-                        tooltip="For a photograph from DDIM Inversion: the source is drawn without the sampler's cfg, "
-                        "so that it comes out as the photograph. The edits are guided as ever.",
+                        tooltip="Switch it on for a photograph from DDIM Inversion. Then the first picture comes out "
+                        "as your photograph. The changes still follow cfg.",
                     )
                 ),
-                io.Conditioning.Input("edited_2", optional=True, tooltip="A second edit of the same picture."),
-                io.Conditioning.Input("edited_3", optional=True, tooltip="A third edit of the same picture."),
+                io.Conditioning.Input("edited_2", optional=True, tooltip="A second change of the same picture."),
+                io.Conditioning.Input("edited_3", optional=True, tooltip="A third change of the same picture."),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Only for conditionings from CLIP Text Encode: the clip they were made with.",
+                    tooltip="Only for prompts from CLIP Text Encode: the same clip as there.",
                 ),
-                text_input("source_text", "Only for CLIP Text Encode: the text that source was made from."),
+                text_input("source_text", "Only for CLIP Text Encode: the text of source."),
                 text_input(
                     "edited_text",
-                    "Only for CLIP Text Encode: the text that edited was made from. With edited_2 and "
-                    "edited_3, a line for each.",
+                    "Only for CLIP Text Encode: the text of edited. With edited_2 and edited_3, one line for each.",
                 ),
                 model_input(),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="conditioning", tooltip="For the sampler's positive input."),
+                io.Conditioning.Output(display_name="conditioning", tooltip="Connect it to positive of the sampler."),
                 io.Latent.Output(
                     display_name="latent",
-                    tooltip="For the sampler's latent_image: the source, then each edit, all with the same noise.",
+                    tooltip="Connect it to latent_image of the sampler. The result has the picture as it is first, "
+                    "then each change.",
                 ),
                 model_output(),
             ],
@@ -264,19 +284,20 @@ class EditMask(io.ComfyNode):
             node_id="BLIPDiffusionEditMask",
             display_name="Edit Mask",
             category=CATEGORY,
-            **newer_fields(["local blend mask", "p2p mask"]),
+            **newer_fields(["local blend mask", "change mask"]),
             description="Shows where Prompt-to-Prompt Edit let the picture change, if it had blend words.",
             inputs=[
                 io.Latent.Input(
                     "latent",
-                    tooltip="What the sampler drew from Prompt-to-Prompt Edit's outputs, directly from the sampler.",
+                    tooltip="The result of the sampler that draws Prompt-to-Prompt Edit. Connect it directly, with no "
+                    "node between.",
                 )
             ],
             outputs=[
                 io.Mask.Output(
                     display_name="mask",
-                    tooltip="A mask for each edit, as large as the picture: white where it could change. For "
-                    "MaskPreview, or for compositing.",
+                    tooltip="One mask for each change, as large as the picture. White: it could change there. Look at "
+                    "it in a mask preview, or use it to put pictures together.",
                 )
             ],
         )

@@ -26,14 +26,15 @@ class RecordAttention(io.ComfyNode):
             display_name="Record Attention",
             category=CATEGORY,
             **newer_fields(["cross-attention", "attention capture", "daam"]),
-            description="Stands between a prompt and KSampler and notes where each word looks while the picture is "
-            "drawn. The picture stays as it is. Subject Attention Map shows what was noted.",
+            description="Notes where in the picture each word of the prompt is at work while the picture is drawn. "
+            "The picture stays the same. Put it between the prompt and KSampler, and look at the notes with Subject "
+            "Attention Map.",
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The positive prompt, from Subject Prompt Compose."),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Only for a prompt from CLIP Text Encode: the same clip, to tell the words apart.",
+                    tooltip="Only for a prompt from CLIP Text Encode: the same clip as there.",
                 ),
                 advanced(
                     io.String.Input(
@@ -41,15 +42,19 @@ class RecordAttention(io.ComfyNode):
                         optional=True,
                         default="",
                         multiline=True,
-                        tooltip="Only for a prompt from CLIP Text Encode: the same text. If Concat, Combine, "
-                        "BREAK or AND made it of several: a line for each, in order.",
+                        tooltip="Only for a prompt from CLIP Text Encode: the same text as there. If it was joined "
+                        "from several texts (Concat, Combine, BREAK, AND): one line for each, in the same order.",
                     )
                 ),
                 model_input(),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="conditioning", tooltip="For KSampler's positive input."),
-                RecordedAttention.Output(display_name="attention", tooltip="For Subject Attention Map."),
+                io.Conditioning.Output(
+                    display_name="conditioning", tooltip="The same prompt. Connect it to positive of KSampler."
+                ),
+                RecordedAttention.Output(
+                    display_name="attention", tooltip="The notes. Connect them to Subject Attention Map."
+                ),
                 model_output(),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
@@ -81,18 +86,20 @@ class SubjectAttentionMap(io.ComfyNode):
             display_name="Subject Attention Map",
             category=CATEGORY,
             **newer_fields(["heatmap", "cross-attention map", "daam"]),
-            description="Shows where each word of the prompt, and the subject, looked while the picture was drawn.",
+            description="Shows where in the picture each word of the prompt, and your subject, was at work: bright "
+            "means much. Use it to find out why a word is ignored.",
             inputs=[
-                RecordedAttention.Input("attention", tooltip="From Record Attention."),
+                RecordedAttention.Input("attention", tooltip="The notes of Record Attention."),
                 io.Image.Input(
-                    "image", tooltip="What the KSampler behind that Record Attention drew, from VAE Decode. Any size."
+                    "image",
+                    tooltip="The picture that the KSampler behind Record Attention drew, from VAE Decode. Any size.",
                 ),
                 io.String.Input(
                     "words",
                     default="",
                     placeholder="<subject>, dog, red hat",
-                    tooltip="Which words, with commas between them. <subject> is the subject itself. A word that "
-                    "stands several times counts as one; dog#2 is its second occurrence alone. Empty: every word.",
+                    tooltip="Which words to show, with commas between them. <subject> is your subject. A word that "
+                    "stands there several times counts as one; dog#2 is the second dog alone. Empty: every word.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -100,16 +107,17 @@ class SubjectAttentionMap(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="0: the picture alone, 1: the map alone.",
+                    tooltip="How much of the map covers the picture. 0: only the picture. 1: only the map.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
-                    display_name="image", tooltip="A picture for each word, the word below it. For Preview Image."
+                    display_name="image",
+                    tooltip="A picture for each word, with the word below it. Connect it to Preview Image.",
                 ),
                 io.Mask.Output(
                     display_name="mask",
-                    tooltip="The maps themselves in the same order: white where a word looked most.",
+                    tooltip="The maps alone, in the same order: white where a word was most at work.",
                 ),
             ],
         )

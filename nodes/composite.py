@@ -26,16 +26,17 @@ class SubjectOnBackground(io.ComfyNode):
             node_id="BLIPDiffusionSubjectOnBackground",
             display_name="Subject on Background",
             category=CATEGORY,
-            **newer_fields(["remove background", "cut out", "matting", "composite"]),
-            description="Cuts a subject out, by a mask or by its name, and puts it onto another picture: where it was, "
-            "or larger, smaller and moved. For an img2img or inpainting start, or to free a subject of its background.",
+            **newer_fields(["cut out", "cutout", "remove background", "matting", "composite", "paste"]),
+            description="Cuts a thing out of its picture and puts it on another one: where it was, or larger, smaller "
+            "and moved. Use it to begin an img2img or inpainting, or to get rid of a background. It cuts by a mask; "
+            "to cut by a word, it needs a CLIPSeg model and pymatting (see the help page).",
             inputs=[
-                io.Image.Input("image", tooltip="The picture with the subject, or a batch of them."),
-                io.Image.Input("background", tooltip="What to put it on: one picture for all, or one for each."),
+                io.Image.Input("image", tooltip="The picture with the thing, or a batch of them."),
+                io.Image.Input("background", tooltip="The picture to put it on: one for all, or one for each."),
                 io.String.Input(
                     "subject_word",
                     default="dog",
-                    tooltip="What to cut out, in a word or two. With a mask connected it is not used.",
+                    tooltip="What to cut out, in one or two English words. Not used if a mask is connected.",
                 ),
                 io.Float.Input(
                     "scale",
@@ -43,7 +44,8 @@ class SubjectOnBackground(io.ComfyNode):
                     min=0.01,
                     max=4.0,
                     step=0.01,
-                    tooltip="1: the picture is as large as fits into the new one. 2: twice that.",
+                    tooltip="How large the picture is put on the new one. 1: as large as fits. 0.5: half of that. 2: "
+                    "twice that.",
                 ),
                 io.Float.Input(
                     "x",
@@ -51,7 +53,8 @@ class SubjectOnBackground(io.ComfyNode):
                     min=-1.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Moves the subject to the right, in parts of the new picture's width. 0: where it was.",
+                    tooltip="Moves the thing to the right; below 0 to the left. 0: where it was. 0.5: by half of the "
+                    "new picture's width.",
                 ),
                 io.Float.Input(
                     "y",
@@ -59,15 +62,16 @@ class SubjectOnBackground(io.ComfyNode):
                     min=-1.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Moves the subject down, in parts of the new picture's height. 0: where it was.",
+                    tooltip="Moves the thing down; below 0 up. 0: where it was. 0.5: by half of the new picture's "
+                    "height.",
                 ),
                 advanced(
                     io.Combo.Input(
                         "output_size",
                         options=list(OUTPUT_SIZES),
                         default=OUTPUT_SIZES[0],
-                        tooltip="Which of the two gives the new picture its size. picture: the middle of the "
-                        "background is made to fill it.",
+                        tooltip="How large the new picture is. background: as large as background. picture: as large "
+                        "as image; the middle of the background fills it.",
                     )
                 ),
                 advanced(
@@ -77,16 +81,16 @@ class SubjectOnBackground(io.ComfyNode):
                         min=0.0,
                         max=100.0,
                         step=0.5,
-                        tooltip="Blurs a connected mask by so many pixels, so that its edge melts into the background. "
-                        "0: the mask as it is.",
+                        tooltip="Makes the edge of your mask soft, by so many pixels. 0: as it is. Try 1 or 2 if a "
+                        "thin line of the old background stays.",
                     )
                 ),
                 advanced(
                     io.Combo.Input(
                         "segmentation_model",
                         options=SEGMENTATION_MODELS.options(),
-                        tooltip="A CLIPSeg folder in models/clipseg, which finds the subject by its name where no mask "
-                        "is connected.",
+                        tooltip="Only without a mask: the CLIPSeg model that finds the thing by its word, a folder in "
+                        "models/clipseg.",
                     )
                 ),
                 advanced(
@@ -96,8 +100,8 @@ class SubjectOnBackground(io.ComfyNode):
                         min=0.0,
                         max=1.0,
                         step=0.01,
-                        tooltip="Without a mask: what is the subject with at most this probability is cut away. Raise "
-                        "it if too much stays.",
+                        tooltip="Only without a mask: how sure it must be that a pixel is the thing, from 0 to 1. "
+                        "Pixels up to this value are cut away. Raise it if too much stays.",
                     )
                 ),
                 advanced(
@@ -107,8 +111,8 @@ class SubjectOnBackground(io.ComfyNode):
                         min=0.0,
                         max=1.0,
                         step=0.01,
-                        tooltip="Without a mask: what is the subject with at least this probability stays whole. Lower "
-                        "it if parts are missing. Between the two, the edge is found by matting.",
+                        tooltip="Only without a mask: pixels from this value on stay whole. Lower it if pieces of the "
+                        "thing are missing. Between the two values the edge is found.",
                     )
                 ),
                 advanced(
@@ -117,21 +121,21 @@ class SubjectOnBackground(io.ComfyNode):
                         default=1024,
                         min=64,
                         max=4096,
-                        tooltip="Without a mask: the longer side, in pixels, at which the edge is found. Larger is "
-                        "finer and takes longer.",
+                        tooltip="Only without a mask: how finely the edge is found, as the longer side in pixels. "
+                        "Larger is finer and slower.",
                     )
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White where the subject is; grey is half transparent. Needs no model. The mask of a Load "
-                    "Image with a transparent picture needs an Invert Mask first; without transparency it says nothing "
-                    "and is ignored.",
+                    tooltip="White where the thing is, grey where it is half transparent. With a mask no model is "
+                    "needed. For the mask of a Load Image with a transparent picture, put Invert Mask between. The "
+                    "mask of a picture without transparency is ignored.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The subject on the background."),
-                io.Mask.Output(display_name="mask", tooltip="White where the subject is in the new picture."),
+                io.Image.Output(display_name="image", tooltip="The thing on the background."),
+                io.Mask.Output(display_name="mask", tooltip="White where the thing is in the new picture."),
             ],
         )
 

@@ -24,43 +24,62 @@ class SubjectEncode(io.ComfyNode):
             node_id="BLIPDiffusionSubjectEncode",
             display_name="BLIP-2 Subject Encode",
             category=CATEGORY,
-            **newer_fields(["image prompt", "reference image", "ip-adapter", "personalization"], CATEGORY),
-            description="Looks at a picture and keeps what belongs to the thing you name. The result sits in a prompt "
-            "like words: connect it to Subject Prompt Compose.",
+            **newer_fields(
+                [
+                    "subject",
+                    "encode subject",
+                    "image prompt",
+                    "reference image",
+                    "ip-adapter",
+                    "ipadapter",
+                    "face swap",
+                ],
+                CATEGORY,
+            ),
+            description="Looks at a picture and remembers one thing in it: your dog, your mug. Connect the result to "
+            "Subject Prompt Compose, and your prompt draws that thing. It works well with things and animals, but not "
+            "with faces of people.",
             inputs=[
-                Blip2QFormer.Input("qformer", tooltip="From Load BLIP-Diffusion or Load BLIP-2 Q-Former."),
+                Blip2QFormer.Input(
+                    "qformer",
+                    tooltip="The part of the model that looks at pictures. Connect qformer of Load BLIP-Diffusion or "
+                    "of Load BLIP-2 Q-Former.",
+                ),
                 io.Image.Input(
                     "image",
-                    tooltip="One picture of the thing, or a batch or list, of any sizes: several views of it, or "
-                    "several things.",
+                    tooltip="A picture of the thing. Large, whole and in the middle works best. Several pictures (a "
+                    "batch or a list, of any sizes) work too: see average_batch.",
                 ),
                 io.String.Input(
                     "subject_word",
                     default="dog",
-                    tooltip="What to look at in the picture, in one to three English words: dog, teddy bear, teapot.",
+                    tooltip="The thing to look at, in one to three English words: dog, teddy bear, teapot. The word "
+                    "decides what is remembered.",
                 ),
                 io.Boolean.Input(
                     "average_batch",
                     default=True,
                     label_on="one subject",
                     label_off="one each",
-                    tooltip="For a batch of pictures: one subject seen from several sides, or one subject for each "
-                    "picture.",
+                    tooltip="Only for several pictures. one subject: all of them show the same thing. one each: every "
+                    "picture is a subject of its own.",
                 ),
                 advanced(
                     io.Combo.Input(
                         "preprocessing",
                         options=list(PREPROCESSING_MODES),
                         default=PREPROCESSING_MODES[0],
-                        tooltip="How a picture that is not square becomes square. crop: the middle, as the authors do. "
-                        "squash: all of it, pressed together, as diffusers does. pad: all of it, on white.",
+                        tooltip="How a picture that is not square becomes square. crop: keeps the middle, as the "
+                        "authors do. squash: presses all of it into the square, as diffusers does. pad: keeps all of "
+                        "it and adds white. Use pad if your thing is cut off.",
                     )
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White where the subject is: it is cut out, put on white and fills the picture. The mask "
-                    "of a Load Image with a transparent picture needs an Invert Mask first.",
+                    tooltip="White where the thing is. Everything else becomes white, and the thing fills the "
+                    "picture. Use it if the thing is small or if other things stand around it. For the mask of a Load "
+                    "Image with a transparent picture, put Invert Mask between.",
                 ),
                 advanced(
                     io.String.Input(
@@ -68,16 +87,17 @@ class SubjectEncode(io.ComfyNode):
                         default="",
                         optional=True,
                         placeholder="1, 1, 0.5",
-                        tooltip="How much each picture of a batch counts for one subject, such as 1, 1, 0.5. Empty: "
-                        "all the same.",
+                        tooltip="How much each of several pictures counts for one subject, such as 1, 1, 0.5. Give a "
+                        "poor picture a smaller number. Empty: all count the same.",
                     )
                 ),
             ],
             outputs=[
-                BlipSubject.Output(display_name="subject", tooltip="For Subject Prompt Compose."),
+                BlipSubject.Output(display_name="subject", tooltip="Your thing. Connect it to Subject Prompt Compose."),
                 io.String.Output(
                     display_name="report",
-                    tooltip="From how many pictures, and of three and more the one least like the others.",
+                    tooltip="Text to read: how many pictures were used; with three or more, also which one is least "
+                    "like the others.",
                 ),
             ],
             is_input_list=True,

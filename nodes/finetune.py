@@ -29,38 +29,46 @@ class SubjectFinetune(io.ComfyNode):
             node_id="BLIPDiffusionSubjectFinetune",
             display_name="Subject Fine-tune",
             category=CATEGORY,
-            **newer_fields(["dreambooth", "train lora", "personalization"], CATEGORY),
-            description="Teaches the model your thing from 3 to 5 pictures, in about a minute on a large card. The "
-            "model and the subject go where the untuned ones went. Cancelled, it keeps what it learned so far: press "
-            "Run again and the graph goes on with that. If ComfyUI stops in the middle, the next Run goes on learning.",
+            **newer_fields(
+                ["dreambooth", "lora training", "train lora", "fine-tuning", "train subject", "personalization"],
+                CATEGORY,
+            ),
+            description="Teaches the model your thing from 3 to 5 pictures, like DreamBooth or LoRA training, so that "
+            "it comes out more alike. About a minute on a large card. Use the new model and subject in place of the "
+            "old ones. If you cancel, it keeps what it learned so far: press Run again and the graph goes on with "
+            "that. If ComfyUI stops in the middle, the next Run goes on learning.",
             inputs=[
-                io.Model.Input("model", tooltip="From Load BLIP-Diffusion. It stays as it is; a tuned one comes out."),
-                io.Clip.Input("clip", tooltip="From the same Load BLIP-Diffusion."),
-                io.Vae.Input("vae", tooltip="From the same Load BLIP-Diffusion."),
-                Blip2QFormer.Input("qformer", tooltip="From the same Load BLIP-Diffusion."),
+                io.Model.Input(
+                    "model", tooltip="Connect model of Load BLIP-Diffusion. It stays as it is; a new one comes out."
+                ),
+                io.Clip.Input("clip", tooltip="Connect clip of the same Load BLIP-Diffusion."),
+                io.Vae.Input("vae", tooltip="Connect vae of the same Load BLIP-Diffusion."),
+                Blip2QFormer.Input("qformer", tooltip="Connect qformer of the same Load BLIP-Diffusion."),
                 io.Image.Input(
                     "image",
-                    tooltip="3 to 5 pictures of the one thing as a batch or list, from several sides, large in the "
-                    "picture and in different places. Of any sizes; the middle square is learned.",
+                    tooltip="3 to 5 pictures of the one thing, as a batch or a list: from several sides, in different "
+                    "places, the thing large. Any sizes; only the middle square of each is learned.",
                 ),
                 io.String.Input(
                     "subject_word",
                     default="dog",
-                    tooltip="What it is, in one to three English words: dog, teddy bear, teapot.",
+                    tooltip="What the thing is, in one to three English words: dog, teddy bear, teapot.",
                 ),
                 io.Int.Input(
                     "steps",
                     default=80,
                     min=1,
                     max=2000,
-                    tooltip="How long to learn. The authors needed 40 to 120; the best of them is kept.",
+                    tooltip="How long it learns. The authors needed 40 to 120 steps. Raise it if the thing does not "
+                    "come out alike. The best step is kept.",
                 ),
                 io.Combo.Input(
                     "trains",
                     options=[LOW_RANK, FULL],
                     default=LOW_RANK,
-                    tooltip="low-rank: a few megabytes beside the model, for small graphics cards. full: the whole "
-                    "U-Net, as the authors do; its optimizer alone needs 14 GB, and the file is as large as a U-Net.",
+                    tooltip="What is changed. low-rank: a small addition of a few megabytes (a LoRA), for small "
+                    "graphics cards. full: the whole network, as the authors do; it needs 14 GB more memory, and its "
+                    "file is as large as the network.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -69,8 +77,8 @@ class SubjectFinetune(io.ComfyNode):
                     max=1.0,
                     step=1e-7,
                     round=1e-8,
-                    tooltip="The authors'. low-rank factors learn at twenty times this by themselves. Too high: every "
-                    "picture looks like yours, whatever the prompt says.",
+                    tooltip="How fast it learns. This is the authors' value; low-rank learns twenty times as fast by "
+                    "itself. Lower it if every picture looks like yours, whatever the prompt says.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -78,9 +86,17 @@ class SubjectFinetune(io.ComfyNode):
                     min=0,
                     max=2**32,
                     control_after_generate=False,
-                    tooltip="The same seed learns the same.",
+                    tooltip="The number that the random choices begin with. The same seed learns the same.",
                 ),
-                advanced(io.Int.Input("batch_size", default=3, min=1, max=64, tooltip="Pictures in a step.")),
+                advanced(
+                    io.Int.Input(
+                        "batch_size",
+                        default=3,
+                        min=1,
+                        max=64,
+                        tooltip="How many pictures it looks at in one step. Lower it if your card runs out of memory.",
+                    )
+                ),
                 advanced(
                     io.Int.Input(
                         "resolution",
@@ -88,12 +104,17 @@ class SubjectFinetune(io.ComfyNode):
                         min=64,
                         max=2048,
                         step=64,
-                        tooltip="Edge of the square it learns at, in pixels; what the model draws best: 512 for SD1.5.",
+                        tooltip="The size of the square pictures it learns from, in pixels. 512 is right for SD1.5.",
                     )
                 ),
                 advanced(
                     io.Int.Input(
-                        "rank", default=RANK, min=1, max=256, tooltip="Of low-rank: how much room there is to learn."
+                        "rank",
+                        default=RANK,
+                        min=1,
+                        max=256,
+                        tooltip="Only for low-rank: how much room there is to learn. Higher: more details and a "
+                        "larger file.",
                     )
                 ),
                 advanced(
@@ -102,8 +123,8 @@ class SubjectFinetune(io.ComfyNode):
                         default=20,
                         min=0,
                         max=2000,
-                        tooltip="After so many steps pictures are drawn and scored, and the best step is kept. 0: "
-                        "never, and the last step is kept; faster.",
+                        tooltip="It draws test pictures after so many steps and gives them scores, so that the best "
+                        "step can be kept. 0: no tests, which is faster; the last step is kept.",
                     )
                 ),
                 advanced(
@@ -111,25 +132,29 @@ class SubjectFinetune(io.ComfyNode):
                         "look_prompts",
                         default="\n".join(VALIDATION_PROMPTS),
                         multiline=True,
-                        tooltip="What to draw then, a line each, as you would write it in Subject Prompt Compose.",
+                        tooltip="What to draw in the tests, one line each, written as in Subject Prompt Compose.",
                     )
                 ),
                 advanced(
                     io.Boolean.Input(
                         "gradient_checkpointing",
                         default=True,
-                        tooltip="Needs less memory and takes a little longer.",
+                        tooltip="Needs less memory and takes a little longer. Switch it off only if your card has "
+                        "much memory.",
                     )
                 ),
                 advanced(
                     io.Boolean.Input(
-                        "mirror", default=False, tooltip="Learn from mirrored pictures too; not for text or faces."
+                        "mirror",
+                        default=False,
+                        tooltip="Learns from mirrored pictures too. Not for things with writing on them, and not for "
+                        "faces.",
                     )
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White where the subject is, as in BLIP-2 Subject Encode. The background is still learned.",
+                    tooltip="White where the thing is, as in BLIP-2 Subject Encode. The background is still learned.",
                 ),
                 *(
                     io.Image.Input(name, optional=True, tooltip="Another picture of the same thing, of any size.")
@@ -137,18 +162,30 @@ class SubjectFinetune(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The tuned model, for KSampler."),
-                BlipSubject.Output(display_name="subject", tooltip="The tuned subject, for Subject Prompt Compose."),
+                io.Model.Output(
+                    display_name="model", tooltip="The model that knows your thing. Connect it to KSampler."
+                ),
+                BlipSubject.Output(
+                    display_name="subject",
+                    tooltip="Your thing, as it was learned. Connect it to Subject Prompt Compose.",
+                ),
                 LoraModel.Output(
                     display_name="weights",
-                    tooltip="For the stock Save LoRA Weights; the stock LoraLoader loads the file. Keep the subject "
-                    "beside it with Save Subject.",
+                    tooltip="What was learned, to keep it as a file with Save LoRA Weights; Load LoRA loads that "
+                    "file. Keep the subject too, with Save Subject.",
                 ),
-                io.Image.Output(display_name="curve", tooltip="The loss, the scores, and which step was kept."),
                 io.Image.Output(
-                    display_name="previews", tooltip="A row for each prompt, a column for each look, untuned first."
+                    display_name="curve",
+                    tooltip="A chart of the learning: the error, the scores, and which step was kept.",
                 ),
-                io.String.Output(display_name="report", tooltip="What was trained and which step was kept."),
+                io.Image.Output(
+                    display_name="previews",
+                    tooltip="The test pictures: a row for each prompt, a column for each test, the first one before "
+                    "learning.",
+                ),
+                io.String.Output(
+                    display_name="report", tooltip="Text to read: what was learned, and which step was kept."
+                ),
             ],
             hidden=[io.Hidden.dynprompt, io.Hidden.unique_id],
             is_input_list=True,

@@ -25,24 +25,24 @@ class SubjectInterpolate(io.ComfyNode):
             node_id="BLIPDiffusionSubjectInterpolate",
             display_name="Subject Interpolate",
             category=CATEGORY,
-            **newer_fields(["blend subjects", "mix subjects", "style mixing"]),
-            description="Mixes two, three or four subjects into one: a slider between two, a square between four, or "
-            "weights of your own.",
+            **newer_fields(["mix", "mix subjects", "blend subjects", "style mixing", "merge subjects"]),
+            description="Mixes two, three or four subjects into one: half this dog, half that cat. Move the sliders x "
+            "and y, or write your own weights.",
             inputs=[
-                BlipSubject.Input("subject_1", tooltip="The subject at x 0; of four, the top left."),
-                BlipSubject.Input("subject_2", tooltip="The subject at x 1; of four, the top right."),
+                BlipSubject.Input("subject_1", tooltip="The subject at x 0. With four subjects: the top left corner."),
+                BlipSubject.Input("subject_2", tooltip="The subject at x 1. With four subjects: the top right corner."),
                 slider_input(
                     "x",
                     0.5,
-                    "0: subject_1, 1: subject_2, between: a mix. Below 0 and above 1 lies what is beyond them "
-                    "(extrapolation): exaggerated, and soon strange.",
+                    "0: subject_1. 1: subject_2. 0.5: half of each. Below 0 or above 1, one subject is exaggerated "
+                    "and the other taken away: a little (-0.2 or 1.2) can help, more looks strange.",
                     *BEYOND,
                 ),
                 slider_input(
                     "y",
                     0.0,
-                    "0: between subject_1 and subject_2. 1: subject_3, or with four between subject_3 and subject_4. "
-                    "With two subjects it does nothing.",
+                    "Only for three or four subjects. With three, 1 is subject_3. With four, 0 is the side of "
+                    "subject_1 and subject_2, and 1 the side of subject_3 and subject_4.",
                     *BEYOND,
                 ),
                 blend_mode_input(),
@@ -51,8 +51,9 @@ class SubjectInterpolate(io.ComfyNode):
                         "weights",
                         default="",
                         placeholder="1, 2, 0.5",
-                        tooltip="A number for each subject instead of the sliders, such as 1, 2, 0.5. Only their "
-                        "proportion matters. A negative one takes a subject away (extrapolation). Empty: the sliders.",
+                        tooltip="Instead of the sliders, one number for each subject, such as 1, 2, 0.5: here the "
+                        "second counts twice as much as the first. A negative number takes a subject away. Empty: the "
+                        "sliders count.",
                     )
                 ),
                 advanced(
@@ -60,15 +61,19 @@ class SubjectInterpolate(io.ComfyNode):
                         "word",
                         default="",
                         placeholder="the strongest subject's word",
-                        tooltip="The word for the mix. Empty: that of the subject with the largest weight.",
+                        tooltip="The word for the mix in the prompt. Empty: the word of the subject that counts most.",
                     )
                 ),
-                BlipSubject.Input("subject_3", optional=True, tooltip="A third subject; of four, the bottom left."),
-                BlipSubject.Input("subject_4", optional=True, tooltip="A fourth subject, the bottom right."),
+                BlipSubject.Input(
+                    "subject_3", optional=True, tooltip="A third subject. With four subjects: the bottom left corner."
+                ),
+                BlipSubject.Input("subject_4", optional=True, tooltip="A fourth subject: the bottom right corner."),
             ],
             outputs=[
-                BlipSubject.Output(display_name="subject", tooltip="For Subject Prompt Compose or Save Subject."),
-                io.String.Output(display_name="report", tooltip="What was mixed, with which weights."),
+                BlipSubject.Output(
+                    display_name="subject", tooltip="The mix. Connect it to Subject Prompt Compose or Save Subject."
+                ),
+                io.String.Output(display_name="report", tooltip="Text to read: what was mixed, and how much of each."),
             ],
         )
 
@@ -102,19 +107,23 @@ class SubjectTrajectory(io.ComfyNode):
             node_id="BLIPDiffusionSubjectTrajectory",
             display_name="Subject Trajectory",
             category=CATEGORY,
-            **newer_fields(["morph", "interpolation steps", "blend sequence"]),
-            description="Goes from one subject to another in equal steps, or fills the square between four. One "
-            "KSampler draws all steps, and Subject Grid lays them out.",
+            **newer_fields(["morph", "morphing", "interpolation steps", "blend sequence"]),
+            description="Morphs one subject into another in equal steps, with a picture for each step; or fills a "
+            "square between four subjects. One KSampler draws all steps, and Subject Grid puts them on one sheet.",
             inputs=[
-                BlipSubject.Input("subject_1", tooltip="Where the line begins; of four, the top left."),
-                BlipSubject.Input("subject_2", tooltip="Where the line ends; of four, the top right."),
+                BlipSubject.Input(
+                    "subject_1", tooltip="Where the line begins. With four subjects: the top left corner."
+                ),
+                BlipSubject.Input(
+                    "subject_2", tooltip="Where the line ends. With four subjects: the top right corner."
+                ),
                 io.Int.Input(
                     "steps",
                     default=5,
                     min=2,
                     max=64,
-                    tooltip="How many subjects along the line, both ends included. With four subjects, along each "
-                    "side of the square: 5 makes 25 pictures.",
+                    tooltip="How many pictures from the first subject to the last, both included. With four subjects "
+                    "it is the number along each side of the square: 5 makes 25 pictures.",
                 ),
                 blend_mode_input(),
                 advanced(
@@ -122,7 +131,7 @@ class SubjectTrajectory(io.ComfyNode):
                         "word",
                         default="",
                         placeholder="subject_1's word",
-                        tooltip="The word for all steps. Empty: that of subject_1.",
+                        tooltip="The word for all steps in the prompt. Empty: the word of subject_1.",
                     )
                 ),
                 advanced(
@@ -131,29 +140,35 @@ class SubjectTrajectory(io.ComfyNode):
                         default=16,
                         min=1,
                         max=4096,
-                        tooltip="How many pictures are drawn at the same time; the rest follows. Lower it if memory "
-                        "runs out: the pictures stay the same.",
+                        tooltip="How many pictures are drawn at the same time. Lower it if your card runs out of "
+                        "memory. The pictures stay the same.",
                     )
                 ),
-                BlipSubject.Input("subject_3", optional=True, tooltip="The bottom left of a square of four."),
-                BlipSubject.Input("subject_4", optional=True, tooltip="The bottom right of a square of four."),
+                BlipSubject.Input("subject_3", optional=True, tooltip="The bottom left corner of a square of four."),
+                BlipSubject.Input("subject_4", optional=True, tooltip="The bottom right corner of a square of four."),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="One Empty Latent Image (or an encoded picture): it comes out once for each step, with "
-                    "the same noise for all, so that only the subject changes from picture to picture.",
+                    tooltip="One Empty Latent Image, or a picture from VAE Encode. It is repeated for every step with "
+                    "the same noise, so that only the subject changes from picture to picture.",
                 ),
             ],
             outputs=[
                 BlipSubject.Output(
-                    display_name="subject", is_output_list=True, tooltip="All steps, for Subject Prompt Compose."
+                    display_name="subject",
+                    is_output_list=True,
+                    tooltip="All steps. Connect it to Subject Prompt Compose.",
                 ),
                 io.Latent.Output(
                     display_name="latent",
                     is_output_list=True,
-                    tooltip="For KSampler's latent_image; needs the input latent.",
+                    tooltip="Connect it to latent_image of KSampler. It is empty if nothing is connected to the input "
+                    "latent.",
                 ),
-                io.String.Output(display_name="labels", tooltip="Where each step lies, for Subject Grid's labels."),
+                io.String.Output(
+                    display_name="labels",
+                    tooltip="Where each step lies, such as x 0.25. Connect it to labels of Subject Grid.",
+                ),
             ],
         )
 
@@ -188,24 +203,25 @@ class SubjectGrid(io.ComfyNode):
             node_id="BLIPDiffusionSubjectGrid",
             display_name="Subject Grid",
             category=CATEGORY,
-            **newer_fields(["contact sheet", "image grid", "xy plot"]),
-            description="Lays the pictures of a trajectory out on one sheet, the pictures the subjects were made from "
-            "at its ends or corners.",
+            **newer_fields(["contact sheet", "image grid", "xy plot", "labels"]),
+            description="Puts the pictures of Subject Trajectory on one sheet. The pictures that the subjects were "
+            "made from stand at the ends or in the corners.",
             inputs=[
-                io.Image.Input("images", tooltip="What was drawn, as a batch in the trajectory's order."),
+                io.Image.Input("images", tooltip="The pictures, from VAE Decode, in the order of Subject Trajectory."),
                 io.Int.Input(
                     "columns",
                     default=0,
                     min=0,
                     max=64,
-                    tooltip="Pictures in a row, without sources. 0: one row for a line with sources, else a square.",
+                    tooltip="How many pictures stand side by side; source pictures do not count. 0: chosen for you, "
+                    "one row for a line with source pictures, otherwise a square.",
                 ),
                 io.String.Input(
                     "labels",
                     default="",
                     multiline=True,
-                    tooltip="One line for each picture, then one for each source. Connect Subject Trajectory's labels, "
-                    "or write your own. Empty: no labels.",
+                    tooltip="The words below the pictures: one line for each picture, then one for each source "
+                    "picture. Connect labels of Subject Trajectory, or write your own. Empty: no words.",
                 ),
                 advanced(
                     io.Int.Input(
@@ -213,19 +229,24 @@ class SubjectGrid(io.ComfyNode):
                         default=8192,
                         min=64,
                         max=16384,
-                        tooltip="A sheet that would be longer than this, in pixels, is drawn smaller.",
+                        tooltip="The longest side of the sheet, in pixels. A sheet that would be longer is made "
+                        "smaller.",
                     )
                 ),
                 io.Image.Input(
-                    "source_1", optional=True, tooltip="subject_1's picture: left of a line, top left of a square."
+                    "source_1", optional=True, tooltip="The picture of subject_1: left of a line, top left of a square."
                 ),
                 io.Image.Input(
-                    "source_2", optional=True, tooltip="subject_2's picture: right of a line, top right of a square."
+                    "source_2",
+                    optional=True,
+                    tooltip="The picture of subject_2: right of a line, top right of a square.",
                 ),
-                io.Image.Input("source_3", optional=True, tooltip="subject_3's picture: bottom left of a square."),
-                io.Image.Input("source_4", optional=True, tooltip="subject_4's picture: bottom right of a square."),
+                io.Image.Input("source_3", optional=True, tooltip="The picture of subject_3: bottom left of a square."),
+                io.Image.Input(
+                    "source_4", optional=True, tooltip="The picture of subject_4: bottom right of a square."
+                ),
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="The sheet, for Save Image.")],
+            outputs=[io.Image.Output(display_name="image", tooltip="The sheet. Connect it to Save Image.")],
             is_input_list=True,
         )
 

@@ -18,25 +18,27 @@ class DDIMInversion(io.ComfyNode):
             node_id="BLIPDiffusionDDIMInversion",
             display_name="DDIM Inversion",
             category=CATEGORY,
-            **newer_fields(["invert image", "unsampler", "photo editing"]),
-            description="Finds the noise that a picture of yours could have been drawn from. KSampler (Advanced), set "
-            "as the output settings says, draws the picture again from it, or with another prompt an edit of it.",
+            **newer_fields(["invert image", "unsampler", "photo editing", "edit photo"]),
+            description="Finds the noise that your own photograph could have been drawn from. KSampler (Advanced) "
+            "then draws the photograph again, or a changed version of it with another prompt. Set the KSampler "
+            "(Advanced) as the output settings says.",
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The model that will draw from the latent. SD1.5 and SDXL work, Flux not."
+                    "model", tooltip="The model that will draw the picture later. SD1.5 and SDXL work; Flux does not."
                 ),
                 io.Conditioning.Input(
                     "conditioning",
-                    tooltip="A prompt that describes the picture, with its ControlNet if the drawing will have one.",
+                    tooltip="A prompt that describes your picture. If you draw with a ControlNet later, apply it to "
+                    "this prompt too.",
                 ),
-                io.Latent.Input("latent", tooltip="The picture, from VAE Encode. A batch is inverted row by row."),
+                io.Latent.Input("latent", tooltip="Your picture, from VAE Encode. A batch of pictures works too."),
                 io.Int.Input(
                     "steps",
                     default=50,
                     min=1,
                     max=1000,
-                    tooltip="The same number as in the KSampler (Advanced) that draws from the latent. More steps find "
-                    "the picture more exactly.",
+                    tooltip="The same number as in the KSampler (Advanced) that draws later. More steps come closer "
+                    "to your picture and take longer.",
                 ),
                 advanced(
                     io.Int.Input(
@@ -44,18 +46,20 @@ class DDIMInversion(io.ComfyNode):
                         default=1,
                         min=0,
                         max=20,
-                        tooltip="How often each step is corrected, so that drawing comes back to the picture more "
-                        "exactly. Each correction takes as long as the inversion without any; 0 is plain DDIM "
-                        "inversion.",
+                        tooltip="How many times each step is corrected. More comes closer to your picture. Each "
+                        "correction takes as long as the whole work without any. 0: none, the plain DDIM inversion.",
                     )
                 ),
             ],
             outputs=[
                 io.Latent.Output(
-                    display_name="latent", tooltip="For KSampler (Advanced), which must not add noise to it."
+                    display_name="latent",
+                    tooltip="The noise. Connect it to latent_image of KSampler (Advanced) with add_noise on disable, "
+                    "or to Prompt-to-Prompt Edit.",
                 ),
                 io.String.Output(
-                    display_name="settings", tooltip="How to set the KSampler (Advanced) that finds the picture again."
+                    display_name="settings",
+                    tooltip="Text to read: how to set the KSampler (Advanced) that draws your picture again.",
                 ),
             ],
         )

@@ -36,15 +36,27 @@ class LoadBLIPDiffusion(CheckpointNode):
             node_id="BLIPDiffusionLoader",
             display_name="Load BLIP-Diffusion",
             category=CATEGORY,
-            **newer_fields(["checkpoint loader", "subject model", "salesforce blipdiffusion"], CATEGORY),
-            description="Loads everything a BLIP-Diffusion checkpoint holds. MODEL, CLIP and VAE go where a Load "
-            "Checkpoint's would go; the Q-Former goes to BLIP-2 Subject Encode.",
+            **newer_fields(
+                ["checkpoint loader", "load checkpoint", "subject model", "salesforce blipdiffusion"], CATEGORY
+            ),
+            description="Loads a BLIP-Diffusion model. Start here. Connect model, clip and vae like those of Load "
+            "Checkpoint, and qformer to BLIP-2 Subject Encode.",
             inputs=[checkpoint_input()],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The tuned U-Net, for KSampler."),
-                io.Clip.Output(display_name="clip", tooltip="The tuned text encoder, for Subject Prompt Compose."),
-                io.Vae.Output(display_name="vae", tooltip="For VAE Decode."),
-                Blip2QFormer.Output(display_name="qformer", tooltip="For BLIP-2 Subject Encode."),
+                io.Model.Output(display_name="model", tooltip="The network that draws. Connect it to KSampler."),
+                io.Clip.Output(
+                    display_name="clip",
+                    tooltip="The part that reads prompts. Connect it to Subject Prompt Compose, and to CLIP Text "
+                    "Encode for the negative prompt.",
+                ),
+                io.Vae.Output(
+                    display_name="vae",
+                    tooltip="The part that turns the result into a picture. Connect it to VAE Decode.",
+                ),
+                Blip2QFormer.Output(
+                    display_name="qformer",
+                    tooltip="The part that looks at pictures. Connect it to BLIP-2 Subject Encode.",
+                ),
             ],
         )
 
@@ -66,10 +78,15 @@ class LoadBLIP2QFormer(CheckpointNode):
             display_name="Load BLIP-2 Q-Former",
             category=CATEGORY,
             **newer_fields(["q-former", "qformer", "subject encoder loader"]),
-            description="Loads only the part that reads pictures, about 1 GB in float16. Use it beside a Load "
-            "Checkpoint that loads the converted file; the help page says how to convert.",
+            description="Loads only the part that looks at pictures, about 1 GB. Use it when the rest of the model is "
+            "one file and comes from Load Checkpoint. The help page says how to make that file.",
             inputs=[checkpoint_input()],
-            outputs=[Blip2QFormer.Output(display_name="qformer", tooltip="For BLIP-2 Subject Encode.")],
+            outputs=[
+                Blip2QFormer.Output(
+                    display_name="qformer",
+                    tooltip="The part that looks at pictures. Connect it to BLIP-2 Subject Encode.",
+                )
+            ],
         )
 
     @classmethod
@@ -89,11 +106,11 @@ class LoadBLIPDiffusionControlNet(CheckpointNode):
             display_name="Load BLIP-Diffusion ControlNet",
             category=CATEGORY,
             **newer_fields(["controlnet loader", "canny controlnet"]),
-            description="Loads the ControlNet inside a BLIP-Diffusion folder: Salesforce/blipdiffusion-controlnet has "
-            "one for Canny edges. Goes to Apply ControlNet. Any other SD1.5 ControlNet works as well, with the stock "
-            "loader.",
+            description="Loads the ControlNet of a BLIP-Diffusion folder. With a ControlNet, the new picture follows "
+            "the edges of another picture: Salesforce/blipdiffusion-controlnet has one for Canny edges. Other SD1.5 "
+            "ControlNets work too; load them with Load ControlNet Model.",
             inputs=[checkpoint_input()],
-            outputs=[io.ControlNet.Output(display_name="control_net", tooltip="For Apply ControlNet.")],
+            outputs=[io.ControlNet.Output(display_name="control_net", tooltip="Connect it to Apply ControlNet.")],
         )
 
     @classmethod
@@ -113,17 +130,23 @@ class LoadTunedSubject(CheckpointNode):
             node_id="BLIPDiffusionTunedSubjectLoader",
             display_name="Load Tuned Subject",
             category=CATEGORY,
-            **newer_fields(["fine-tuned subject", "dreambooth subject", "pth subject"]),
-            description="A checkpoint that was tuned with the authors' code, such as checkpoint_40.pth, holds the "
-            "subject it was tuned on. This takes it out; no picture and no BLIP-2 Subject Encode is needed then.",
+            **newer_fields(["fine-tuned subject", "trained subject", "pth subject"]),
+            description="Takes the subject out of a model file that was trained on one thing with the authors' own "
+            "code, such as checkpoint_40.pth. You need no picture and no BLIP-2 Subject Encode then. To teach the "
+            "model your own thing, use Subject Fine-tune.",
             inputs=[
                 checkpoint_input(),
                 io.String.Input(
-                    "subject_word", default="dog", tooltip="What the subject is. The checkpoint itself does not say."
+                    "subject_word",
+                    default="dog",
+                    tooltip="What the thing is, in one to three English words. The file does not say it.",
                 ),
             ],
             outputs=[
-                BlipSubject.Output(display_name="subject", tooltip="For Subject Prompt Compose, or Save Subject.")
+                BlipSubject.Output(
+                    display_name="subject",
+                    tooltip="Connect it to Subject Prompt Compose, or keep it with Save Subject.",
+                )
             ],
         )
 

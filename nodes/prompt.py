@@ -19,26 +19,32 @@ class SubjectPromptCompose(io.ComfyNode):
             node_id="BLIPDiffusionPromptCompose",
             display_name="Subject Prompt Compose",
             category=CATEGORY,
-            **newer_fields(["subject prompt", "image prompt", "text encode with subject"], CATEGORY),
-            description='Writes "a <the subject> <target> <prompt>" and encodes it. Goes to KSampler as the positive '
-            "conditioning; the negative is a plain CLIP Text Encode.",
+            **newer_fields(["subject prompt", "image prompt", "text encode with subject", "style transfer"], CATEGORY),
+            description='Puts your subject into a prompt, such as "a <subject> dog swimming underwater". Connect '
+            "the result to KSampler as positive. For the negative prompt, use CLIP Text Encode.",
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder of the BLIP-Diffusion checkpoint."),
-                BlipSubject.Input("subject", tooltip="From BLIP-2 Subject Encode."),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The part of the model that reads prompts. Connect clip of Load BLIP-Diffusion, or of "
+                    "Load Checkpoint with a converted BLIP-Diffusion file.",
+                ),
+                BlipSubject.Input("subject", tooltip="Your thing, from BLIP-2 Subject Encode or Load Subject."),
                 io.String.Input(
                     "prompt",
                     default="swimming underwater",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip='What the subject does, where it is, in which style. "a" and the subject\'s word go in '
-                    "front by themselves. (word:1.2) and embedding:name work as everywhere.",
+                    tooltip="What the subject does, where it is, in which style: swimming underwater. Do not name the "
+                    'subject here; "a" and its word are put in front for you. (word:1.2) and embedding:name work as '
+                    "usual.",
                 ),
                 io.String.Input(
                     "target_subject",
                     default="",
                     placeholder="the subject's own word",
-                    tooltip="What to draw. Empty: the subject itself. Another word draws that thing in the subject's "
-                    "style: a flower's picture and the word teapot make a teapot of that flower's look.",
+                    tooltip="What to draw. Empty: the subject itself. Another word draws that thing in the look of "
+                    "the subject. Example: the picture shows a flower and you write teapot; you get a teapot that "
+                    "looks like the flower.",
                 ),
                 io.Float.Input(
                     "prompt_strength",
@@ -46,9 +52,9 @@ class SubjectPromptCompose(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="How often the prompt is said again, as a part of repetitions. 1: as often as fits, as the "
-                    "authors do. Lower values say it less often, and the subject begins to dominate; 0.05 of 20 says "
-                    "it once.",
+                    tooltip="How much the prompt counts beside your subject. 1: as the authors do; the prompt is said "
+                    "many times. Lower: it is said less often, and the picture becomes more like your subject; at "
+                    "0.05 it is said once. If the picture ignores the prompt, make the prompt shorter.",
                 ),
                 advanced(
                     io.Int.Input(
@@ -56,7 +62,9 @@ class SubjectPromptCompose(io.ComfyNode):
                         default=20,
                         min=1,
                         max=100,
-                        tooltip="The authors say the prompt 20 times to make it heard beside the subject.",
+                        tooltip="How many times the prompt is said at prompt_strength 1. The authors say it 20 times, "
+                        "so that it counts beside the subject. Set 1 if you edit single words of the prompt with "
+                        "another node.",
                     )
                 ),
                 advanced(
@@ -64,8 +72,10 @@ class SubjectPromptCompose(io.ComfyNode):
                         "overflow",
                         options=list(OVERFLOWS),
                         default=OVERFLOWS[0],
-                        tooltip="What happens to tokens that do not fit 77. truncate: they are dropped, as the "
-                        "model was trained. continue: they go into further blocks, as ComfyUI does with long prompts.",
+                        tooltip="What happens to a prompt that is too long. The model reads 77 tokens (pieces of "
+                        "words) at once, and the subject needs 16 of them. truncate: the rest is dropped, as the "
+                        "model was trained. continue: the rest is read as a second block, as ComfyUI does with long "
+                        "prompts.",
                     )
                 ),
                 advanced(
@@ -75,14 +85,16 @@ class SubjectPromptCompose(io.ComfyNode):
                         min=0.0,
                         max=2.0,
                         step=0.05,
-                        tooltip="ComfyUI's own token weight on the subject. 1: as trained. 0: the plain prompt "
-                        "without the subject, cut or continued the same way.",
+                        tooltip="How strong the subject is. 1: as trained. Change it in small steps, such as 0.9 or "
+                        "1.1. 0: no subject, only the prompt.",
                     )
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="conditioning", tooltip="For KSampler's positive input."),
-                io.String.Output(display_name="text", tooltip="The whole text that was composed, for reading."),
+                io.Conditioning.Output(
+                    display_name="conditioning", tooltip="The finished prompt. Connect it to positive of KSampler."
+                ),
+                io.String.Output(display_name="text", tooltip="Text to read: all that was written for you."),
             ],
         )
 

@@ -26,7 +26,7 @@ def region_input(number: int) -> io.Conditioning.Input:
     return io.Conditioning.Input(
         f"region_{number}",
         optional=number > 1,
-        tooltip="What stands in this region: from Subject Prompt Compose, or any prompt.",
+        tooltip=f"What is in region {number}: from Subject Prompt Compose, or any prompt.",
     )
 
 
@@ -35,8 +35,8 @@ def mask_input(number: int) -> io.Mask.Input:
     return io.Mask.Input(
         f"mask_{number}",
         optional=True,
-        tooltip=f"White where region {number} is, in place of its line in boxes. Of any size; a mask for each picture "
-        "of a batch works too.",
+        tooltip=f"White where region {number} is. It is used instead of line {number} of boxes. Any size; for a "
+        "batch of pictures, one mask for each works too.",
     )
 
 
@@ -50,53 +50,59 @@ class SubjectRegions(io.ComfyNode):
             node_id="BLIPDiffusionSubjectRegions",
             display_name="Subject Regions",
             category=CATEGORY,
-            **newer_fields(["regional prompt", "several subjects", "attention couple", "area"]),
+            **newer_fields(["regional prompt", "several subjects", "two subjects", "attention couple", "area"]),
             description="Puts several subjects into one picture, each where you want it, in one run of the sampler. "
-            "Stands between the prompts and any sampler. For more than four regions, connect the conditioning to the "
-            "scene of a second such node.",
+            "Put it between the prompts and the sampler. For more than four regions, connect conditioning to scene of "
+            "a second Subject Regions.",
             inputs=[
                 io.Conditioning.Input(
                     "scene",
-                    tooltip="The prompt of the whole picture: a table in a garden. It speaks where no region is.",
+                    tooltip="The prompt of the whole picture, without the subjects: a table in a garden. It counts "
+                    "where no region is.",
                 ),
                 region_input(1),
                 io.String.Input(
                     "boxes",
                     default="0, 0, 0.5, 1\n0.5, 0, 0.5, 1",
                     multiline=True,
-                    tooltip="A line for each region: x, y, width, height, as parts of the picture. 0, 0, 0.5, 1 is the "
-                    "left half. The line of a region with a mask is not read and can stay empty.",
+                    tooltip="Where the regions are, one line each: x, y, width, height, all from 0 to 1. 0, 0, 0.5, 1 "
+                    "is the left half of the picture. The line of a region with a mask is not read and can stay "
+                    "empty.",
                 ),
                 io.String.Input(
                     "strengths",
                     default="1",
-                    tooltip="One number for all regions, or one for each, with commas between them. Below 1 the scene "
-                    "speaks too; where regions overlap, the stronger one gets more.",
+                    tooltip="How strong the regions are. 1: normal. Below 1 the scene shows through. Where regions "
+                    "overlap, the stronger one gets more. One number for all, or one for each with commas between "
+                    "them.",
                 ),
                 io.String.Input(
                     "feathers",
                     default="0.1",
-                    tooltip="How wide the soft edge of a region is, as a part of the picture's shorter side. One "
-                    "number for all regions, or one for each.",
+                    tooltip="How wide the soft edge of a region is. 0: a hard edge. 0.1: a tenth of the picture's "
+                    "shorter side. One number for all, or one for each with commas between them.",
                 ),
                 slider_input(
                     "base_share",
                     0.2,
-                    "How much every region also hears the scene. 0: not at all. More: the subjects fit better into one "
-                    "picture, and are less like themselves.",
+                    "How much every region also follows the scene. 0: not at all. Higher: the subjects fit together "
+                    "better in one picture, but each is less like itself.",
                     0.0,
                     1.0,
                 ),
                 advanced(
                     fraction_input(
-                        "start", 0.0, "From which part of the steps on the regions count; before it, the scene alone."
+                        "start",
+                        0.0,
+                        "When the regions begin to count. 0: at the first step. Before that, only the scene counts.",
                     )
                 ),
                 advanced(
                     fraction_input(
                         "end",
                         1.0,
-                        "Up to which part of the steps the regions count. The first steps decide what stands where.",
+                        "When the regions stop to count. 1: at the last step. The first steps decide where things "
+                        "are, the last steps decide the details.",
                     )
                 ),
                 mask_input(1),
@@ -106,10 +112,13 @@ class SubjectRegions(io.ComfyNode):
             outputs=[
                 io.Conditioning.Output(
                     display_name="conditioning",
-                    tooltip="For a sampler's positive input, or ControlNet and area nodes before it.",
+                    tooltip="The finished prompt. Connect it to positive of the sampler, or to ControlNet and area "
+                    "nodes before it.",
                 ),
                 io.Image.Output(
-                    display_name="layout", tooltip="The regions in colours, with the words of their subjects."
+                    display_name="layout",
+                    tooltip="A picture of the regions in colours, with the words of their subjects. Connect it to "
+                    "Preview Image to check them.",
                 ),
                 model_output(),
             ],

@@ -27,31 +27,34 @@ class SaveSubject(io.ComfyNode):
             node_id="BLIPDiffusionSubjectSave",
             display_name="Save Subject",
             category=CATEGORY,
-            **newer_fields(["save embedding", "textual inversion", "export subject"]),
-            description="Keeps a subject as one small file in models/embeddings. Load Subject reads it again, and "
-            "embedding:name in any text box draws it, without this pack as well.",
+            **newer_fields(["textual inversion", "save embedding", "export subject", "share subject"]),
+            description="Saves a subject as one small file in models/embeddings. Load Subject loads it again. Friends "
+            "with a BLIP-Diffusion model can use it without this pack: embedding:name in any prompt draws it.",
             is_output_node=True,
             inputs=[
-                BlipSubject.Input("subject", tooltip="One subject; a batch or a trajectory does not fit one file."),
+                BlipSubject.Input("subject", tooltip="One subject. A batch of several does not fit into one file."),
                 io.String.Input(
                     "name",
                     default="my_subject",
-                    tooltip="The file's name, as it is written in a prompt after embedding: - letters, digits, -, _ "
-                    "and . only.",
+                    tooltip="The name of the file. In a prompt you write it after embedding: and so it may have only "
+                    "letters, digits and - _ . but no spaces.",
                 ),
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
                     label_on="replace",
                     label_off="keep",
-                    tooltip="What happens to another subject of that name. keep: nothing is written and the node says "
-                    "so. replace: it is lost.",
+                    tooltip="If there is a subject of that name already. keep: nothing is saved, and the node says "
+                    "so. replace: the old one is lost.",
                 ),
             ],
             outputs=[
-                BlipSubject.Output(display_name="subject", tooltip="The same subject, for Subject Prompt Compose."),
+                BlipSubject.Output(
+                    display_name="subject", tooltip="The same subject. Connect it to Subject Prompt Compose."
+                ),
                 io.String.Output(
-                    display_name="embedding", tooltip="embedding:name, to paste into a prompt behind the word a."
+                    display_name="embedding",
+                    tooltip="The words to write into a prompt, after the word a. Looks like embedding:name.",
                 ),
             ],
             is_input_list=True,
@@ -90,31 +93,36 @@ class LoadSubject(io.ComfyNode):
             node_id="BLIPDiffusionSubjectLoad",
             display_name="Load Subject",
             category=CATEGORY,
-            **newer_fields(["load embedding", "textual inversion", "import subject"]),
-            description="Reads a subject that Save Subject kept, or one that somebody gave you.",
+            **newer_fields(["textual inversion", "load embedding", "import subject", "saved subject"]),
+            description="Loads a subject that you saved with Save Subject, or a file that somebody gave you. No "
+            "picture is needed.",
             inputs=[
                 io.Combo.Input(
                     "subject_file",
                     options=SUBJECTS.options(),
-                    tooltip="A .safetensors in models/embeddings or a subfolder. Other embeddings lie there too; they "
-                    "are refused with what they are.",
+                    tooltip="A .safetensors file in models/embeddings or a folder in it. Press R after you put a new "
+                    "one there. Other embeddings are in this list too: if you choose one, the node stops and says "
+                    "what it is.",
                 ),
                 io.String.Input(
                     "subject_word",
                     default="",
                     placeholder="the word it was saved with",
-                    tooltip="The word for the subject. Empty: the one in the file.",
+                    tooltip="The word for the subject in the prompt. Empty: the word it was saved with.",
                 ),
                 Blip2QFormer.Input(
                     "qformer",
                     optional=True,
-                    tooltip="The Q-Former of the model you draw with: then the node warns if the subject was made by "
-                    "another one.",
+                    tooltip="Can stay empty. Connect qformer of the model you draw with, and the node warns you if "
+                    "the subject was made with another model.",
                 ),
             ],
             outputs=[
-                BlipSubject.Output(display_name="subject", tooltip="For Subject Prompt Compose."),
-                io.String.Output(display_name="report", tooltip="What was loaded, and a warning if it may not fit."),
+                BlipSubject.Output(display_name="subject", tooltip="Your thing. Connect it to Subject Prompt Compose."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="Text to read: what was loaded, and a warning if it may not fit the model.",
+                ),
             ],
         )
 

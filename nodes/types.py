@@ -74,8 +74,8 @@ def model_input() -> io.Model.Input:
     return io.Model.Input(
         "model",
         optional=True,
-        tooltip="Can stay empty. With the sampler's model here, and this node's model output at the sampler, newer "
-        "versions of ComfyUI do not load the checkpoint a second time. The picture is the same.",
+        tooltip="Can stay empty. To save memory on new versions of ComfyUI, connect the model here, and the model "
+        "output of this node to the sampler. Then the model is not loaded a second time. The picture is the same.",
     )
 
 
@@ -83,7 +83,7 @@ def model_output() -> io.Model.Output:
     """Return the MODEL output that goes with :func:`model_input`."""
     return io.Model.Output(
         display_name="model",
-        tooltip="For the sampler, if a model is connected here; else the sampler has its model as before.",
+        tooltip="Connect it to the sampler if you connected a model to this node. Otherwise leave it empty.",
     )
 
 
@@ -92,9 +92,9 @@ def checkpoint_input() -> io.Combo.Input:
     return io.Combo.Input(
         "checkpoint",
         options=CHECKPOINTS.options(),
-        tooltip="A folder or file in models/blip_diffusion (or a BLIP-Diffusion folder in models/diffusers): "
-        "Salesforce/blipdiffusion as downloaded, an original LAVIS folder, a fine-tuned .pth, or "
-        "blip2_qformer.safetensors.",
+        tooltip="The model: a folder or a file in models/blip_diffusion, or a BLIP-Diffusion folder in "
+        "models/diffusers. For example Salesforce/blipdiffusion as downloaded, a folder that the authors' own code "
+        "(LAVIS) uses, a fine-tuned .pth file, or blip2_qformer.safetensors. Press R after you put a new one there.",
     )
 
 
@@ -105,9 +105,9 @@ def blend_mode_input() -> io.Combo.Input:
             "mode",
             options=list(BLEND_MODES),
             default=BLEND_MODES[0],
-            tooltip="linear: the plain mean, as the authors do. spherical: turns from one subject to the other at an "
-            "even pace. norm-preserving: the plain mean, made as strong as its subjects; try it when the middle looks "
-            "dull.",
+            tooltip="How the subjects are mixed. linear: the plain average, as the authors do. spherical: goes from "
+            "one subject to the other at an even speed. norm-preserving: the average, made as strong as the subjects; "
+            "try it if the middle of a mix looks dull.",
         )
     )
 
