@@ -5,6 +5,7 @@ from . import (
     attention_map,
     composite,
     encode,
+    fidelity,
     finetune,
     interpolate,
     inversion,
@@ -29,6 +30,7 @@ NODES = [
         attention_map,
         composite,
         finetune,
+        fidelity,
     )
     for node in module.NODES
 ]

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+from ..subject.fidelity import likeness
 
 #: What stands behind "a <the subject> <its word>".
 VALIDATION_PROMPTS = ("in the snow", "on the grass", "on the beach")
@@ -85,8 +86,8 @@ class Validation:
     def _score(self, step: int, samples: Tensor) -> Score:
         subject_vectors = self.encode_images(samples, [self.word] * len(samples))  # [P, 16, width]
         prompt_vectors = self.encode_images(samples, self.prompts)  # [P, 16, width]
-        likeness = mean_cosine(subject_vectors, self.vectors.expand_as(subject_vectors))
-        return Score(step, likeness, mean_cosine(prompt_vectors, self._prompt_vectors))
+        like, agree = likeness(subject_vectors, self.vectors), likeness(prompt_vectors, self._prompt_vectors)
+        return Score(step, float(like.mean()), float(agree.mean()))
 
 
 def validation_noise(prompts: int, shape: Sequence[int]) -> Tensor:
@@ -113,16 +114,3 @@ def preview_grid(samples: Sequence[Tensor]) -> Tensor:
         One image of shape [P * H, V * W, 3].
     """
     return rearrange(torch.stack(list(samples)).cpu(), "v p c h w -> (p h) (v w) c")
-
-
-def mean_cosine(first: Tensor, second: Tensor) -> float:
-    """Compute the mean cosine similarity of vectors.
-
-    Args:
-        first: Subject vectors of shape [B, 16, width].
-        second: Subject vectors of shape [B, 16, width].
-
-    Returns:
-        The mean over all B * 16 pairs, in -1..1.
-    """
-    return float(F.cosine_similarity(first.float(), second.float(), dim=-1).mean())

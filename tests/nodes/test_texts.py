@@ -31,6 +31,7 @@ NODES = {
     "BLIPDiffusionAttentionRecord": "Record Attention",
     "BLIPDiffusionAttentionMap": "Subject Attention Map",
     "BLIPDiffusionSubjectFinetune": "Subject Fine-tune",
+    "BLIPDiffusionSubjectFidelity": "Subject Fidelity",
 }
 
 #: Saved graphs hold widgets by position: new ones go to the end.
@@ -99,6 +100,7 @@ WIDGETS = {
         "gradient_checkpointing",
         "mirror",
     ],
+    "BLIPDiffusionSubjectFidelity": ["prompt", "preprocessing"],
 }
 SOCKETS = {
     "MODEL",
