@@ -218,6 +218,15 @@ class PromptToPromptEdit(io.ComfyNode):
                     "Only for CLIP Text Encode: the text of edited. With edited_2 and edited_3, one line for each.",
                 ),
                 model_input(),
+                advanced(
+                    io.Boolean.Input(
+                        "blend_regions",
+                        optional=True,
+                        default=False,
+                        tooltip="For edited from Subject Regions. On: only the inside of its boxes and masks "
+                        "changes. The rest stays as in source, such as your photograph.",
+                    )
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="conditioning", tooltip="Connect it to positive of the sampler."),
@@ -253,6 +262,7 @@ class PromptToPromptEdit(io.ComfyNode):
         source_text: str = "",
         edited_text: str = "",
         model: io.Model.Type | None = None,
+        blend_regions: bool = False,
     ) -> io.NodeOutput:
         """Return one conditioning for source and edits, the latent repeated for them, and the model that edits it."""
         settings = PromptToPromptSettings(
@@ -264,6 +274,7 @@ class PromptToPromptEdit(io.ComfyNode):
             source_blend_words=parse_words(source_blend_words),
             threshold=blend_threshold,
             source_unguided=source_unguided,
+            blend_regions=blend_regions,
         )
         others = [each for each in (edited, edited_2, edited_3) if each is not None]
         in_model = model is not None
@@ -285,7 +296,7 @@ class EditMask(io.ComfyNode):
             display_name="Edit Mask",
             category=CATEGORY,
             **newer_fields(["local blend mask", "change mask"]),
-            description="Shows where Prompt-to-Prompt Edit let the picture change, if it had blend words.",
+            description="Shows where Prompt-to-Prompt Edit let the picture change, with blend_words or blend_regions.",
             inputs=[
                 io.Latent.Input(
                     "latent",

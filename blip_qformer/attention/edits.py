@@ -75,6 +75,7 @@ class PromptToPrompt:
         source_unguided: Whether the source is sampled from its conditional prediction alone, as DDIM inversion needs.
         keep_masks: Called at the end of a run with all latents, of shape [B, C, H, W], and the masks of local blend, of
             shape [B', H, W], one for each edited image of each group.
+        blend_regions: Whether the edit is restricted to the regions of its conditioning.
     """
 
     images: tuple[EditedImage, ...]
@@ -82,6 +83,7 @@ class PromptToPrompt:
     threshold: float = 0.3
     source_unguided: bool = False
     keep_masks: Callable[[Tensor, Tensor], None] | None = None
+    blend_regions: bool = False
 
     @property
     def group_size(self) -> int:
@@ -97,7 +99,8 @@ class PromptToPrompt:
     def is_neutral(self) -> bool:
         """Whether the images of a group are sampled independently of each other."""
         steps = [self.self_steps, *(each for image in self.images for each in image.steps)]
-        return all(each.is_empty for each in steps) and not self.has_local_blend and not self.source_unguided
+        is_blended = self.has_local_blend or self.blend_regions
+        return all(each.is_empty for each in steps) and not is_blended and not self.source_unguided
 
 
 class Box(NamedTuple):

@@ -1,6 +1,8 @@
-"""Local blend: an edit is kept to where a word attends (arXiv 2208.01626, section 4).
+"""Local blend: an edit is kept to where a word attends (arXiv 2208.01626, section 4), or to a soft mask.
 
-The steps are those of the paper's published code, ``LocalBlend`` in github.com/google/prompt-to-prompt.
+The steps are those of the paper's published code, ``LocalBlend`` in github.com/google/prompt-to-prompt. A soft mask
+counts in each prediction of the model, and the latents between these are the source's where it is 0. If it counted in
+both, a half of it would be a quarter after one step, and its soft edge would be gone after a few.
 """
 
 from __future__ import annotations
@@ -74,18 +76,33 @@ def blend_mask(maps: Sequence[Tensor], size: tuple[int, int], threshold: float) 
     return torch.stack(masks).any(dim=0)
 
 
+def blend_predictions(source: Tensor, edited: Tensor, mask: Tensor) -> Tensor:
+    """Mix predictions of an edited image and its source by a mask.
+
+    Args:
+        source: Predictions of shape [B, C, H, W].
+        edited: Predictions of shape [B, C, H, W].
+        mask: A mask of shape [B, H, W], boolean or in 0..1.
+
+    Returns:
+        Predictions of shape [B, C, H, W]: the source's where the mask is 0, to the last bit, and the edited image's
+        where it is 1.
+    """
+    return blend_latents(source, torch.lerp(source, edited, mask[:, None].to(source)), mask)
+
+
 def blend_latents(source: Tensor, edited: Tensor, mask: Tensor) -> Tensor:
-    """Combine the edited latents inside the mask with the source's outside.
+    """Combine the edited latents wherever a mask is not 0 with the source's elsewhere.
 
     Args:
         source: Latents of shape [B, C, H, W].
         edited: Latents of shape [B, C, H, W].
-        mask: A boolean mask of shape [B, H, W].
+        mask: A mask of shape [B, H, W], boolean or in 0..1.
 
     Returns:
         Latents of shape [B, C, H, W].
     """
-    return torch.where(mask[:, None], edited, source)
+    return torch.where(mask[:, None] > 0, edited, source)
 
 
 def _repeat_columns(columns: Tensor, key: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class PromptToPromptSettings:
         source_blend_words: The same for words of the source's prompt.
         threshold: Threshold of local blend; 0 means no local blend.
         source_unguided: Whether the source is sampled without guidance, see :class:`~.edits.PromptToPrompt`.
+        blend_regions: Whether the image may change only in the regions of the prompts.
     """
 
     cross_steps: StepRange = StepRange(0.0, 0.8)
@@ -39,6 +40,7 @@ class PromptToPromptSettings:
     source_blend_words: Sequence[str] = ()
     threshold: float = 0.3
     source_unguided: bool = False
+    blend_regions: bool = False
 
     @property
     def has_local_blend(self) -> bool:
@@ -142,7 +144,7 @@ def _edits(
         for spans, token_steps, words in zip(edited, steps, edited_words, strict=True)
     )
     prompt_to_prompt = PromptToPrompt(
-        images, settings.self_steps, settings.threshold, settings.source_unguided, keep_masks
+        images, settings.self_steps, settings.threshold, settings.source_unguided, keep_masks, settings.blend_regions
     )
     return (*group.reweights, *weighted, prompt_to_prompt)
 

@@ -140,6 +140,26 @@ def region_mask(region: Region, height: int, width: int) -> Tensor:
     return feather_mask(mask, region.feather * min(height, width))
 
 
+def regions_mask(regions: Sequence[Region], height: int, width: int) -> Tensor:
+    """Compute which part of each pixel lies in any of some regions, soft edges included.
+
+    Masks that meet add up, so that no seam is left between two regions side by side. Strengths do not count: a weak
+    region is as large as a strong one.
+
+    Args:
+        regions: The regions, at least one.
+        height: Height of the latents.
+        width: Width of the latents.
+
+    Returns:
+        Masks of shape [B, height, width] in 0..1; B is the largest number of masks that a region has.
+    """
+    masks = [region_mask(region, height, width) for region in regions]
+    batch_size = max(map(len, masks))
+    total = torch.stack([_repeat_rows(mask, batch_size) for mask in masks]).sum(dim=0)
+    return torch.where(total > 1 - ROUNDING, 1, total)
+
+
 def box_mask(box: Box, height: int, width: int) -> Tensor:
     """Return how much of each pixel a box covers.
 

@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from blip_qformer.attention.alignment import Alignment
 from blip_qformer.attention.edits import EditedImage
-from blip_qformer.attention.local_blend import blend_latents, blend_mask, edited_word_maps, word_maps
+from blip_qformer.attention.local_blend import (
+    blend_latents,
+    blend_mask,
+    blend_predictions,
+    edited_word_maps,
+    word_maps,
+)
 from blip_qformer.attention.plan import cross_replace_alpha, plan_blend, plan_cross
 from blip_qformer.attention.schedule import StepRange
 from tests.attention.explicit import probabilities
@@ -93,3 +99,18 @@ def test_blending():
     close(blended, source + mask[:, None].float() * (edited - source))
     outside = ~mask[:, None].expand_as(source)
     assert torch.equal(blended[outside], source[outside])
+
+
+@few
+@given(st.integers(0, 9999))
+def test_a_soft_mask_mixes_predictions_and_keeps_latents_where_it_is_zero(seed):
+    torch.manual_seed(seed)
+    source, edited = torch.randn(2, 2, 4, 6, 5)
+    mask = torch.rand(2, 6, 5).mul(3).sub(1).clamp(0, 1)  # a third zeros, a third ones
+    mixed, kept = blend_predictions(source, edited, mask), blend_latents(source, edited, mask)
+    close(mixed, source * (1 - mask[:, None]) + edited * mask[:, None])
+    outside, inside = (where[:, None].expand_as(source) for where in (mask == 0, mask == 1))
+    assert torch.equal(mixed[outside], source[outside])
+    assert torch.equal(mixed[inside], edited[inside])
+    assert torch.equal(kept[outside], source[outside])
+    assert torch.equal(kept[~outside], edited[~outside])

@@ -19,6 +19,7 @@ from blip_qformer.attention.regions import (
     feather_mask,
     pixel_weights,
     region_weights,
+    regions_mask,
 )
 from blip_qformer.attention.schedule import StepRange
 from tests.attention.explicit import attended, fused, probabilities
@@ -108,6 +109,26 @@ def test_a_soft_edge_is_as_wide_as_asked_and_half_of_it_is_inside():
     assert (line.diff()[16:23] < 0).all()
     close(line[19] + line[20], torch.tensor(1.0))
     assert torch.equal(feather_mask(mask, 1.9), mask)
+
+
+def test_the_mask_of_all_regions_is_their_sum_and_no_more_than_one():
+    """Whatever their strengths: half of a pixel on each side is a whole one, and a batch repeats a single mask."""
+    masks = torch.zeros(2, 3, 6)
+    masks[0, :, :3], masks[1, 1] = 0.75, 0.5
+    first, second = region(masks, strength=0.1), region(Box(0.25, 0, 0.75, 1), base_share=0.9)
+    expected = torch.zeros(2, 3, 6)
+    for image in range(2):
+        for y in range(3):
+            for x in range(6):
+                covered = min(max(x + 1 - 1.5, 0), 1)  # of pixel x by the box, which begins at 1.5
+                expected[image, y, x] = min(float(masks[image, y, x]) + covered, 1)
+    close(regions_mask([first, second], 3, 6), expected)
+    left, right = region(Box(0, 0, 0.5, 1), feather=0.4), region(Box(0.5, 0, 0.5, 1), feather=0.4)
+    assert regions_mask([left, right], 20, 20).eq(1).all()  # no seam
+    soft = regions_mask([left], 20, 20)
+    assert soft[0, 0, :6].eq(1).all()
+    assert soft[0, 0, 14:].eq(0).all()
+    assert 0 < soft[0, 0, 10] < 1
 
 
 def test_a_batch_of_masks_is_one_for_each_image():

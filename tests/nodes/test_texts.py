@@ -80,6 +80,7 @@ WIDGETS = {
         "source_unguided",
         "source_text",
         "edited_text",
+        "blend_regions",
     ],
     "BLIPDiffusionEditMask": [],
     "BLIPDiffusionSubjectRegions": ["boxes", "strengths", "feathers", "base_share", "start", "end"],

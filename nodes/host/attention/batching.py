@@ -20,7 +20,7 @@ from ..prompt_words import token_spans
 from .hooks import EDITS, get_edits, set_edits
 from .local_blend import EDIT_MASKS, EditMasks
 from .recorder import RECORDED_PROMPTS
-from .regional_batching import edits_with_regions, require_same_regions
+from .regional_batching import edits_with_regions, require_regions_to_blend, require_same_regions, with_regions_of
 
 OWN_KEYS = {"pooled_output", TOKEN_SPANS, EDITS}  # of a conditioning's dictionary: may differ within a group
 
@@ -62,9 +62,12 @@ def batch_edits(
             "back."
         )
     joined = join_rows(source, edited)
+    words = words_of_each([source, *edited], clip, source_text, edited_text)
+    if settings.blend_regions:
+        require_regions_to_blend(edited[0])
+    source = with_regions_of(edited[0], source, words[0], in_model=in_model)
     for number, each in enumerate(edited, start=1):
         require_same_regions(each, source, "edited" if number == 1 else f"edited_{number}", settings)
-    words = words_of_each([source, *edited], clip, source_text, edited_text)
     masks = EditMasks()
     edits: list[tuple[Edit, ...]] = []
     for index, (tensor, _) in enumerate(joined):

@@ -1,4 +1,4 @@
-"""Local blend in one sampling run: maps of the blend words, masks made of them, and latents blended by the masks.
+"""Local blend in one sampling run: masks of the blend words' maps or of regions, and latents blended by the masks.
 
 The functions on tensors are those of :mod:`blip_qformer.attention.local_blend` (arXiv 2208.01626, section 4).
 """
@@ -14,11 +14,14 @@ import comfy.samplers
 import torch
 import torch.nn.functional as F
 from comfy.extra_samplers.uni_pc import sample_unipc, sample_unipc_bh2
+from comfy.utils import repeat_to_batch_size
 from torch import Tensor
 
+from ....blip_qformer.attention.edits import regions_of
 from ....blip_qformer.attention.injection import ConditioningRows
-from ....blip_qformer.attention.local_blend import blend_latents, blend_mask, edited_word_maps
+from ....blip_qformer.attention.local_blend import blend_latents, blend_mask, blend_predictions, edited_word_maps
 from ....blip_qformer.attention.plan import StepPlan
+from ....blip_qformer.attention.regions import regions_mask
 from ..latents import Latent
 from .edited_conditioning import EditedConditioning
 from .layers import ExtraOptions, latent_size, map_size
@@ -33,20 +36,27 @@ PIXELS = 8  # of an image, for each of its latents' in height and width
 
 
 class LocalBlend:
-    """Restricts the edited images of a run to where their blend words attend.
+    """Restricts the edited images of a run to where their blend words attend, or to the regions of their prompts.
 
     Args:
         conditionings: Edited conditionings of the run by the host's ids; more may be added to it later.
+        batch_size: Number of images in the run.
         group_size: Number of images in a group, a source and its edited images.
         size: Height and width of the latents.
     """
 
     def __init__(
-        self, conditionings: Mapping[UUID, EditedConditioning], group_size: int, size: tuple[int, int]
+        self,
+        conditionings: Mapping[UUID, EditedConditioning],
+        batch_size: int,
+        group_size: int,
+        size: tuple[int, int],
     ) -> None:
         self.conditionings = conditionings
+        self.groups = batch_size // group_size
         self.group_size = group_size
         self.size = size
+        self.region_masks = self._region_masks()
         self.writes_to_sampler = True
         self.maps: dict[tuple[UUID, int], Tensor] = {}  # (conditioning, image) -> [B / group_size, words, h, w]
         self.map_size = size
@@ -72,10 +82,10 @@ class LocalBlend:
         Returns:
             Prediction of the denoised latents, of shape [B, 4, h, w].
         """
-        blended = self.blend(x)
+        blended = self.blend(x, blend_latents)
         if self.writes_to_sampler:
             x.copy_(blended)
-        return self.blend(predict(blended, *args, **kwargs))
+        return self.blend(predict(blended, *args, **kwargs), blend_predictions)
 
     def add_maps(
         self,
@@ -120,22 +130,31 @@ class LocalBlend:
             self.maps[uuid, image] = maps.unflatten(-1, size) + self.maps.get((uuid, image), 0)
 
     def masks(self) -> dict[int, Tensor]:
-        """Return where each edited image may change, [B / group_size, H, W], by its index in the group."""
-        masks: dict[int, Tensor] = {}
+        """Return where each edited image may change, [groups, H, W], by its index in the group.
+
+        Masks of blend words are boolean, those of regions in 0..1.
+        """
+        masks = dict(self.region_masks)
         for (uuid, image), maps in self.maps.items():
             edit = self.conditionings[uuid].prompt_to_prompt
             assert edit is not None  # maps are only made for such
             mask = blend_mask(maps.unbind(dim=1), self.size, edit.threshold)
-            masks[image] = mask | masks.get(image, mask)
+            mask = mask.to(masks[image].device) if image in masks else mask
+            masks[image] = torch.maximum(mask, masks.get(image, mask))
         return masks
 
-    def blend(self, latents: Tensor) -> Tensor:
-        """Return latents [B, 4, H, W] in which each edited image is its source outside its mask."""
+    def blend(self, latents: Tensor, blend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """Return latents [B, 4, H, W] in which each edited image is its source outside its mask.
+
+        Args:
+            latents: Latents of shape [B, 4, H, W], or predictions of them.
+            blend: Combines those of the sources and of edited images by a mask.
+        """
         masks = self.masks()
         latents = latents.clone() if masks else latents
         for image, mask in masks.items():
             source, edited = latents[:: self.group_size], latents[image :: self.group_size]
-            latents[image :: self.group_size] = blend_latents(source, edited, mask.to(latents.device))
+            latents[image :: self.group_size] = blend(source, edited, mask.to(latents.device))
         return latents
 
     def finish(self, samples: Tensor) -> Tensor:
@@ -147,7 +166,7 @@ class LocalBlend:
         Returns:
             Blended latents of shape [B, 4, H, W].
         """
-        samples, masks = self.blend(samples), self.masks()
+        samples, masks = self.blend(samples, blend_latents), self.masks()
         if not masks:
             return samples
         everywhere = torch.ones_like(next(iter(masks.values())))
@@ -158,6 +177,18 @@ class LocalBlend:
             if edit is not None and edit.keep_masks is not None:
                 edit.keep_masks(samples.cpu(), joined.cpu())
         return samples
+
+    def _region_masks(self) -> dict[int, Tensor]:
+        """Where each edited image may change because of its conditionings' regions, [groups, H, W]."""
+        masks: dict[int, Tensor] = {}
+        for each in self.conditionings.values():
+            edit, regions = each.prompt_to_prompt, regions_of(each.edits)
+            if edit is None or not edit.blend_regions or not regions:
+                continue
+            mask = repeat_to_batch_size(regions_mask(regions, *self.size), self.groups)
+            for image in range(1, self.group_size):
+                masks[image] = torch.maximum(mask, masks.get(image, mask))
+        return masks
 
 
 class EditMasks:
@@ -202,7 +233,7 @@ def edit_masks_of(latent: Latent) -> Tensor:
     masks = None if kept is None else kept.find(latent["samples"])
     if masks is None:
         raise ValueError(
-            "This latent was not drawn with local blend: write blend_words in Prompt-to-Prompt Edit, connect both "
-            "its outputs to the sampler, and the sampler's LATENT directly to Edit Mask."
+            "This latent was not drawn with local blend: write blend_words in Prompt-to-Prompt Edit or switch "
+            "blend_regions on, connect both its outputs to the sampler, and the sampler's LATENT directly to Edit Mask."
         )
     return F.interpolate(masks[:, None].float(), scale_factor=PIXELS)[:, 0]

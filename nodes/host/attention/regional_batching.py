@@ -12,7 +12,7 @@ from ....blip_qformer.attention.edits import Edit, Region, Reweight, regions_of
 from ....blip_qformer.attention.prompt_to_prompt import PromptGroup, PromptToPromptSettings, build_regional_edits
 from ....blip_qformer.prompt import TokenSpan
 from ..conditioning import Conditioning
-from .hooks import get_edits
+from .hooks import get_edits, set_edits
 
 
 def edits_with_regions(
@@ -54,6 +54,44 @@ def edits_with_regions(
     return (*scene_edits, *joined)
 
 
+def with_regions_of(
+    edited: Conditioning, source: Conditioning, words: Sequence[Sequence[TokenSpan]], *, in_model: bool
+) -> Conditioning:
+    """Return a source that is divided into the regions of its edited image, if it has none itself.
+
+    Each of them has the source's own prompt, so that the source stays what it is.
+
+    Args:
+        edited: Conditioning of the edited image.
+        source: Conditioning of the source image, with as many entries.
+        words: Words of each entry of the source.
+        in_model: Whether the sampler gets a MODEL that knows of edits.
+    """
+    if any(regions_of(edits) for edits in get_edits(source)):
+        return source
+    divided = [
+        (*own, *(replace(region, context=tensor, edits=own, words=tuple(spans)) for region in regions_of(edits)))
+        for (tensor, _), own, edits, spans in zip(source, get_edits(source), get_edits(edited), words, strict=True)
+    ]
+    return set_edits(source, divided, in_model=in_model) if any(map(regions_of, divided)) else source
+
+
+def require_regions_to_blend(edited: Conditioning) -> None:
+    """Refuse to keep an edit to regions that are not there.
+
+    Args:
+        edited: Conditioning of an edited image.
+
+    Raises:
+        ValueError: If none of its entries has regions.
+    """
+    if not any(regions_of(edits) for edits in get_edits(edited)):
+        raise ValueError(
+            "blend_regions is on, but edited has no regions: put it through Subject Regions, or switch blend_regions "
+            "off."
+        )
+
+
 def require_same_regions(
     conditioning: Conditioning, source: Conditioning, name: str, settings: PromptToPromptSettings
 ) -> None:
@@ -77,8 +115,8 @@ def require_same_regions(
             )
         if regions and settings.has_local_blend:
             raise ValueError(
-                "Blend words do not work with Subject Regions yet: empty them; the boxes and masks of the regions keep "
-                "the rest of the picture."
+                "Blend words do not work with Subject Regions: empty them, and switch blend_regions on, which keeps "
+                "the picture outside the boxes and masks of the regions."
             )
         for number, pair in enumerate(zip(regions, source_regions, strict=True), start=1):
             _require_same_region(*pair, f"Region {number} of {name} and of source")

@@ -51,7 +51,7 @@ class AttentionRun:
         self.batch_size = len(noise)
         self.edited = edited
         self.sigmas = sigmas
-        self.local_blend = LocalBlend(edited, self.group_size, (height, width))
+        self.local_blend = LocalBlend(edited, self.batch_size, self.group_size, (height, width))
         self.predictions = OwnPredictions({uuid: each.side for uuid, each in edited.items()})
         unguided = [uuid for uuid, each in edited.items() if (edit := each.prompt_to_prompt) and edit.source_unguided]
         self.unguided_source = UnguidedSource(unguided, self.predictions, self.group_size, guider)

@@ -25,6 +25,7 @@ from tests.nodes.attention.graphs import (
     reweight,
     sample,
     sample_custom,
+    sample_without_noise,
     under_a_mask,
     under_controlnet,
     under_lora,
@@ -279,6 +280,115 @@ def test_one_region_is_edited_while_the_others_stay(host, small, prompts, share)
     differ(sampled[:1], sampled[1:])
 
 
+class BlendedEuler:
+    """Euler's method on [source, edit] in which every prediction of the edit is mixed with its source's by a mask."""
+
+    def __init__(self, mask) -> None:
+        self.mask = mask
+
+    def __call__(self, model, x, sigmas, extra_args, callback=None, disable=None):
+        """A sampler function of the host."""
+        for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+            denoised = model(x, sigma.expand(len(x)), **extra_args).clone()
+            denoised[1] = (1 - self.mask) * denoised[0] + self.mask * denoised[1]
+            x = x + (x - denoised) / sigma * (following - sigma)
+        return x
+
+
+@pytest.mark.parametrize("source_has_regions", [True, False])
+def test_an_edit_is_kept_to_the_regions(host, small, prompts, source_has_regions):
+    """Outside them the source's latents to the last bit, on their soft edges a mixture, inside the edit."""
+    import comfy.samplers
+
+    scene, dog, _ = prompts
+    cup = compose(host, small, small.subject, prompt="on grass", target_subject="cup", repetitions=1)[0]
+    masks = {"mask_1": torch.zeros(1, 8, 12), "mask_2": torch.zeros(1, 8, 12)}
+    masks["mask_1"][:, 1:5, :5], masks["mask_1"][:, 5, 1:3], masks["mask_2"][:, 3:, 7:10] = 1, 0.3, 1
+    edited = regions(host, scene, dog, cup, boxes="", base_share=0.25, **masks)
+    # A source without regions is one whose regions all have its own prompt.
+    source = regions(host, scene, cup, dog, boxes="", base_share=0.25, **masks) if source_has_regions else scene
+    inputs = {"texts": ("a table in a garden",) * 2, "self_end": 0.0, "cross_end": 0.5}
+    conditioning, latent = pair(host, small, source, edited, blend_regions=True, **inputs)
+    sampled = sample_custom(host, small, small.model, conditioning, latent, euler(host))
+
+    mask = (masks["mask_1"] + masks["mask_2"])[0]
+    everywhere, _ = pair(host, small, source, edited, **inputs)
+    blended = comfy.samplers.KSAMPLER(BlendedEuler(mask))
+    expected = sample_custom(host, small, small.model, everywhere, latent, blended)["samples"]
+    close(sampled["samples"], expected)
+    alone = sample_custom(host, small, small.model, source, empty(), euler(host))["samples"]
+    close(sampled["samples"][:1], alone, 1e-4)
+    one, other = sampled["samples"]
+    assert (one - other)[:, mask == 0].abs().max() == 0.0
+    differ(other[:, mask == 1], one[:, mask == 1])
+    assert not torch.equal(other[:, mask == 0.3], one[:, mask == 0.3])
+    (shown,) = host.run("BLIPDiffusionEditMask", latent=sampled)
+    close(shown[0, ::8, ::8], mask, 1e-6)
+    off, _ = pair(host, small, source, edited, blend_regions=False, **inputs)
+    assert torch.equal(sample(host, small, off, latent), sample(host, small, everywhere, latent))
+
+
+@pytest.mark.parametrize("sampler", ["heun", "uni_pc", "euler_ancestral"])
+def test_an_edit_is_kept_to_a_mask_for_each_picture_in_every_sampler(host, small, prompts, sampler):
+    scene, dog, _ = prompts
+    masks = torch.zeros(2, 8, 12)
+    masks[0, :, :4], masks[1, 3:, 6:] = 1, 0.5
+    edited = regions(host, scene, dog, boxes="", mask_1=masks, feathers="0.3")
+    inputs = {"texts": ("a table in a garden",) * 2, "blend_regions": True}
+    conditioning, latent = pair(host, small, scene, edited, empty(rows=2), **inputs)
+    (chosen,) = host.run("KSamplerSelect", sampler_name=sampler)
+    sampled = sample_custom(host, small, small.model, conditioning, latent, chosen)
+    shown = host.run("BLIPDiffusionEditMask", latent=sampled)[0][:, ::8, ::8]
+    assert not torch.equal(shown[0], shown[1])
+    for mask, one, other in zip(shown, sampled["samples"][::2], sampled["samples"][1::2], strict=True):
+        assert 0 < (mask == 0).float().mean() < 1
+        assert (one - other)[:, mask == 0].abs().max() == 0.0
+        assert not torch.equal(other[:, mask > 0], one[:, mask > 0])
+
+
+def test_two_things_of_a_photograph_are_replaced(host, small, prompts):
+    """An inverted latent comes back as it does alone and unguided, and outside the boxes the edit is the same."""
+    scene, dog, _ = prompts
+    cup = compose(host, small, small.subject, prompt="on grass", target_subject="cup", repetitions=1)[0]
+    edited = regions(host, scene, dog, cup, boxes="0, 0, 0.25, 1\n0.5, 0.5, 0.25, 0.5")
+    inverted = {"samples": torch.randn(empty()["samples"].shape, generator=torch.Generator().manual_seed(1))}
+    inputs = {"source_unguided": True, "blend_regions": True}
+    both = pair(host, small, scene, edited, inverted, ("a table in a garden",) * 2, **inputs)
+    one, other = sample_without_noise(host, small, *both)
+    close(one[None], sample_without_noise(host, small, scene, inverted, cfg=1.0), 1e-4)
+    inside = torch.zeros(8, 12, dtype=torch.bool)
+    inside[:, :3], inside[4:, 6:9] = True, True
+    assert (one - other)[:, ~inside].abs().max() == 0.0
+    differ(other[:, inside], one[:, inside])
+
+
+def test_where_words_look_becomes_the_regions(host, small, prompts):
+    """The recipe of the help page: Record Attention, a map for each word, Threshold Mask, Subject Regions."""
+    _, dog, _ = prompts
+    cup = stock(host, small.clip, "a cup")
+    scene = compose(host, small, small.subject, prompt="and a cup on a table", repetitions=1)[0]
+    recorded, record, _ = host.run("BLIPDiffusionAttentionRecord", conditioning=scene)
+    picture = torch.zeros(1, 64, 96, 3)
+    drawn = sample(host, small, recorded)
+    masks = {}
+    for number, word in enumerate(("dog", "cup"), start=1):
+        _, mask = host.run("BLIPDiffusionAttentionMap", attention=record, image=picture, words=word, strength=0.6)
+        (masks[f"mask_{number}"],) = host.run("ThresholdMask", mask=mask, value=0.4)
+        where = record.word_map(word, 64, 96)
+        expected = (where - where.min()) / (where.max() - where.min()) > 0.4
+        assert torch.equal(masks[f"mask_{number}"], expected.float())
+        assert 0 < expected.float().mean() < 1
+    assert not torch.equal(*masks.values())
+    edited = regions(host, scene, dog, cup, boxes="", **masks)
+    differ(sample(host, small, edited), drawn)
+    small_masks = [torch.nn.functional.interpolate(mask[None], (8, 12), mode="area")[0] for mask in masks.values()]
+    weights = torch.stack([torch.zeros(1, 8, 12), *small_masks])
+    weights[1:] /= weights[1:].sum(dim=0).clamp_min(1)
+    weights[0] = 1 - weights.sum(dim=0)
+    explicit = ExplicitRegions(scene[0][0], tensors(dog, cup), lambda *step: weights).on(small.model)
+    close(sample(host, small, edited), sample(host, small, scene, model=explicit))
+
+
 def test_groups_with_other_regions_are_refused(host, small, prompts):
     scene, dog, cup = prompts
     source = regions(host, scene, dog)
@@ -292,8 +402,10 @@ def test_groups_with_other_regions_are_refused(host, small, prompts):
     ):
         with pytest.raises(ValueError, match=sentence):
             pair(host, small, source, edited, **inputs)
-    with pytest.raises(ValueError, match="Blend words do not work with Subject Regions yet: empty them"):
+    with pytest.raises(ValueError, match="Blend words do not work with Subject Regions: empty them, and switch"):
         pair(host, small, source, source, blend_words="table", **inputs)
+    with pytest.raises(ValueError, match="blend_regions is on, but edited has no regions"):
+        pair(host, small, scene, scene, texts=("a table in a garden",) * 2, blend_regions=True)
     with pytest.raises(ValueError, match='There is no "cat" in this prompt'):
         pair(host, small, source, source, weights="cat:2", **inputs)
 
