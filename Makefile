@@ -37,7 +37,7 @@ help:
 	@echo "make soak     500 prompts from two clients in a real ComfyUI: what is lost, and what grows"
 	@echo "make kills    each kind of write killed a hundred times: whether the old or the new file is there, whole"
 
-	@echo "make fuzz     100,000 damaged files of every kind, read in hours; docs/reliability.md has the figures"
+	@echo "make fuzz     100,000 damaged files of every kind, read in hours, and again it goes on; docs/reliability.md has the figures"
 	@echo "make mini     train the small model from nothing and evaluate it, in output/mini"
 	@echo "make lint     style, which room imports what, types"
 	@echo "make browser  Chromium, which the tests open the real frontend in"
@@ -65,7 +65,7 @@ bench: env
 	@$(RUN) -m benchmarks $(ARGS)
 
 fuzz: env
-	@$(RUN) -m tools.fuzz --count 100000 $(ARGS)
+	@$(RUN) -m tools.fuzz --count 100000 --resume output/fuzz.json $(ARGS)
 
 # Every step can be interrupted and goes on where it was. The runs are shared by two processes, whose batches
 # together are what one update sees; each has one thread, which on two CPU cores is fastest. With a torch for two GPUs

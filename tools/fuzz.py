@@ -1,10 +1,11 @@
 """Damage files of every kind and read them: nothing may hang, crash, fill the memory or show a traceback.
 
-    python -m tools.fuzz --count 100000     # `make fuzz`
+    python -m tools.fuzz --count 100000 --resume fuzz.json     # `make fuzz`; again, and it goes on where it was ended
     python -m tools.fuzz --only shard --first 1200 --count 1 --keep case.tar    # one case again
 
-A case is its number: the same files and the same damage each time. Cases are read in a process of their own, which is
-watched from outside and started again where it ended.
+A case is its number: the same files and the same damage each time, so that ``--first`` and ``--count`` share a long run
+between processes. Cases are read in a process of their own, which is watched from outside and started again where it
+ended. Whoever ends a run with SIGTERM or Ctrl-C gets the report of what it read so far.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,14 +22,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 HANG = 5.0  # seconds of the processor for one file
-PATIENCE = 60.0  # seconds on the clock, after which a process is ended: other programs may have the processor
+PATIENCE = 60.0  # seconds on the clock in which a process that waits for nothing but its turn may stand still
+START = 600.0  # seconds on the clock in which a process must begin: imports, on a loaded machine
+SAVED_EVERY = 500  # cases
 MEMORY_SLACK = 48 * 2**20  # bytes: what allocators keep or libraries load now and then, whatever the file
 
 
@@ -42,6 +49,7 @@ class Report:
         slowest: The most seconds of the processor that one file took.
         largest: The most memory that one file took beyond its valid file's, in bytes.
         seconds: Seconds of the processor by kind of file.
+        following: Number of the case after the last one.
     """
 
     cases: int = 0
@@ -50,10 +58,12 @@ class Report:
     slowest: float = 0.0
     largest: int = 0
     seconds: Counter[str] = field(default_factory=Counter)
+    following: int = 0
 
     def add(self, case: dict[str, Any]) -> None:
         """Count one case, and keep its faults."""
         self.cases += 1
+        self.following = case["number"] + 1
         self.answers[case["answer"]] += 1
         self.seconds[case["target"]] += case["seconds"]
         self.slowest, self.largest = max(self.slowest, case["seconds"]), max(self.largest, case["memory"])
@@ -64,6 +74,19 @@ class Report:
             self.faults.append(f"{name}: took {case['seconds']:.1f} s")
         if case["memory"] > case["valid_memory"] + MEMORY_SLACK:  # valid twice: the file's own, and as much again
             self.faults.append(f"{name}: took {case['memory'] / 2**20:.0f} MB more than the valid file")
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Return the report of a run that was ended."""
+        held = json.loads(path.read_text())
+        return cls(**{**held, "answers": Counter(held["answers"]), "seconds": Counter(held["seconds"])})
+
+    def save(self, path: Path) -> None:
+        """Write the report, so that the run can go on later."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")  # the library could write it, but its torch would come with it
+        partial.write_text(json.dumps(vars(self), indent=1))
+        partial.replace(path)
 
     def __str__(self) -> str:
         lines = [
@@ -82,63 +105,92 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--only", default="", help="only kinds of file whose name holds this")
     parser.add_argument("--keep", type=Path, help="write the damaged file there as well")
-    parser.add_argument("--seconds", type=float, help="stop after so many seconds")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many seconds")
+    parser.add_argument("--resume", type=Path, help="keep the report in this file, and go on where it ends")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.worker:
         _work(arguments)
         return 0
-    report, end = Report(), time.monotonic() + (arguments.seconds or 1e9)
-    for case in _cases(arguments, end):
-        report.add(case)
-        if report.cases % 1000 == 0:
-            print(f"{report.cases} ... {len(report.faults)} faults", file=sys.stderr, flush=True)
+    kept: Path | None = arguments.resume
+    report = Report.load(kept) if kept and kept.exists() else Report(following=arguments.first)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with closing(_cases(arguments, report.following, time.monotonic() + arguments.seconds)) as cases:
+            for case in cases:
+                report.add(case)
+                if report.cases % SAVED_EVERY == 0:
+                    print(f"{report.cases} ... {len(report.faults)} faults", file=sys.stderr, flush=True)
+                    if kept:
+                        report.save(kept)
+    except KeyboardInterrupt:
+        print(f"Ended from outside before case {report.following}.")
+    if kept:
+        report.save(kept)
     print(report)
     return bool(report.faults)
 
 
-def _cases(arguments: argparse.Namespace, end: float) -> Iterator[dict[str, Any]]:
-    """Yield the result of each case, from as many processes as it takes."""
-    number, last = arguments.first, arguments.first + arguments.count
+def _cases(arguments: argparse.Namespace, number: int, end: float) -> Iterator[dict[str, Any]]:
+    """Yield the result of each case from ``number`` on, from as many processes as it takes."""
+    last = arguments.first + arguments.count
     while number < last and time.monotonic() < end:
-        command = [
-            sys.executable,
-            "-m",
-            "tools.fuzz",
-            "--worker",
-            "--first",
-            str(number),
-            "--count",
-            str(last - number),
-        ]
-        command += ["--only", arguments.only, *(["--keep", str(arguments.keep)] if arguments.keep else [])]
+        command = [sys.executable, "-m", "tools.fuzz", "--worker", "--only", arguments.only]
+        command += ["--first", str(number), "--count", str(last - number)]
+        command += ["--keep", str(arguments.keep)] if arguments.keep else []
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
-        ) as worker:
-            lines: queue.Queue[str] = queue.Queue()
-            threading.Thread(target=_pass_on, args=(worker.stdout, lines), daemon=True).start()
-            begun: dict[str, Any] | None = None
-            while time.monotonic() < end:
-                try:
-                    line = lines.get(timeout=PATIENCE if begun else 10 * PATIENCE)
-                except queue.Empty:
-                    line = ""
-                if not line:
-                    break
-                case = json.loads(line)
-                if "answer" in case:
-                    begun, number = None, case["number"] + 1
-                    yield case
-                else:
-                    begun = case
-            worker.kill()
-            code = worker.wait()
+        ) as process:
+            try:
+                begun: dict[str, Any] | None = None
+                for case in _watch(process, end):
+                    begun = None if "answer" in case else case
+                    if begun is None:
+                        number = case["number"] + 1
+                        yield case
+            finally:
+                process.kill()
         if begun and time.monotonic() < end:
-            how = "hung" if code == -9 else f"ended the process ({code})"
+            is_killed = process.returncode == -signal.SIGKILL
+            how = "hung, or was killed" if is_killed else f"ended the process ({process.returncode})"
             yield {**begun, "answer": "traceback", "detail": how, "seconds": 0.0, "memory": 0, "valid_memory": 0}
             number = begun["number"] + 1
-        elif number < last and time.monotonic() < end and not begun:
+        elif number < last and time.monotonic() < end:
             raise RuntimeError(f"The process that reads the files could not begin at case {number}.")
+
+
+def _watch(process: subprocess.Popen[str], end: float) -> Iterator[dict[str, Any]]:
+    """Yield what the process prints, until it ends or hangs."""
+    lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=_pass_on, args=(process.stdout, lines), daemon=True).start()
+    observed = psutil.Process(process.pid)
+    is_reading, since, used = False, time.monotonic(), 0.0
+    while time.monotonic() < end:
+        try:
+            line = lines.get(timeout=1.0)
+        except queue.Empty:
+            # Other programs may have the processor: a process that could compute and does not get to is not hung.
+            stands = time.monotonic() - since > (PATIENCE if is_reading else START)
+            if (is_reading and _processor(observed) - used > HANG) or (
+                stands and observed.status() != psutil.STATUS_RUNNING
+            ):
+                return
+            continue
+        if not line:
+            process.wait()
+            return
+        case = json.loads(line)
+        is_reading, since, used = "answer" not in case, time.monotonic(), _processor(observed)
+        yield case
+
+
+def _processor(process: psutil.Process) -> float:
+    """Return the seconds of the processor that a process has used."""
+    try:
+        times = process.cpu_times()
+    except psutil.Error:  # it has ended meanwhile
+        return 0.0
+    return times.user + times.system
 
 
 def _pass_on(stream: Any, lines: queue.Queue[str]) -> None:
