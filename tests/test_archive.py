@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
+import shutil
 import subprocess
 
 import pytest
+from PIL import Image
 
 import blip_qformer
 from blip_qformer.version import read_version
-from tools.host import ROOT
+from tools.demo import SMALL_MODEL, saved_images
+from tools.host import PACK_NAME, ROOT, ComfyServer, make_base_directory
+from tools.workflow import override, to_prompt
 
 
 def git_files(*options: str) -> set[str]:
@@ -39,6 +44,22 @@ def test_archive_is_whole(archive):
 def test_archive_has_the_files_that_code_reads(archive):
     for name in ("blip_qformer/encoder/vocabulary.txt", "blip_qformer/training/runs/blip_diffusion/stage2.yaml"):
         assert name in archive
+
+
+def test_unpacked_into_a_clean_host_the_first_workflow_runs(archive, tmp_path):
+    """Nothing is set up but the model: the workflow, its sample image and the nodes are the archive's."""
+    for name in archive:
+        target = tmp_path / "custom_nodes" / PACK_NAME / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target)
+    base = make_base_directory(tmp_path)
+    (base / "models" / "blip_diffusion" / "blipdiffusion").symlink_to(SMALL_MODEL)
+    graph = json.loads((base / "custom_nodes" / PACK_NAME / "workflows" / "subject-generation.json").read_text("utf-8"))
+    with ComfyServer(base) as server:
+        prompt = to_prompt(graph, server.object_info())
+        prompt = override(prompt, "EmptyLatentImage", width=256, height=256)
+        (path,) = saved_images(server.queue(override(prompt, "KSampler", steps=2)), base)
+    assert Image.open(path).size == (256, 256)
 
 
 def test_version_stands_in_one_place():

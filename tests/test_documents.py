@@ -17,9 +17,12 @@ PAGES = (
     "mini/README.md",
     "docs/cancelling.md",
     "docs/hosts.md",
+    "docs/models.md",
+    "docs/nodes.md",
     "docs/other-packs.md",
     "docs/reliability.md",
     "docs/small-model.md",
+    "docs/training.md",
 )
 
 #: A link, and the names in backticks that follow it: [`file.py`](path/to/file.py) `function`
@@ -45,6 +48,11 @@ def test_names_beside_a_link_are_in_the_file(page):
             text = path.read_text(encoding="utf-8")
             missing += [f"{target}: {name}" for name in names if not re.search(rf"\b{name}\b", text)]
     assert missing == []
+
+
+def test_every_help_page_is_linked_in_the_list_of_nodes():
+    pages = {path for path in (ROOT / "web" / "docs").glob("*.md")}
+    assert pages <= {path.resolve() for _, path, _ in links("docs/nodes.md")}
 
 
 def test_architecture_names_a_good_many():

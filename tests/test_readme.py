@@ -1,50 +1,58 @@
-"""Every command the README shows is one that works: run here, or named as what needs the network."""
+"""Commands, code and messages in the README and on the pages that it leads to are those that there are."""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
 import subprocess
-import sys
 
 import pytest
-import torch
 from PIL import Image
 
+from blip_qformer.cli import main
 from blip_qformer.pipeline import new_pipeline, save_pipeline
 from blip_qformer.training.config import read_config
 from tests import oracle, tiny
 from tests.clipseg import write_clipseg
 from tests.random_weights import write_hub_folder
+from tests.test_archive import git_files
 from tools.host import ROOT, comfyui_path
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/models.md", "docs/training.md")
+}
+BLOCKS = [
+    block
+    for page in PAGES.values()
+    for block in re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page, re.DOTALL | re.MULTILINE)
+]
+COMMANDS = {line.strip() for language, block in BLOCKS if not language for line in block.splitlines()}
+COMMAND = "python -m blip_qformer "
 MINI_RUNS = ROOT / "mini" / "runs"
-COMMANDS = [line for language, block in BLOCKS if not language for line in block.splitlines()]
 
 NEEDS_THE_NETWORK = {
-    "comfy node install blip-diffusion",
+    "python -m blip_qformer download",  # tests/cli/test_download.py, against a server of its own
     "hf download Salesforce/blipdiffusion --local-dir models/blip_diffusion/blipdiffusion",
     "pip install accelerate diffusers tensorboard webdataset pymatting",
 }
-RUN_BY_CI_AND_OTHER_TESTS = {"make test", "make demo"}  # .ci/run, tests/test_demo.py
+RUN_BY_OTHER_TESTS = {
+    "make demo",  # tests/test_demo.py
+    "python -m blip_qformer.pipeline.initial_weights clip-vit-large-patch14 bert-base-uncased "
+    "stable-diffusion-v1-5 first",  # tests/pipeline/test_initial_weights.py
+}
 TAKES_A_DAY = {"make mini"}  # what it runs, and with what, is tested here
 
-QUICKLY = ["--steps", "2", "--resolution", "64", "--validate-every", "0"]  # what takes a minute on a graphics card
+QUICKLY = ["--steps", "1", "--resolution", "64", "--validate-every", "0"]  # what takes a minute on a graphics card
+IN_THIS_PROCESS = ["--workers", "1"]
 
 PUBLISHED = "../../models/blip_diffusion/blipdiffusion"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("readme")
-    return write_hub_folder(oracle.pipeline(oracle.SMALL, folder / "bert", comfyui_path()), folder / "hub")
-
-
-@pytest.fixture(scope="module")
-def paths(checkpoint, tmp_path_factory):
+def paths(tmp_path_factory):
     """A small one of everything that the commands name, by its name there."""
     folder = tmp_path_factory.mktemp("paths")
     for name in ("photographs", "backgrounds"):
@@ -61,36 +69,31 @@ def paths(checkpoint, tmp_path_factory):
     }
     run |= {"steps": 1, "batch_size": 4, "learning_rate": 1e-4, "num_workers": 0, "options": tiny.OPTIONS["multimodal"]}
     (folder / "run.yaml").write_text(json.dumps(run))  # all JSON is YAML
-    for number in (1, 2, 3):
-        Image.effect_noise((512, 512), 60).convert("RGB").save(folder / f"rex-{number}.jpg")
-    names = (
-        "photographs",
-        "backgrounds",
-        "pairs",
-        "run.yaml",
-        "converted",
-        "tuned",
-        "rex-1.jpg",
-        "rex-2.jpg",
-        "rex-3.jpg",
-    )
-    named = {name: folder / name for name in names}
+    rex = [f"rex-{number}.jpg" for number in (1, 2, 3)]
+    for name in rex:
+        Image.effect_noise((64, 64), 60).convert("RGB").save(folder / name)
+    named = {
+        name: folder / name for name in ("photographs", "backgrounds", "pairs", "run.yaml", "converted", "tuned", *rex)
+    }
     named["models/blip_diffusion/blipdiffusion"] = save_pipeline(new_pipeline(tiny.SIZES, seed=0), folder / "model")
-    return {**named, PUBLISHED: checkpoint, "clipseg-rd64-refined": write_clipseg(folder / "clipseg")}
+    published = write_hub_folder(oracle.pipeline(oracle.SMALL, folder / "bert", comfyui_path()), folder / "hub")
+    return {**named, PUBLISHED: published, "clipseg-rd64-refined": write_clipseg(folder / "clipseg")}
 
 
 def test_every_command_is_accounted_for():
-    ours = {command for command in COMMANDS if command.startswith("python -m blip_qformer")}
-    assert ours
-    assert set(COMMANDS) == ours | NEEDS_THE_NETWORK | RUN_BY_CI_AND_OTHER_TESTS | TAKES_A_DAY
+    ours = {command for command in COMMANDS if command.startswith(COMMAND)}
+    assert len(ours) > 5
+    assert ours | NEEDS_THE_NETWORK | RUN_BY_OTHER_TESTS | TAKES_A_DAY == COMMANDS
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m blip_qformer")])
-def test_commands_run_in_the_packs_folder(command, paths):
-    words = [sys.executable, *(str(paths.get(word, word)) for word in shlex.split(command)[1:])]
-    words += QUICKLY if "finetune" in words else []
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("command", sorted(line for line in COMMANDS - NEEDS_THE_NETWORK if line.startswith(COMMAND)))
+def test_commands_run_in_the_packs_folder(command, paths, monkeypatch, capsys):
+    """In this process: tests/cli/test_command_line.py starts it in its own, from here and by its path."""
+    name, *words = shlex.split(command.removeprefix(COMMAND))
+    options = {"finetune": QUICKLY, "prepare": IN_THIS_PROCESS}.get(name, [])
+    monkeypatch.chdir(ROOT)
+    code = main([name, *(str(paths.get(word, word)) for word in words), *options])
+    assert code == 0, capsys.readouterr().err
 
 
 def test_make_mini_runs_every_run_and_evaluates_the_last():
@@ -110,27 +113,72 @@ def test_make_mini_runs_every_run_and_evaluates_the_last():
     assert f"evaluate report {runs[-1].output / 'model'} " in dry
 
 
-def test_python_example_runs(checkpoint, monkeypatch):
+def test_python_example_runs_as_it_stands(monkeypatch):
     (example,) = [block for language, block in BLOCKS if language == "python"]
-    names = {"images": torch.rand(1, 60, 80, 3)}
-    monkeypatch.setattr("blip_qformer.encoder.preprocess", preprocess_small)  # the small model's, not the published
-    source = example.replace("models/blip_diffusion/blipdiffusion", str(checkpoint))
-    exec(compile(source, "README.md", "exec"), names)  # noqa: S102 - the README's own text
-    assert names["subject"].vectors.shape == (1, 16, oracle.SMALL.width)
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)  # noqa: S102 - the README's own text
+    assert names["subject"].word == "buoy"
+    assert names["subject"].vectors.shape[:2] == (1, 16)
+    assert names["subject"].vectors.isfinite().all()
 
 
-def preprocess_small(images: torch.Tensor) -> torch.Tensor:
-    from blip_qformer.encoder.preprocessing import preprocess
-
-    return preprocess(images, size=oracle.SMALL.image_size)
-
-
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"`make (\w+)", README))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"`(?:\w+=\S+ )?make (\w+)", "".join(PAGES.values())))))
 def test_make_knows_the_target(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-def test_files_it_links_to_exist():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
+def test_every_workflow_has_a_recipe_with_its_image():
+    names = {path.stem for path in (ROOT / "workflows").glob("*.json")}
+    row = r'^\| <img src="\S+/workflows/([\w-]+)\.jpg".* \*\*\[`([\w-]+)`\]\(workflows/([\w-]+)\.json\)'
+    recipes = re.findall(row, README, re.MULTILINE)
+    assert {name for recipe in recipes for name in recipe} == names
+    assert all(len(set(recipe)) == 1 for recipe in recipes)
+
+
+def sentences() -> set[str]:
+    """Return all texts in the code of nodes and library; what is inserted into them is an ellipsis."""
+    found = set()
+    for file in (*(ROOT / "nodes").rglob("*.py"), *(ROOT / "blip_qformer").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.add("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    return found
+
+
+def test_messages_that_it_explains_are_in_the_code():
+    table = README.partition("## When a message comes")[2].partition("\n## ")[0]
+    messages = re.findall(r"^\| `(.+?)` \|", table, flags=re.MULTILINE)
+    assert len(messages) > 10
+    known = sentences()
+    assert [message for message in messages if not any(message in sentence for sentence in known)] == []
+
+
+def repository() -> str:
+    """Return the address that pyproject.toml names, which is the one place to change it."""
+    found = re.search(r'^Repository = "https://github\.com/(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert found
+    return found[1]
+
+
+def test_what_leads_out_of_the_archive_has_a_whole_address():
+    """The registry's copy has neither docs nor assets; and no image is shown there by a relative path."""
+    archive = git_files() - git_files("--ignored", "--exclude-from=.comfyignore")
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)#\s]+)\)", README)
     assert links
-    assert [link for link in links if not link.startswith("http") and not (ROOT / link).exists()] == []
+    relative = [link for _, link in links if not link.startswith("http")]
+    assert [link for link in relative if link not in archive] == []
+    assert [link for image, link in links if image and not link.startswith("https://")] == []
+
+
+def test_addresses_of_this_repository_are_of_files_that_it_has():
+    here = repository()
+    texts = [README, *((ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "CONTRIBUTING.md"))]
+    on_main = r"https://(?:github\.com/(\S+?)/blob|raw\.githubusercontent\.com/(\S+?))/main/([^\s\")#]+)"
+    ours = [(blob or raw, path) for text in texts for blob, raw, path in re.findall(on_main, text)]
+    assert len(ours) > 20
+    assert {owner for owner, _ in ours} == {here}
+    assert [path for _, path in ours if not (ROOT / path).exists()] == []

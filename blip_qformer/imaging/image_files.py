@@ -5,7 +5,10 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from ..stand_in import stand_in
 
@@ -34,6 +37,21 @@ def open_upright(path: Path, mode: str = "RGB") -> Image.Image:
                 return ImageOps.exif_transpose(file).convert(mode)
     except Exception as error:  # there is no list of what a damaged image can raise
         raise UnreadableImageError(_sentence(path, error)) from error
+
+
+def load_image(path: str | Path) -> Tensor:
+    """Read an image file as pixels, upright.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The image, of shape [1, H, W, 3] in 0..1.
+
+    Raises:
+        UnreadableImageError: See :func:`open_upright`.
+    """
+    return torch.from_numpy(np.array(open_upright(Path(path))))[None] / 255
 
 
 def _sentence(path: Path, error: Exception) -> str:

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from einops import rearrange
@@ -34,7 +33,7 @@ from ..finetune.validation import (
     preview_grid,
     validation_noise,
 )
-from ..imaging.image_files import open_upright
+from ..imaging.image_files import load_image
 from ..imaging.pil import to_pil_image
 from ..prompt import compose_prompt
 from ..subject import Subject, save_subject
@@ -252,12 +251,12 @@ def read_image(path: Path) -> Tensor:
     Raises:
         ValueError: The file is missing, damaged, no image, too small, or too large; it is named.
     """
-    pixels = np.array(open_upright(path))  # [H, W, 3]
+    image = load_image(path)
     try:
-        check_size(*pixels.shape[:2])
+        check_size(*image.shape[1:3])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return torch.from_numpy(pixels)[None] / 255
+    return image
 
 
 def _center_square(image: Tensor, edge: int) -> Tensor:
