@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import cast
 
 import pytest
 
+from tools.host import ComfyServer
 from tools.soak import FLAT, Outcome, Reading, Soak, report
 
 
@@ -31,10 +33,37 @@ def test_a_report_names_what_went_wrong():
     found = outcome(100, 100)
     found.problems.append("A prompt was lost.")
     found.counts.update(["two-subjects: done"] * 3)
+    found.is_compared = True
     lines = list(report(found))
     assert lines[-1] == "A prompt was lost."
+    assert "3 prompts" in lines[0]
     assert "     3  two-subjects: done" in lines
-    assert list(report(outcome(100, 100)))[-1].startswith("no prompt was lost")
+    assert list(report(Outcome(is_compared=True)))[-2:] == [
+        "no prompt was lost",
+        "the reference graphs give the same images",
+    ]
+
+
+def test_a_report_of_a_soak_that_was_ended_does_not_speak_of_the_references():
+    """SIGTERM comes as KeyboardInterrupt, at any moment: also before the first reading."""
+
+    class Server:
+        def object_info(self):
+            return {}
+
+        def free(self):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tools.soak.small_prompt", lambda *_: {})
+        soak = Soak(cast("ComfyServer", Server()), "mini")
+    with pytest.raises(KeyboardInterrupt):
+        soak.run(20, 10)
+    assert soak.outcome.seconds > 0
+    assert list(report(soak.outcome))[1:] == [
+        "no prompt was lost",
+        "ended from outside: the reference graphs did not run again",
+    ]
 
 
 def test_its_prompts_are_many_and_the_same_for_a_seed(server):

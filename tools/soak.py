@@ -114,12 +114,14 @@ class Outcome:
         counts: Prompts by kind and end.
         problems: A sentence for each prompt that ended otherwise than it must, and for each changed reference.
         seconds: How long it ran.
+        is_compared: Whether the reference graphs ran again at the end.
     """
 
     readings: list[Reading] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    is_compared: bool = False
 
     def growth(self) -> float:
         """Return the growth of memory after the warm-up, the first quarter of the readings, as a fraction.
@@ -160,6 +162,13 @@ class Soak:
             What was found.
         """
         began = time.monotonic()
+        try:
+            self._run(count, block, until)
+        finally:
+            self.outcome.seconds = time.monotonic() - began
+        return self.outcome
+
+    def _run(self, count: int, block: int, until: float) -> None:
         before = self._references()
         self._measure(0)
         done = 0
@@ -177,8 +186,7 @@ class Soak:
         after = self._references()
         changed = [name for name in before if before[name] != after[name]]
         self.outcome.problems += [f"The reference {name} gives another image afterwards." for name in changed]
-        self.outcome.seconds = time.monotonic() - began
-        return self.outcome
+        self.outcome.is_compared = True
 
     def make_job(self) -> Job:
         """Make one random prompt of one kind."""
@@ -372,10 +380,15 @@ def format_reading(reading: Reading) -> str:
 
 def report(outcome: Outcome) -> Iterator[str]:
     """Yield the lines of a soak's report."""
-    yield f"{outcome.readings[-1].prompts} prompts in {outcome.seconds / 60:.0f} minutes, {CLIENTS} clients"
+    yield f"{outcome.counts.total()} prompts in {outcome.seconds / 60:.0f} minutes, {CLIENTS} clients"
     yield from (f"  {count:4d}  {name}" for name, count in sorted(outcome.counts.items()))
-    yield f"memory after the warm-up: {outcome.growth():+.2%}"
-    yield from outcome.problems or ["no prompt was lost, and the reference graphs give the same images"]
+    if outcome.readings:
+        yield f"memory after the warm-up: {outcome.growth():+.2%}"
+    yield from outcome.problems or ["no prompt was lost"]
+    if not outcome.is_compared:
+        yield "ended from outside: the reference graphs did not run again"
+    elif not outcome.problems:
+        yield "the reference graphs give the same images"
 
 
 def main() -> int:
@@ -391,9 +404,15 @@ def main() -> int:
     checkpoint = prepare_base(chosen.base)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it must not leave the server running
     with ComfyServer(chosen.base) as server:
-        outcome = Soak(server, checkpoint, chosen.seed).run(chosen.prompts, chosen.block, until)
-    print("\n".join(report(outcome)), flush=True)
-    return int(bool(outcome.problems) or outcome.growth() > FLAT)
+        soak = Soak(server, checkpoint, chosen.seed)
+        outcome = soak.outcome
+        try:
+            soak.run(chosen.prompts, chosen.block, until)
+        except KeyboardInterrupt:
+            pass  # the report says so
+        finally:
+            print("\n".join(report(outcome)), flush=True)
+    return int(bool(outcome.problems) or not outcome.is_compared or outcome.growth() > FLAT)
 
 
 def _has_edit(prompt: Prompt) -> bool:
