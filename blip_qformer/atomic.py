@@ -72,7 +72,7 @@ def atomic_files(paths: Sequence[Path], clean: bool = True) -> Iterator[list[Pat
         OSError: A file cannot be written; the message names it and says what to do.
     """
     folder = paths[0].parent
-    with _readable_errors(paths[0]), _temporary_key(folder, clean) as key:
+    with readable_errors(paths[0]), _temporary_key(folder, clean) as key:
         # Files, even for several: the host must not see a folder come and go among its models.
         temporaries = [folder / f".{key}.{number}{PARTIAL}" for number in range(len(paths))]
         moves = folder / f".{key}{PARTIAL}{MOVES}"
@@ -105,7 +105,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: The folder cannot be written; the message names it and says what to do.
     """
-    with _readable_errors(path):
+    with readable_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary_key(path.parent, clean=True) as key:
             temporary = path.with_name(f".{key}.0{PARTIAL}")
@@ -127,7 +127,7 @@ def make_folder(folder: Path) -> None:
     Raises:
         OSError: It cannot be made or written to; the message names it and says what to do.
     """
-    with _readable_errors(folder):
+    with readable_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with _temporary_key(folder, clean=True):
             pass
@@ -147,7 +147,7 @@ def only_writer(folder: Path, command: str, wait: float = 0) -> Iterator[None]:
         ValueError: Another process is writing into the folder.
         OSError: The folder cannot be written to.
     """
-    with _readable_errors(folder):
+    with readable_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FOLDER_LOCK
         lock = _lock(path, wait)
@@ -358,8 +358,15 @@ def _is_temporary(path: Path) -> bool:
 
 
 @contextmanager
-def _readable_errors(path: Path) -> Iterator[None]:
-    """Say of a failed write which file it was and what to do; errors about other files pass."""
+def readable_errors(path: Path) -> Iterator[None]:
+    """Say of a failed write which file it was and what to do; errors about other files pass.
+
+    Args:
+        path: The file or folder that is written inside.
+
+    Raises:
+        OSError: It cannot be written; the message names it and says what to do.
+    """
     try:
         yield
     except OSError as error:

@@ -4,6 +4,7 @@ from . import (
     attention_edit,
     attention_map,
     composite,
+    download,
     encode,
     fidelity,
     finetune,
@@ -31,6 +32,7 @@ NODES = [
         composite,
         finetune,
         fidelity,
+        download,
     )
     for node in module.NODES
 ]

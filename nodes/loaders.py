@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ..blip_qformer.checkpoint import open_checkpoint
+from ..blip_qformer.checkpoint.convert import CHECKPOINT_NAME, CONTROLNET_NAME
 from ..blip_qformer.subject import Subject
 from ..blip_qformer.subject.provenance import encoder_hash
 from .host.checks import require_tuned_subject
 from .host.managed import ManagedEncoder
-from .host.model_paths import CHECKPOINTS, FileMarks
-from .host.networks import build_controlnet, build_networks
+from .host.model_paths import CHECKPOINTS, FileMarks, converted_files
+from .host.networks import build_controlnet, build_networks, load_converted, load_converted_controlnet
 from .types import CATEGORY, Blip2QFormer, BlipSubject, checkpoint_input, io, newer_fields
 
 
@@ -64,7 +65,9 @@ class LoadBLIPDiffusion(CheckpointNode):
     def execute(cls, checkpoint: str) -> io.NodeOutput:
         """Open the checkpoint and build all of its networks."""
         opened = open_checkpoint(CHECKPOINTS.path(checkpoint))
-        return io.NodeOutput(*build_networks(opened), ManagedEncoder(opened))
+        converted = converted_files(checkpoint).get(CHECKPOINT_NAME)
+        networks = load_converted(converted) if converted else build_networks(opened)
+        return io.NodeOutput(*networks, ManagedEncoder(opened))
 
 
 class LoadBLIP2QFormer(CheckpointNode):
@@ -116,6 +119,8 @@ class LoadBLIPDiffusionControlNet(CheckpointNode):
     @classmethod
     def execute(cls, checkpoint: str) -> io.NodeOutput:
         """Open the checkpoint and build its ControlNet."""
+        if converted := converted_files(checkpoint).get(CONTROLNET_NAME):
+            return io.NodeOutput(load_converted_controlnet(converted))
         opened = open_checkpoint(CHECKPOINTS.path(checkpoint))
         return io.NodeOutput(build_controlnet(opened.require("controlnet")))
 

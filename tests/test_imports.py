@@ -19,6 +19,7 @@ VIOLATIONS = {
     "does not import the nodes": ("nodes/host/latents.py", "from ..encode import NODES"),
     "upper half needs only": ("blip_qformer/encoder/model.py", "import accelerate"),
     "imaging adds": ("blip_qformer/imaging/matting.py", "import pymatting"),
+    "download adds": ("blip_qformer/download/hub.py", "import requests"),
     "lower half may import": ("blip_qformer/training/trainer.py", "import comfy"),
     "in this order": ("blip_qformer/diffusion/ddim.py", "from ..pipeline import pipeline"),
     "knows no node": ("blip_qformer/data/pairs.py", "from ...nodes import encode"),

@@ -104,7 +104,7 @@ def test_no_list_takes_what_is_not_in_it(host, elsewhere):
 def test_nothing_in_the_pack_starts_processes_fetches_or_runs_text():
     """Names of modules and functions, in every file that users get; what is left is listed here with its reason."""
     modules = {"subprocess", "socket", "requests", "http", "httpx", "urllib", "ftplib", "asyncio", "ctypes", "marshal"}
-    modules |= {"shelve", "dill", "runpy", "importlib", "multiprocessing", "webdataset"}
+    modules |= {"shelve", "dill", "runpy", "importlib", "multiprocessing", "webdataset", "huggingface_hub"}
     builtins = {"eval", "exec", "compile", "__import__"}
     methods = {"system", "popen", "startfile", "run_module", "hf_hub_download", "snapshot_download", "urlopen"}
     forbidden = modules | builtins | methods
@@ -123,12 +123,27 @@ def test_nothing_in_the_pack_starts_processes_fetches_or_runs_text():
                 names = [name] if name in (builtins if is_builtin else methods) else []
             found |= {(file.relative_to(ROOT).as_posix(), name) for name in names if name in forbidden}
     assert found == {
+        ("blip_qformer/__init__.py", "importlib"),  # its own modules, when their names are first asked for
+        ("blip_qformer/__main__.py", "importlib"),  # the command line, by this one name
         ("blip_qformer/data/prepare.py", "multiprocessing"),  # its own workers
         ("blip_qformer/data/shards.py", "urllib"),  # to take URLs apart; webdataset opens those that are allowed
+        ("blip_qformer/download/hub.py", "huggingface_hub"),  # the model, when a person runs the node or the command
         ("blip_qformer/extras.py", "importlib"),  # optional packages, by names in the code
         ("blip_qformer/version.py", "importlib"),  # the version of the installed package
         ("nodes/host/attention/lost_edits.py", "importlib"),  # the host's module "nodes", by this one name
     }
+
+
+def test_the_download_node_takes_no_names(host):
+    """A graph from a stranger chooses between two fixed downloads, and says nothing about where from or where to."""
+    inputs = host.nodes["BLIPDiffusionDownload"].INPUT_TYPES()
+    widgets = {name: each for group in ("required", "optional") for name, each in inputs.get(group, {}).items()}
+    assert {name: each[0] for name, each in widgets.items()} == {"what": "COMBO", "keep_original": "BOOLEAN"}
+    assert widgets["what"][1]["options"] == ["model", "model and ControlNet"]
+    assert not any(each[1].get("forceInput") or each[1].get("image_upload") for each in widgets.values())
+    workflows = [path.read_text(encoding="utf-8") for path in (ROOT / "workflows").glob("*.json")]
+    assert workflows
+    assert not any("BLIPDiffusionDownload" in workflow for workflow in workflows)
 
 
 def test_a_link_is_replaced_and_not_followed(tmp_path):

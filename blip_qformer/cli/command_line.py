@@ -1,4 +1,4 @@
-"""The command line: ``blip-qformer convert | inspect | prepare | pretrain | finetune``.
+"""The command line: ``blip-qformer download | convert | inspect | prepare | pretrain | finetune``.
 
 A command is a function of its parsed arguments: it prints what it did and raises what went wrong. :func:`run_command`
 turns an exception into one line on stderr and an exit code.
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from ..version import read_version
 from .convert import add_convert_command
+from .download import add_download_command
 from .finetune import add_finetune_command
 from .inspect import add_inspect_command
 from .prepare import add_prepare_command
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="blip-qformer", description="BLIP-Diffusion's weights on the command line.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {read_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_download_command(commands)
     add_convert_command(commands)
     add_inspect_command(commands)
     add_prepare_command(commands)

@@ -6,21 +6,20 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ..checkpoint import Checkpoint, open_checkpoint, save_qformer
-from ..checkpoint.ldm_config import departures_from_stock
-from ..checkpoint.ldm_keys import check_depth, network_to_ldm, stable_diffusion_checkpoint
+from ..checkpoint import open_checkpoint, save_qformer
+from ..checkpoint.convert import (
+    CHECKPOINT_NAME,
+    CONTROLNET_NAME,
+    QFORMER_NAME,
+    controlnet_weights,
+    stable_diffusion_weights,
+)
 from ..checkpoint.weights import check_finite
 from ..checkpoint.write_safetensors import check_free_space, check_target, data_size, write_safetensors
 from .output import byte_progress, format_bytes
 
-CHECKPOINT_NAME = "blip_diffusion_sd15.safetensors"
-QFORMER_NAME = "blip2_qformer.safetensors"
-CONTROLNET_NAME = "blip_diffusion_controlnet.safetensors"
-
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-STABLE_DIFFUSION = ("unet", "text_encoder", "vae")
 
 
 def add_convert_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -53,8 +52,8 @@ def convert(arguments: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(arguments.source)
     check_finite(checkpoint.encoder_state_dict, checkpoint.encoder_path)
     folder, dtype, force = arguments.target, DTYPES[arguments.dtype], arguments.force
-    stable_diffusion, departures = _stable_diffusion(checkpoint)
-    files = {CHECKPOINT_NAME: stable_diffusion, CONTROLNET_NAME: _controlnet(checkpoint)}
+    stable_diffusion, departures = stable_diffusion_weights(checkpoint)
+    files = {CHECKPOINT_NAME: stable_diffusion, CONTROLNET_NAME: controlnet_weights(checkpoint.controlnet)}
     networks = {name: weights for name, weights in files.items() if weights}
     _check_folder(folder, [QFORMER_NAME, *networks], force)
     written = [checkpoint.encoder_state_dict, *networks.values()]
@@ -84,29 +83,6 @@ def convert(arguments: argparse.Namespace) -> None:
         print(f"Note: {checkpoint.path} also holds a tuned subject {shape}, which Load Tuned Subject takes from it.")
     for problem in checkpoint.problems:  # such as a ControlNet that cannot be read and so was not written
         print(f"Note: {problem}")
-
-
-def _stable_diffusion(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the state dict for the stock loader and what will keep it from loading; both empty for a Q-Former alone.
-
-    Raises:
-        CheckpointError: Some of the three networks are missing, or a file that may hold one cannot be read.
-    """
-    if not checkpoint.problems and not any(getattr(checkpoint, name) for name in STABLE_DIFFUSION):
-        return {}, []
-    components = {name: checkpoint.require(name) for name in STABLE_DIFFUSION}
-    state_dicts = {name: component.weights() for name, component in components.items()}
-    for name, component in components.items():
-        check_depth(name, state_dicts[name], component.config)
-    unet, text_encoder, vae = state_dicts.values()
-    return stable_diffusion_checkpoint(unet, text_encoder, vae), departures_from_stock(unet, text_encoder, vae)
-
-
-def _controlnet(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return the state dict for the stock ControlNetLoader; empty if the checkpoint has no ControlNet."""
-    if checkpoint.controlnet is None:
-        return {}
-    return network_to_ldm("controlnet", checkpoint.controlnet.weights(), checkpoint.controlnet.config)
 
 
 def _check_folder(folder: Path, names: list[str], overwrite: bool) -> None:

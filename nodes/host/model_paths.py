@@ -9,6 +9,13 @@ from pathlib import Path
 import folder_paths
 
 from ...blip_qformer.checkpoint.components import has_encoder_folder, is_component_folder
+from ...blip_qformer.checkpoint.convert import (
+    CHECKPOINT_NAME,
+    CONTROLNET_FOLDER,
+    CONTROLNET_NAME,
+    MODEL_FOLDER,
+    QFORMER_NAME,
+)
 from ...blip_qformer.checkpoint.hub_cache import snapshot_folder
 from ...blip_qformer.checkpoint.read_tensors import TENSOR_FILES
 from ...blip_qformer.subject.file import SUFFIX
@@ -34,6 +41,9 @@ class ModelList:
         find: Names of all choices.
         locate: Path of a found name; None if it has gone meanwhile.
         advice: How to get such a file, punctuation in front, as it follows "... was found in <folders>".
+        first: From a name that is missing to the one thing to do, a sentence that goes in front of all others, as the
+            page shows the beginning of an error only. Empty if it is not said by the name what to do.
+        beside: From a found name to files that belong to it and are not at its path.
     """
 
     kind: str
@@ -42,6 +52,8 @@ class ModelList:
     find: Callable[[], Iterable[str]]
     locate: Callable[[str], Path | str | None]
     advice: Callable[[], str]
+    first: Callable[[str], str] = lambda name: ""
+    beside: Callable[[str], Iterable[Path]] = lambda name: ()
 
     def options(self) -> list[str]:
         """Return the sorted names for a drop-down list, or one entry that says that there is nothing."""
@@ -77,15 +89,23 @@ class ModelList:
         """
         if name is None or name not in self.find():
             return ()
-        path = self.path(name)
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+        return tuple(mark for path in (self.path(name), *self.beside(name)) for mark in file_marks(path))
 
     def missing(self, name: str) -> str:
         """Return a sentence that says what was looked for, where, and how to get it."""
         what = f"No {self.kind} was found" if name == self.nothing_found else f'"{name}" was not found'
         searched = ", ".join(str(folder) for folder_name in self.folders for folder in _folders(folder_name))
-        return f"{what} in {searched}{self.advice()}"
+        return f"{self.first(name)} {what} in {searched}{self.advice()}".lstrip()
+
+
+def file_marks(path: Path) -> FileMarks:
+    """Return the marks of a file, or of all files in a folder; none if nothing is there.
+
+    Args:
+        path: File or folder.
+    """
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists())
 
 
 def register_model_folders() -> None:
@@ -124,7 +144,37 @@ def _checkpoints() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in candidates:
         found.setdefault(path.name, path)  # of two with one name the first counts, as in the host's own lists
+    for name, files in _converted_models().items():
+        found.setdefault(name, files[QFORMER_NAME])
     return found
+
+
+def converted_files(name: str) -> dict[str, Path]:
+    """Return the files that a choice stands for, by the names that converting gave them.
+
+    Args:
+        name: Entry of the list of checkpoints; what is no converted model gives nothing.
+    """
+    converted = _converted_models().get(name, {})
+    return converted if _checkpoints().get(name) == converted.get(QFORMER_NAME) else {}
+
+
+def _converted_models() -> dict[str, dict[str, Path]]:
+    """The published model as it is downloaded and converted: under the name of its folder, which it stands for."""
+    stock = {CHECKPOINT_NAME: "checkpoints", QFORMER_NAME: CHECKPOINT_FOLDER, CONTROLNET_NAME: "controlnet"}
+    found = {name: folder_paths.get_full_path(folder, name) for name, folder in stock.items()}
+    files = {name: Path(path) for name, path in found.items() if path}
+    if not {CHECKPOINT_NAME, QFORMER_NAME} <= files.keys():
+        return {}
+    return {MODEL_FOLDER: files} | ({CONTROLNET_FOLDER: files} if CONTROLNET_NAME in files else {})
+
+
+def _first_of_all(name: str) -> str:
+    """Say how the model is downloaded, if it is what lacks."""
+    if name != CONTROLNET_FOLDER:
+        needed = name == MODEL_FOLDER or not _checkpoints()
+        return DOWNLOAD_FIRST.format(choice="", option="") if needed else ""
+    return DOWNLOAD_FIRST.format(choice=", choose model and ControlNet", option=" --controlnet")
 
 
 def _segmentation_models() -> dict[str, Path]:
@@ -156,17 +206,24 @@ def _subfolders(parent: Path) -> list[Path]:
     return [path for path in parent.glob("*") if path.is_dir() and not path.name.startswith(".")]
 
 
+DOWNLOAD_FIRST = (
+    "Download the model first: add the node Download BLIP-Diffusion{choice} and press Run, or run "
+    "python -m blip_qformer download{option} in this pack's folder."
+)
+
 CHECKPOINTS = ModelList(
     kind="BLIP-Diffusion model",
-    nothing_found="(no model found)",
+    nothing_found="(download the model first)",
     folders=(DIFFUSERS_FOLDER, CHECKPOINT_FOLDER),
     find=_checkpoints,
     locate=lambda name: _checkpoints().get(name),
     advice=lambda: (
-        ". Download the whole folder https://huggingface.co/Salesforce/blipdiffusion (unet, vae, text_encoder, "
-        f"qformer; 6.2 GB) into {_folders(CHECKPOINT_FOLDER)[0] / 'blipdiffusion'}, or put an original blip-diffusion "
-        "folder, a fine-tuned .pth or a blip2_qformer.safetensors beside it, and press R to refresh."
+        ". By hand: put the whole folder https://huggingface.co/Salesforce/blipdiffusion (unet, vae, text_encoder, "
+        f"qformer; 6.2 GB) into {_folders(CHECKPOINT_FOLDER)[0] / MODEL_FOLDER}, or an original blip-diffusion folder, "
+        "a fine-tuned .pth or a blip2_qformer.safetensors beside it, and press R to refresh."
     ),
+    first=_first_of_all,
+    beside=lambda name: (path for file, path in converted_files(name).items() if file != QFORMER_NAME),
 )
 
 SEGMENTATION_MODELS = ModelList(

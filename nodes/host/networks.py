@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import comfy.cldm.cldm
@@ -59,6 +60,41 @@ def build_networks(checkpoint: Checkpoint) -> tuple[ModelPatcher, comfy.sd.CLIP,
             "%s also holds a tuned subject: Load Tuned Subject gives it to Subject Prompt Compose.", checkpoint.path
         )
     return build_model(unet, vae), build_clip(text_encoder), build_vae(vae)
+
+
+def load_converted(path: Path) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    """Load a converted file as the stock Load Checkpoint does.
+
+    Args:
+        path: File that converting wrote.
+
+    Raises:
+        CheckpointError: The host does not know it, as one of sizes other than SD1.5's.
+    """
+    try:
+        loaded = comfy.sd.load_checkpoint_guess_config(
+            str(path), embedding_directory=folder_paths.get_folder_paths("embeddings")
+        )
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} is no Stable Diffusion 1.5 that ComfyUI knows ({error}): download the model again, or choose a "
+            "whole BLIP-Diffusion folder."
+        ) from error
+    return cast(tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE], loaded[:3])
+
+
+def load_converted_controlnet(path: Path) -> comfy.controlnet.ControlNet:
+    """Load a converted ControlNet as the stock Load ControlNet Model does.
+
+    Args:
+        path: File that converting wrote.
+
+    Raises:
+        CheckpointError: The host does not know it.
+    """
+    if (loaded := comfy.controlnet.load_controlnet(str(path))) is None:
+        raise CheckpointError(f"{path} is no ControlNet that ComfyUI knows: delete it, and download it again.")
+    return cast(comfy.controlnet.ControlNet, loaded)
 
 
 def build_model(unet: Component, vae: Component, disable_dynamic: bool = False) -> ModelPatcher:

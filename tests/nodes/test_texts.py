@@ -32,6 +32,7 @@ NODES = {
     "BLIPDiffusionAttentionMap": "Subject Attention Map",
     "BLIPDiffusionSubjectFinetune": "Subject Fine-tune",
     "BLIPDiffusionSubjectFidelity": "Subject Fidelity",
+    "BLIPDiffusionDownload": "Download BLIP-Diffusion",
 }
 
 #: Saved graphs hold widgets by position: new ones go to the end.
@@ -102,7 +103,9 @@ WIDGETS = {
         "mirror",
     ],
     "BLIPDiffusionSubjectFidelity": ["prompt", "preprocessing"],
+    "BLIPDiffusionDownload": ["what", "keep_original"],
 }
+MENUS = {"BLIP-Diffusion", "BLIP-Diffusion/setup"}
 SOCKETS = {
     "MODEL",
     "CLIP",
@@ -120,7 +123,7 @@ SOCKETS = {
 @pytest.fixture(scope="module")
 def info(server) -> dict:
     """What the server tells the frontend about our nodes."""
-    return {name: node for name, node in server.object_info().items() if node["category"] == "BLIP-Diffusion"}
+    return {name: node for name, node in server.object_info().items() if node["category"] in MENUS}
 
 
 def inputs_of(node: dict) -> dict[str, list]:
