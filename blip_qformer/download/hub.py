@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ ENDPOINT = constants.ENDPOINT  # HF_ENDPOINT, or huggingface.co
 
 INCOMPLETE = ".incomplete"
 LISTING_TIMEOUT = 30  # seconds
+ATTEMPTS, PAUSE = 2, 1.0  # calls in a row that bring nothing, each of several requests, and seconds between two
 BLOCK = 1 << 20  # bytes hashed at once
 
 #: Packages by which versions of huggingface_hub make their requests: their errors have no common class.
@@ -50,6 +52,10 @@ REMEDIES = {
 
 class DownloadError(ValueError):
     """A file could not be downloaded; the message is a sentence with what to do."""
+
+
+class ConnectionLostError(DownloadError):
+    """The server could not be reached, or the connection broke off."""
 
 
 @dataclass(frozen=True)
@@ -176,15 +182,19 @@ class _Partial(io.FileIO):
 
 
 def _fetch_rest(file: RemoteFile, opened: _Partial) -> None:
-    """Fetch what lacks, in as many requests as it takes as long as each brings something."""
+    """Fetch what lacks, in as many requests as it takes, as long as those that break off have brought something."""
     url = hf_hub_url(file.repository, file.name, revision=file.commit, endpoint=ENDPOINT)
+    failures = 0
     while (begin := opened.tell()) < file.size:
         try:
             with _sentences(f"{file.name} of {file.repository}"), _no_bars():
                 http_get(url, opened, resume_size=begin, headers=build_hf_headers())
-        except DownloadError:
-            if opened.tell() <= begin:
+        except ConnectionLostError:
+            failures = 0 if opened.tell() > begin else failures + 1
+            if failures == ATTEMPTS:
                 raise
+            time.sleep(PAUSE)
+            continue
         if opened.tell() == begin:
             raise DownloadError(
                 f"{file.name} of {file.repository} ends after {begin} bytes, and {file.size} are listed: {AGAIN}, or "
@@ -227,7 +237,8 @@ def _sentences(what: str) -> Iterator[None]:
         yield
     except OfflineModeIsEnabled as error:
         raise DownloadError(
-            f"{what} was not downloaded, because HF_HUB_OFFLINE is set: unset it, or download on another machine."
+            f"{what} was not downloaded, because HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it, or "
+            "download on another machine."
         ) from error
     except Exception as error:
         # huggingface_hub says by an OSError without a number that less came than the server had announced.
@@ -236,12 +247,15 @@ def _sentences(what: str) -> Iterator[None]:
         if not is_short and status is None and type(error).__module__.partition(".")[0] not in HTTP_PACKAGES:
             raise
         if status is not None:
-            reason, remedy = f"the server answered {status}", REMEDIES.get(status, f"try again later; then {AGAIN}")
-        else:
-            reason = "the server stopped sending" if _is_read_timeout(error) else "the connection failed or broke off"
-            reason += f" ({type(error).__name__})"
-            remedy = f"look at your network, or set HF_ENDPOINT to a mirror; {AGAIN}"
-        raise DownloadError(f"{what} was not downloaded, because {reason}: {remedy}.") from error
+            remedy = REMEDIES.get(status, f"try again later; then {AGAIN}")
+            raise DownloadError(
+                f"{what} was not downloaded, because the server answered {status}: {remedy}."
+            ) from error
+        reason = "the server stopped sending" if _is_read_timeout(error) else "the connection failed or broke off"
+        raise ConnectionLostError(
+            f"{what} was not downloaded, because {reason} ({type(error).__name__}): look at your network, or set "
+            f"HF_ENDPOINT to a mirror; {AGAIN}."
+        ) from error
 
 
 def _is_read_timeout(error: BaseException | None) -> bool:

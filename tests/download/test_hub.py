@@ -164,7 +164,7 @@ def test_an_answer_of_the_server_is_a_sentence(server, file, tmp_path, code, rem
 
 def test_a_server_that_stops_sending_is_a_sentence(server, file, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
-    server.faults[NAME] = [stalled(5_000), *[stalled(0)] * 20]
+    server.faults[NAME] = [stalled(5_000), *[stalled(0)] * 99]
     assert "because the server stopped sending" in refusal(file, tmp_path)
     assert (tmp_path / "unet" / "weights.bin.incomplete").stat().st_size == 5_000
     server.faults[NAME] = []
@@ -183,8 +183,8 @@ def test_no_network_is_a_sentence(server, file, tmp_path, monkeypatch):
 def test_offline_is_a_sentence(server, file, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     forget_sessions()
-    assert "because HF_HUB_OFFLINE is set: unset it" in refusal(file, tmp_path)
-    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
+    assert "because HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it" in refusal(file, tmp_path)
+    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"):
         list_files(REPOSITORY)
 
 
