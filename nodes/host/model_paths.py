@@ -43,6 +43,8 @@ class ModelList:
         advice: How to get such a file, punctuation in front, as it follows "... was found in <folders>".
         first: From a name that is missing to the one thing to do, a sentence that goes in front of all others, as the
             page shows the beginning of an error only. Empty if it is not said by the name what to do.
+        said_at_run: Names that a graph with them can be queued with although they are missing. Newer pages show of a
+            graph that cannot be queued only that a node rejected it, and show what a node says when it runs.
         beside: From a found name to files that belong to it and are not at its path.
     """
 
@@ -53,6 +55,7 @@ class ModelList:
     locate: Callable[[str], Path | str | None]
     advice: Callable[[], str]
     first: Callable[[str], str] = lambda name: ""
+    said_at_run: frozenset[str] = frozenset()
     beside: Callable[[str], Iterable[Path]] = lambda name: ()
 
     def options(self) -> list[str]:
@@ -79,7 +82,7 @@ class ModelList:
         Args:
             name: Entry of the drop-down list; None if it comes over a link and is not known yet.
         """
-        return True if name is None or name in self.find() else self.missing(name)
+        return True if name is None or name in self.said_at_run or name in self.find() else self.missing(name)
 
     def fingerprint(self, name: str | None) -> FileMarks:
         """Return what is another value once other files lie under a name; the host then runs the node again.
@@ -172,7 +175,7 @@ def _converted_models() -> dict[str, dict[str, Path]]:
 def _first_of_all(name: str) -> str:
     """Say how the model is downloaded, if it is what lacks."""
     if name != CONTROLNET_FOLDER:
-        needed = name == MODEL_FOLDER or not _checkpoints()
+        needed = name in (MODEL_FOLDER, QFORMER_NAME) or not _checkpoints()
         return DOWNLOAD_FIRST.format(choice="", option="") if needed else ""
     return DOWNLOAD_FIRST.format(choice=", choose model and ControlNet", option=" --controlnet")
 
@@ -211,9 +214,11 @@ DOWNLOAD_FIRST = (
     "python -m blip_qformer download{option} in this pack's folder."
 )
 
+NO_CHECKPOINT = "(download the model first)"
+
 CHECKPOINTS = ModelList(
     kind="BLIP-Diffusion model",
-    nothing_found="(download the model first)",
+    nothing_found=NO_CHECKPOINT,
     folders=(DIFFUSERS_FOLDER, CHECKPOINT_FOLDER),
     find=_checkpoints,
     locate=lambda name: _checkpoints().get(name),
@@ -223,6 +228,7 @@ CHECKPOINTS = ModelList(
         "a fine-tuned .pth or a blip2_qformer.safetensors beside it, and press R to refresh."
     ),
     first=_first_of_all,
+    said_at_run=frozenset({NO_CHECKPOINT, MODEL_FOLDER, CONTROLNET_FOLDER, QFORMER_NAME}),
     beside=lambda name: (path for file, path in converted_files(name).items() if file != QFORMER_NAME),
 )
 

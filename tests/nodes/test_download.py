@@ -121,28 +121,44 @@ def test_a_file_in_any_of_the_hosts_folders_is_there(host, folders, server, monk
     assert server.tokens == []
 
 
-@pytest.mark.parametrize("name", ["blipdiffusion", "(download the model first)", "(no model found)", "mine"])
-def test_the_first_thing_that_an_empty_loader_says_is_what_to_do(host, folders, name):
-    for loader in (LOADER, "BLIPDiffusionQFormerLoader"):
-        sentence = host.nodes[loader].validate_inputs(checkpoint=name)
-        assert sentence.startswith(
-            "Download the model first: add the node Download BLIP-Diffusion and press Run, or run "
-            "python -m blip_qformer download in this pack's folder."
-        )
-        assert str(folders.blip_diffusion) in sentence
+DO_THIS = (
+    "Download the model first: add the node Download BLIP-Diffusion and press Run, or run "
+    "python -m blip_qformer download in this pack's folder."
+)
+
+
+@pytest.mark.parametrize("loader", [LOADER, "BLIPDiffusionQFormerLoader"])
+@pytest.mark.parametrize("name", ["blipdiffusion", QFORMER_NAME, "(download the model first)", "mine"])
+def test_the_first_thing_that_an_empty_loader_says_is_what_to_do(host, folders, loader, name):
+    with pytest.raises(ValueError, match="was found in|was not found in") as error:
+        host.run(loader, checkpoint=name)
+    assert str(error.value).startswith(DO_THIS)
+    assert str(folders.blip_diffusion) in str(error.value)
 
 
 def test_the_canny_workflow_asks_for_the_controlnet(host, folders):
-    sentence = host.nodes["BLIPDiffusionControlNetLoader"].validate_inputs(checkpoint="blipdiffusion-controlnet")
-    assert sentence.startswith(
+    with pytest.raises(ValueError, match="was not found in") as error:
+        host.run("BLIPDiffusionControlNetLoader", checkpoint="blipdiffusion-controlnet")
+    assert str(error.value).startswith(
         "Download the model first: add the node Download BLIP-Diffusion, choose model and ControlNet and press Run, or "
         "run python -m blip_qformer download --controlnet in this pack's folder."
     )
 
 
 def test_where_other_models_are_a_missing_one_is_only_missing(host, checkpoints):
-    assert host.nodes[LOADER].validate_inputs(checkpoint="mine").startswith('"mine" was not found in ')
-    assert host.nodes[LOADER].validate_inputs(checkpoint="blipdiffusion").startswith("Download the model first: ")
+    with pytest.raises(ValueError, match='^"mine" was not found in '):
+        host.run(LOADER, checkpoint="mine")
+    with pytest.raises(ValueError, match='^Download the model first: .*"blipdiffusion" was not found in '):
+        host.run(LOADER, checkpoint="blipdiffusion")
+
+
+def test_a_graph_that_lacks_the_model_is_queued_and_then_says_so(host, folders):
+    """Newer pages show of a graph that is refused only that it was; only names that our workflows have pass."""
+    validate = host.nodes[LOADER].validate_inputs
+    for name in ("blipdiffusion", "blipdiffusion-controlnet", QFORMER_NAME, "(download the model first)"):
+        assert validate(checkpoint=name) is True
+    for name in ("mine", "../blipdiffusion", "/blipdiffusion"):
+        assert '" was not found in ' in validate(checkpoint=name)
 
 
 @pytest.fixture
