@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from blip_qformer.cli.command_line import main as blip_qformer
 from tests import oracle
 from tests.random_weights import DEMO, SMALL, write_hub_folder
 from tools.host import PACK_NAME, ROOT, ComfyServer, History, WorkflowError, comfyui_path
+from tools.layout import FREE, Box
 from tools.thumbnails import CHANGES, small_prompt
 from tools.workflow import override, to_prompt
 
@@ -37,7 +39,7 @@ STOCK = dataclasses.replace(
 )
 CONTROLNETS = ("control_v11p_sd15_scribble_fp16.safetensors", "control_v11f1p_sd15_depth_fp16.safetensors")
 TINY = "blipdiffusion-controlnet"  # of sizes that only our own loader knows
-PLAIN_SD15, FAVOURITE = "v1-5-pruned-emaonly-fp16.safetensors", "my_favourite_sd15.safetensors"
+PLAIN_SD15, FAVOURITE = "v1-5-pruned-emaonly-fp16.safetensors", "DreamShaper_8_pruned.safetensors"
 
 #: A picture of the same kind, for each that a workflow shows.
 OTHER = {
@@ -49,6 +51,9 @@ OTHER = {
     "blip-diffusion-scribble.png": "blip-diffusion-depth.png",
     "blip-diffusion-depth.png": "blip-diffusion-scribble.png",
 }
+
+#: Pixels by which Nodes 2.0 of older frontends moves a graph up when it enlarges its titles.
+LIFTED = 24
 
 #: Whose widgets are pixels.
 SIZED = ("EmptyLatentImage", "ImageScale", "SolidMask", "MaskComposite")
@@ -163,6 +168,10 @@ def test_opens_and_runs_in_the_page(stocked, workflow, page):
     """What Run sends is the saved workflow, then what the widgets were set to; images show where nodes give some."""
     graph, info = read_graph(workflow), stocked.object_info()
     opened = page.open_workflow(graph)
+    assert len(opened.boxes) == len(graph["nodes"])
+    left, top, right, bottom = FREE
+    page_sees = Box(left - 1, top - LIFTED, right - left + 2, bottom - top + LIFTED + 1)
+    assert all(page_sees.contains(box) for box in opened.boxes.values())
     assert (opened.missing_types, opened.messages, opened.console_errors) == ((), (), ())
     assert opened.node_count == len(graph["nodes"])
     assert opened.prompt == to_prompt(graph, info)
@@ -174,6 +183,12 @@ def test_opens_and_runs_in_the_page(stocked, workflow, page):
     assert (run.end, run.exception_message, run.console_errors) == ("execution_success", "", ())
     assert run.prompt == prompt
     assert run.shown == showing
+    assert overlapping(page.measure_nodes()) == []
+
+
+def overlapping(boxes: dict[str, Box]) -> list[tuple[str, str]]:
+    """The ids of nodes that cover each other."""
+    return [(one, other) for one, other in itertools.combinations(boxes, 2) if boxes[one].overlaps(boxes[other])]
 
 
 def changed_inputs(before: dict, after: dict) -> dict[str, object]:
@@ -232,6 +247,23 @@ def test_uses_no_node_that_the_host_calls_deprecated(server, workflow):
     assert [
         node["type"] for node in read_graph(workflow)["nodes"] if info.get(node["type"], {}).get("deprecated")
     ] == []
+
+
+def test_shows_the_advanced_values_that_it_depends_on(server, workflow):
+    """The frontend folds advanced inputs away; a graph that needs another value than the default shows them."""
+    graph, info = read_graph(workflow), server.object_info()
+    prompt = to_prompt(graph, info)
+    for node in graph["nodes"]:
+        if node["type"].startswith("BLIPDiffusion"):
+            groups = info[node["type"]]["input"]
+            specifications = {**groups.get("required", {}), **groups.get("optional", {})}
+            inputs = prompt[str(node["id"])]["inputs"]
+            changed = [
+                name
+                for name, (_, *options) in specifications.items()
+                if options and options[0].get("advanced") and inputs.get(name) != options[0].get("default")
+            ]
+            assert not changed or node.get("showAdvanced"), (node["id"], changed)
 
 
 def test_says_how_to_use_it_and_where_its_models_come_from(workflow):

@@ -17,6 +17,7 @@ from playwright.sync_api import ConsoleMessage, ViewportSize, sync_playwright
 from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
 from tools.host import PACK_NAME, ComfyServer
+from tools.layout import Box
 
 Result = TypeVar("Result")
 
@@ -49,6 +50,19 @@ OPEN_WORKFLOW = """async graph => {
     const prompt = await window.app.graphToPrompt()
     return {nodeCount: window.app.graph.nodes.length, missing: [...new Set(missing)], prompt: prompt.output}
 }"""
+# The nodes in sight by id: left, top, width and height in pixels of the page.
+NODE_BOXES = {
+    "classic": """() => Object.fromEntries(window.app.graph.nodes.map(node => {
+        const {scale, offset} = window.app.canvas.ds
+        const title = window.LiteGraph.NODE_TITLE_HEIGHT
+        const [x, y, width, height] = [node.pos[0] + offset[0], node.pos[1] - title + offset[1], ...node.size]
+        return [node.id, [x, y, width, height + title].map(value => value * scale)]
+    }))""",
+    "nodes 2.0": """() => Object.fromEntries([...document.querySelectorAll('[data-node-id]')].map(node => {
+        const {left, top, width, height} = node.getBoundingClientRect()
+        return [node.dataset.nodeId, [left, top, width, height]]
+    }))""",
+}
 # Sets widgets, given as node id -> name -> value, presses Run, and returns how the run ended.
 RUN_WORKFLOW = """async changes => {
     for (const [id, values] of Object.entries(changes)) {
@@ -112,6 +126,7 @@ class OpenedWorkflow:
 
     Attributes:
         node_count: Number of nodes on the canvas.
+        boxes: Where the nodes are in the saved view, by id, in pixels of the page.
         missing_types: Classes of nodes that the frontend does not know.
         console_errors: Errors that the page reported while it opened it.
         messages: Pop-up messages that a user would see, such as the frontend's repairs to a faulty graph.
@@ -119,6 +134,7 @@ class OpenedWorkflow:
     """
 
     node_count: int
+    boxes: dict[str, Box]
     missing_types: tuple[str, ...]
     console_errors: tuple[str, ...]
     messages: tuple[str, ...]
@@ -171,7 +187,7 @@ class Frontend:
         height: Height of the page in pixels.
     """
 
-    def __init__(self, server: ComfyServer, renderer: str = "classic", width: int = 1600, height: int = 900) -> None:
+    def __init__(self, server: ComfyServer, renderer: str = "classic", width: int = 1920, height: int = 1080) -> None:
         self.server, self.renderer = server, renderer
         self.size: ViewportSize = {"width": width, "height": height}
         self._errors: list[str] = []
@@ -197,10 +213,13 @@ class Frontend:
             self._errors.clear()
             answer = self._page.evaluate(OPEN_WORKFLOW, graph)
             self._page.wait_for_timeout(300)  # for errors of the canvas while it renders
+            boxes = self._measure_nodes()
             messages = tuple(self._page.evaluate(READ_MESSAGES))
             self._page.wait_for_selector(".p-toast-message-text", state="detached")  # they fade out
             errors = tuple(self._errors)
-            return OpenedWorkflow(answer["nodeCount"], tuple(answer["missing"]), errors, messages, answer["prompt"])
+            return OpenedWorkflow(
+                answer["nodeCount"], boxes, tuple(answer["missing"]), errors, messages, answer["prompt"]
+            )
 
         return self._run(open_it)
 
@@ -237,6 +256,10 @@ class Frontend:
 
         return self._run(run_it)
 
+    def measure_nodes(self) -> dict[str, Box]:
+        """Return where the nodes in sight are, by id, in pixels of the page."""
+        return self._run(self._measure_nodes)
+
     def search_nodes(self, text: str) -> tuple[list[str], bool]:
         """Search nodes as the search box does.
 
@@ -265,6 +288,9 @@ class Frontend:
         """Return the Markdown of a node's help page, or None if the server has none."""
         response = requests.get(f"{self.server.url}/extensions/{quote(pack)}/docs/{quote(node_id)}.md", timeout=60)
         return response.text if response.status_code == 200 else None
+
+    def _measure_nodes(self) -> dict[str, Box]:
+        return {number: Box(*box) for number, box in self._page.evaluate(NODE_BOXES[self.renderer]).items()}
 
     def _fit_view(self) -> None:
         self._page.evaluate("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
