@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from types import SimpleNamespace
 
@@ -11,10 +12,16 @@ from safetensors.torch import save_file
 
 from blip_qformer.checkpoint import open_checkpoint, save_qformer
 from blip_qformer.checkpoint.convert import CHECKPOINT_NAME, CONTROLNET_NAME, QFORMER_NAME
+from blip_qformer.checkpoint.ldm_keys import stable_diffusion_checkpoint
+from blip_qformer.checkpoint.write_safetensors import write_safetensors
+from tests import oracle
 from tests.download.hub_server import hub_server
 
 NODE = "BLIPDiffusionDownload"
 LOADER = "BLIPDiffusionLoader"
+
+#: SD1.5's widths, by which the host knows it, with fewer levels.
+SHALLOW = dataclasses.replace(oracle.FULL, unet_channels=(320, 640), unet_attention=(True, False), unet_layers=1)
 
 
 @pytest.fixture
@@ -171,22 +178,33 @@ def converted(host, folders, monkeypatch):
     return folders
 
 
-def test_the_hosts_own_loaders_read_the_converted_files(host, converted, monkeypatch):
+def test_the_hosts_own_loader_reads_the_converted_file(host, converted):
+    """At SD1.5's own widths: what is loaded is what was written."""
+    networks = (oracle.unet(SHALLOW), oracle.text_encoder(oracle.FULL), oracle.vae(oracle.FULL))
+    weights = stable_diffusion_checkpoint(*(network.state_dict() for network in networks))
+    write_safetensors(converted.checkpoints / CHECKPOINT_NAME, weights, dtype=torch.float16, overwrite=True)
+    model, clip, vae, qformer = host.run(LOADER, checkpoint="blipdiffusion")
+    loaded = {
+        "model.diffusion_model.": model.model.diffusion_model,
+        "cond_stage_model.transformer.": clip.cond_stage_model.clip_l.transformer,
+        "first_stage_model.": vae.first_stage_model,
+    }
+    for prefix, network in loaded.items():
+        state_dict = network.state_dict()
+        written = {name.removeprefix(prefix): each for name, each in weights.items() if name.startswith(prefix)}
+        assert len(written) > 100
+        for name, each in written.items():
+            assert torch.equal(state_dict[name].float(), each.half().float()), name
+    assert qformer.encode([torch.rand(1, 50, 50, 3)], "dog", "crop").shape[-2:] == (16, 128)
+
+
+def test_the_hosts_own_loader_reads_the_converted_controlnet(host, converted, monkeypatch):
+    """A whole one is read in tests/cli/test_convert.py; here it is asked for the right file."""
     import comfy.controlnet
-    import comfy.sd
 
-    asked = []
-
-    def checkpoint(path, embedding_directory):
-        asked.append(path)
-        assert embedding_directory
-        return "model", "clip", "vae", None
-
-    monkeypatch.setattr(comfy.sd, "load_checkpoint_guess_config", checkpoint)
-    monkeypatch.setattr(comfy.controlnet, "load_controlnet", lambda path: asked.append(path) or "controlnet")
-    assert host.run(LOADER, checkpoint="blipdiffusion")[:3] == ("model", "clip", "vae")
-    assert host.run("BLIPDiffusionControlNetLoader", checkpoint="blipdiffusion-controlnet") == ("controlnet",)
-    assert asked == [str(converted.checkpoints / CHECKPOINT_NAME), str(converted.controlnet / CONTROLNET_NAME)]
+    monkeypatch.setattr(comfy.controlnet, "load_controlnet", lambda path: path)
+    path = host.run("BLIPDiffusionControlNetLoader", checkpoint="blipdiffusion-controlnet")[0]
+    assert path == str(converted.controlnet / CONTROLNET_NAME)
 
 
 def test_files_that_the_host_does_not_know_are_a_sentence(host, converted):
