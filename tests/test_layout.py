@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 
 import pytest
 
@@ -13,7 +14,7 @@ from tools.host import ROOT
 from tools.layout import Box, lay_out, occupied, room
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-SHOWS_TEXTS = 8 / 14  # scale below which frontends up to 1.32 leave texts out: 8 pixels, of letters of 14
+LEAST_SCALE = 0.5  # letters of 14 pixels can still be read at 7
 
 
 @pytest.fixture(params=WORKFLOWS, ids=lambda path: path.stem)
@@ -62,7 +63,7 @@ def test_the_saved_view_shows_the_whole_at_a_readable_scale(graph):
     boxes = [*frames(graph), *(room(node) for node in graph["nodes"])]
     scale, (x, y) = graph["extra"]["ds"]["scale"], graph["extra"]["ds"]["offset"]
     left, top, right, bottom = layout.FREE
-    assert scale >= SHOWS_TEXTS
+    assert scale >= LEAST_SCALE
     for enlarged in (1.0, 1.2):
         assert min(box.x + x for box in boxes) * scale == pytest.approx(left, abs=1)
         assert min(box.y + y for box in boxes) * scale == pytest.approx(top, abs=1)
@@ -77,6 +78,13 @@ def test_the_note_is_three_lines_without_code(graph):
     assert leads == ["What it does", "Change first", "Needs"]
     assert "`" not in text  # blue on blue in Nodes 2.0
     assert note["title"] != "How to use this"
+
+
+def test_every_node_of_the_pack_has_a_group():
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "nodes").glob("*.py"))
+    assert {name for name in layout.GROUP_OF if name.startswith("BLIPDiffusion")} == {
+        *re.findall(r'node_id="(\w+)"', sources)
+    }
 
 
 def chain(*classes: str) -> dict:

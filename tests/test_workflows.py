@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import shutil
@@ -215,6 +216,7 @@ def test_is_offered_as_a_template_with_a_thumbnail(stocked, workflow):
     thumbnail = requests.get(f"{stocked.url}/api/workflow_templates/{PACK_NAME}/{workflow}.jpg")
     assert thumbnail.headers["Content-Type"] == "image/jpeg"
     assert len(thumbnail.content) < 80_000
+    assert Image.open(io.BytesIO(thumbnail.content)).size == (400, 400)
 
 
 @pytest.mark.parametrize("workflow", CHANGES)

@@ -31,6 +31,7 @@ COLORS = ("#3f789e", "#8A8", "#b58b2a", "#b06634", "#88A")  # the frontend's own
 GROUPS = {
     MODEL: (
         "BLIPDiffusionControlNetLoader",
+        "BLIPDiffusionDownload",
         "BLIPDiffusionLoader",
         "BLIPDiffusionQFormerLoader",
         "CLIPMergeAdd",
@@ -44,13 +45,14 @@ GROUPS = {
         "ModelSamplingDiscrete",
     ),
     SUBJECT: (
-        "BLIPDiffusionComposite",
         "BLIPDiffusionSubjectEncode",
         "BLIPDiffusionSubjectFinetune",
         "BLIPDiffusionSubjectInterpolate",
         "BLIPDiffusionSubjectLoad",
+        "BLIPDiffusionSubjectOnBackground",
         "BLIPDiffusionSubjectSave",
         "BLIPDiffusionSubjectTrajectory",
+        "BLIPDiffusionTunedSubjectLoader",
         "SaveLoRA",
     ),
     PROMPT: (

@@ -1,7 +1,8 @@
 """Make the workflows' thumbnails in a real ComfyUI, with the small model in place of the published one.
 
-``python -m tools.thumbnails`` makes those of all workflows that the small model can run. The rest need a ControlNet or
-a checkpoint of Stable Diffusion's size; their thumbnails show the graph.
+A thumbnail is a square: what goes in, what comes out, and below it the workflow's title, because the template browser
+shows nothing but the file's name. ``python -m tools.thumbnails`` makes all of them. Those workflows that need a
+ControlNet or a checkpoint of Stable Diffusion's size, which the small model cannot run, show what goes in.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from blip_qformer.atomic import atomic_file
-from tools.demo import SMALL_MODEL, in_a_row, link_checkpoint, saved_images
+from tools.demo import SMALL_MODEL, link_checkpoint, saved_images
 from tools.host import ROOT, ComfyServer, Prompt, make_base_directory
 from tools.workflow import override, to_prompt
 
-HEIGHT, GAP = 240, 12  # pixels
+EDGE, CAPTION, GIVEN, GAP = 400, 60, 112, 4  # pixels of a thumbnail, of its caption, of what goes in, between them
+FONT_SIZES = range(30, 12, -1)
 HALVED = ("width", "height", "x", "y")  # the workflows sample at 512 pixels, the small model at 256
 SIZED = ("EmptyLatentImage", "ImageScale", "SolidMask", "MaskComposite")
 
@@ -33,6 +35,7 @@ IMAGES = {
     "blip-diffusion-cat-evening.jpg": "buoy.png",
 }
 WORDS = {"cat": "buoy", "cup": "pear", "rocket": "lobster"}
+SAMPLES = ROOT / "workflows" / "inputs"
 CONTEXT, SCENE = "on the grass", "grass"
 
 #: Further changes to a workflow: node class -> inputs.
@@ -49,7 +52,10 @@ CHANGES: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "subject-generation": {},
     "subject-img2img": {},
     "subject-inpaint": {},
-    "subject-trajectory": {"BLIPDiffusionSubjectTrajectory": {"steps": 5}},
+    "subject-trajectory": {
+        "BLIPDiffusionSubjectTrajectory": {"steps": 7},
+        "BLIPDiffusionSubjectGrid": {"columns": 3},
+    },
     "three-subjects": {},
     "two-subjects": {},
 }
@@ -73,7 +79,7 @@ def small_prompt(workflow: str, object_info: dict[str, Any], checkpoint: str) ->
 
 
 def make_thumbnail(server: ComfyServer, workflow: str, base: Path, checkpoint: str) -> Image.Image:
-    """Run a workflow and put its given and its sampled images in one row.
+    """Run a workflow, if the small model can, and lay out its given and its sampled images.
 
     Args:
         server: Running server.
@@ -81,11 +87,40 @@ def make_thumbnail(server: ComfyServer, workflow: str, base: Path, checkpoint: s
         base: Base directory of the server.
         checkpoint: Name of the small model in the loader's list.
     """
+    graph = json.loads((ROOT / "workflows" / f"{workflow}.json").read_text(encoding="utf-8"))
+    (title,) = [node["title"] for node in graph["nodes"] if node["type"] == "MarkdownNote"]
+    if workflow not in CHANGES:
+        return in_a_square(
+            [Image.open(SAMPLES / name) for name in _given(to_prompt(graph, server.object_info()))], title
+        )
     prompt = small_prompt(workflow, server.object_info(), checkpoint)
     sampled = [Image.open(file) for file in saved_images(server.queue(prompt), base)]
-    given = dict.fromkeys(node["inputs"]["image"] for node in prompt.values() if node["class_type"] == "LoadImage")
-    shown = [] if workflow == "subject-trajectory" else [Image.open(base / "input" / name) for name in given]
-    return in_a_row([*shown, *sampled], HEIGHT, GAP)
+    if workflow == "subject-trajectory":  # a sheet, with what is given at its ends
+        return in_a_square([ImageOps.pad(sampled[0].convert("RGB"), (EDGE, EDGE - CAPTION), color="white")], title)
+    return in_a_square([*(Image.open(base / "input" / name) for name in _given(prompt)), *sampled], title)
+
+
+def in_a_square(images: Sequence[Image.Image], title: str) -> Image.Image:
+    """Lay images out above a title: the last one large, the others small beside it, or above it if it is wide.
+
+    Args:
+        images: Images of any sizes.
+        title: Title of the workflow.
+    """
+    square = Image.new("RGB", (EDGE, EDGE), "white")
+    *small, large = images
+    across = len(small) > 1 and large.width > 1.2 * large.height
+    height = EDGE - CAPTION
+    for number, image in enumerate(small):
+        corner = (number * (GIVEN + GAP), 0) if across else (0, number * (GIVEN + GAP))
+        square.paste(ImageOps.fit(image.convert("RGB"), (GIVEN, GIVEN)), corner)
+    left, top = ((0, GIVEN + GAP) if across else (GIVEN + GAP, 0)) if small else (0, 0)
+    square.paste(ImageOps.fit(large.convert("RGB"), (EDGE - left, height - top)), (left, top))
+    draw = ImageDraw.Draw(square)
+    fonts = (ImageFont.load_default(size) for size in FONT_SIZES)
+    font = next((font for font in fonts if draw.textlength(title, font) <= EDGE - 16), None)
+    draw.text((EDGE // 2, EDGE - CAPTION // 2), title, fill="black", anchor="mm", font=font)
+    return square
 
 
 def main() -> int:
@@ -95,13 +130,18 @@ def main() -> int:
         shutil.copy(ROOT / "mini" / "inputs" / name, base / "input")
     checkpoint = link_checkpoint(base / "models" / "blip_diffusion", SMALL_MODEL)
     with ComfyServer(base) as server:
-        for workflow in sys.argv[1:] or CHANGES:
+        for workflow in sys.argv[1:] or sorted(path.stem for path in (ROOT / "workflows").glob("*.json")):
             target = ROOT / "workflows" / f"{workflow}.jpg"
             image = make_thumbnail(server, workflow, base, checkpoint)
             with atomic_file(target) as temporary:
                 image.save(temporary, format="JPEG", quality=88)
             print(f"Wrote {target.relative_to(ROOT)} ({target.stat().st_size / 1000:.0f} kB).")
     return 0
+
+
+def _given(prompt: Prompt) -> list[str]:
+    """Return the names of the images that a prompt loads, each once."""
+    return [*dict.fromkeys(node["inputs"]["image"] for node in prompt.values() if node["class_type"] == "LoadImage")]
 
 
 def _make_small(node: str, inputs: dict[str, Any], checkpoint: str) -> None:
