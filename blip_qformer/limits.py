@@ -16,6 +16,9 @@ MAX_HEADER_BYTES = 10_000_000  # of a .safetensors; that of SD1.5's U-Net has 90
 MAX_TENSORS = 10_000  # of one file; a whole fine-tuned checkpoint has 2,000
 MAX_PICKLE_BYTES = 64_000_000  # of the pickle inside a torch file, which names tensors and holds no data
 
+MAX_PREVIEW_BYTES = 100_000  # of the small picture in a subject's header; ours have 5 to 30 kB
+MAX_PREVIEW_EDGE = 1_024  # pixels; 256
+
 # Sizes of a network. Each is also compared with the tensors of its file.
 MAX_WIDTH = 16_384  # the published encoder's widest layer has 4,096
 MAX_LAYERS = 64  # and 23 blocks

@@ -26,12 +26,14 @@ from .world.fetch import REGISTRY, fill
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .evaluation.fidelity import FidelityReport
     from .evaluation.judges import Judges
     from .evaluation.report import Report
     from .evaluation.tuned import TunedReport
 
 REPORT, SHEET = "report.md", "report.jpg"
 TUNED_REPORT, TUNED_SHEET = "tuned.md", "tuned.jpg"
+FIDELITY_REPORT, FIDELITY_SHEET = "fidelity.md", "fidelity.jpg"
 JUDGES = "judges.safetensors"
 
 
@@ -96,7 +98,12 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
 
     report = kinds.add_parser("report", help="identity, context and blending, beside three baselines")
     tuned = kinds.add_parser("tuned", help="what fine-tuning on each held-out thing adds")
-    for parser, files in ((report, f"{REPORT} and {SHEET}"), (tuned, f"{TUNED_REPORT} and {TUNED_SHEET}")):
+    fidelity = kinds.add_parser("fidelity", help="how far the scores of Subject Fidelity can be trusted")
+    for parser, files in (
+        (report, f"{REPORT} and {SHEET}"),
+        (tuned, f"{TUNED_REPORT} and {TUNED_SHEET}"),
+        (fidelity, f"{FIDELITY_REPORT} and {FIDELITY_SHEET}"),
+    ):
         parser.add_argument("model", metavar="MODEL", type=Path, help="its folder, in the Hub layout")
         parser.add_argument("artwork", metavar="ARTWORK", type=Path, help="an artwork folder")
         parser.add_argument("target", metavar="DST", type=Path, help=f"the folder for {files}")
@@ -110,6 +117,10 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     tuned.add_argument("--things", metavar="N", type=int, default=16, help="held-out things to learn (16)")
     tuned.add_argument("--learning-rate", type=float, default=5e-5, help="of the fine-tuning (5e-5)")
     tuned.set_defaults(command=_evaluate_tuned)
+
+    fidelity.add_argument("--judges", metavar="FILE", type=Path, required=True, help="what evaluate report has trained")
+    fidelity.add_argument("--things", metavar="N", type=int, default=60, help="held-out things to draw (60)")
+    fidelity.set_defaults(command=_evaluate_fidelity)
 
 
 def _artwork(arguments: argparse.Namespace) -> None:
@@ -194,7 +205,27 @@ def _evaluate_tuned(arguments: argparse.Namespace) -> None:
     _write(report, sheet, arguments.target / TUNED_REPORT, arguments.target / TUNED_SHEET)
 
 
-def _write(report: Report | TunedReport, sheet: Image.Image, table_file: Path, sheet_file: Path) -> None:
+def _evaluate_fidelity(arguments: argparse.Namespace) -> None:
+    from blip_qformer.pipeline import load_pipeline
+
+    from .evaluation.fidelity import FidelitySettings, evaluate_fidelity
+    from .evaluation.judges import load_judges
+
+    if not arguments.judges.is_file():
+        raise ValueError(f"No judges are at {arguments.judges}: evaluate report trains them.")
+    arguments.target.mkdir(parents=True, exist_ok=True)
+    pipeline = load_pipeline(arguments.model)
+    for network in pipeline.networks.values():
+        network.eval().requires_grad_(False)
+    settings = FidelitySettings(things=arguments.things)
+    judges = load_judges(arguments.judges)
+    report, sheet = evaluate_fidelity(pipeline, judges, arguments.artwork, settings, arguments.target)
+    _write(report, sheet, arguments.target / FIDELITY_REPORT, arguments.target / FIDELITY_SHEET)
+
+
+def _write(
+    report: Report | TunedReport | FidelityReport, sheet: Image.Image, table_file: Path, sheet_file: Path
+) -> None:
     """Write the table with its settings, print it too, and write the contact sheet."""
     settings = ", ".join(f"{name} {value}" for name, value in asdict(report.settings).items())
     text = f"{report.table()}\n\nSettings: {settings}.\n"

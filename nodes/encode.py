@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ..blip_qformer.encoder import PREPROCESSING_MODES
 from ..blip_qformer.encoder.preprocessing import PreprocessingMode
-from ..blip_qformer.subject import Subject
 from ..blip_qformer.subject.views import average_views, describe_views
 from ..blip_qformer.subject.weights import parse_weights
 from .host.lists import takes_lists
@@ -116,8 +115,7 @@ class SubjectEncode(io.ComfyNode):
         view_weights: str = "",
     ) -> io.NodeOutput:
         """Encode the images, and average them unless each is a subject of its own."""
-        vectors, source = encode_views(qformer, image, subject_word, preprocessing, mask)
-        views = Subject(vectors, subject_word.strip(), qformer.encoder_hash, source)
+        views = encode_views(qformer, image, subject_word, preprocessing, mask)
         if not average_batch:
             return io.NodeOutput(views, f'{len(views)} x "{views.word}", one for each picture.')
         return io.NodeOutput(average_views(views, parse_weights(view_weights)), describe_views(views))

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from ..blip_qformer.subject import Subject
 from ..blip_qformer.subject.file import load_subject, save_subject
 from ..blip_qformer.subject.file_name import checked_name
+from ..blip_qformer.subject.preview import preview_image
 from ..blip_qformer.subject.provenance import encoder_mismatch
 from .host.lists import takes_lists
 from .host.managed import ManagedEncoder
 from .host.model_paths import SUBJECTS, FileMarks, new_subject_path
-from .types import CATEGORY, Blip2QFormer, BlipSubject, io, newer_fields
+from .types import CATEGORY, Blip2QFormer, BlipSubject, io, newer_fields, ui
 
 logger = logging.getLogger("blip_diffusion")
 
@@ -47,6 +48,16 @@ class SaveSubject(io.ComfyNode):
                     tooltip="If there is a subject of that name already. keep: nothing is saved, and the node says "
                     "so. replace: the old one is lost.",
                 ),
+                io.Boolean.Input(
+                    "save_preview",
+                    default=True,
+                    optional=True,
+                    label_on="with picture",
+                    label_off="without",
+                    tooltip="Puts a small picture of your subject (256 pixels) into the file. You see it in the model "
+                    "library and in Load Subject. Choose without if you share the file and want to keep the picture "
+                    "private.",
+                ),
             ],
             outputs=[
                 BlipSubject.Output(
@@ -70,7 +81,7 @@ class SaveSubject(io.ComfyNode):
 
     @classmethod
     @takes_lists("subject")
-    def execute(cls, subject: list[Subject], name: str, overwrite: bool) -> io.NodeOutput:
+    def execute(cls, subject: list[Subject], name: str, overwrite: bool, save_preview: bool = True) -> io.NodeOutput:
         """Write the subject to the first embeddings folder."""
         if len(subject) > 1:  # the host would write one after the other under the same name
             raise ValueError(
@@ -78,7 +89,7 @@ class SaveSubject(io.ComfyNode):
                 "Interpolate, or encode all pictures as one subject."
             )
         path = new_subject_path(name)
-        save_subject(path, subject[0], overwrite)
+        save_subject(path, subject[0], overwrite, save_preview)
         embedding = f"embedding:{path.stem}"
         return io.NodeOutput(subject[0], embedding, ui={"text": [embedding]})
 
@@ -95,7 +106,7 @@ class LoadSubject(io.ComfyNode):
             category=CATEGORY,
             **newer_fields(["textual inversion", "load embedding", "import subject", "saved subject"]),
             description="Loads a subject that you saved with Save Subject, or a file that somebody gave you. No "
-            "picture is needed.",
+            "picture is needed. If the file holds a small picture of the subject, the node shows it.",
             inputs=[
                 io.Combo.Input(
                     "subject_file",
@@ -143,7 +154,11 @@ class LoadSubject(io.ComfyNode):
         warning = encoder_mismatch(subject, qformer.encoder_hash) if qformer else ""
         if warning:
             logger.warning(warning)
-        return io.NodeOutput(subject, f'"{subject.word}" from {subject_file}. {warning}'.strip())
+        report = f'"{subject.word}" from {subject_file}. {warning}'.strip()
+        image = preview_image(subject.preview)
+        if image is None:
+            return io.NodeOutput(subject, report)
+        return io.NodeOutput(subject, report, ui=ui.PreviewImage(image, cls=cls))
 
 
 NODES = [SaveSubject, LoadSubject]

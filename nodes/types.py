@@ -2,7 +2,7 @@
 
 from typing import TypeVar
 
-from comfy_api.v0_0_2 import ComfyExtension, io
+from comfy_api.v0_0_2 import ComfyExtension, io, ui
 
 from ..blip_qformer.subject.blending import BLEND_MODES
 from .host.model_paths import CHECKPOINTS
@@ -128,4 +128,5 @@ __all__ = [
     "newer_fields",
     "slider_input",
     "text_input",
+    "ui",
 ]

@@ -33,6 +33,7 @@ from blip_qformer.data.shards import write_shard
 from blip_qformer.finetune.loop import FinetuneResult
 from blip_qformer.pipeline.subject_finetune import FinetuneRun
 from blip_qformer.subject import Subject, load_subject, save_subject
+from blip_qformer.subject.preview import make_preview
 from blip_qformer.subject.provenance import PROJECTION, QUERIES
 from blip_qformer.training.checkpointing import find_latest, save_checkpoint
 from mini.__main__ import _write as write_report
@@ -62,7 +63,10 @@ class SubjectWriter(Writer):
         save_subject(folder / "dog.safetensors", subject(version), overwrite=True)
 
     def read(self, folder):
-        return the_one_value(load_subject(folder / "dog.safetensors").vectors)
+        found = load_subject(folder / "dog.safetensors")
+        version = the_one_value(found.vectors)
+        assert found.preview == subject(version).preview
+        return version
 
 
 class FinetuneWriter(Writer):
@@ -75,6 +79,7 @@ class FinetuneWriter(Writer):
             tuning=SimpleNamespace(vectors=subject(version).vectors[0]),
             word="dog",
             image_hash="",
+            preview=subject(version).preview,
             lora=True,
             snapshots=None,
             _state_dict=lambda: {"lora_unet.lora_up.weight": values},
@@ -224,7 +229,8 @@ def tiny_settings() -> Any:
 
 
 def subject(version: int) -> Subject:
-    return Subject(torch.full((1, 16, 768), float(version)), "dog")
+    preview = make_preview(torch.full((1, 3, 32, 32), version % 100 / 100))
+    return Subject(torch.full((1, 16, 768), float(version)), "dog", preview=preview)
 
 
 def the_one_value(tensor: torch.Tensor) -> int:

@@ -39,6 +39,7 @@ from blip_qformer.imaging.segmentation import Segmenter
 from blip_qformer.pipeline import load_pipeline, new_pipeline, save_pipeline
 from blip_qformer.pipeline.pipeline import load_tokenizer
 from blip_qformer.subject.file import load_subject, save_subject
+from blip_qformer.subject.preview import checked_preview, make_preview
 from tests.clipseg import write_clipseg
 from tests.tiny import SIZES, make_pair
 
@@ -169,10 +170,14 @@ def _inspect(path: Path) -> None:
 def _subjects(folder: Path) -> list[Target]:
     ours, plain = folder / "subjects" / "rex.safetensors", folder / "subjects" / "plain.safetensors"
     ours.parent.mkdir()
-    save_subject(ours, Subject(torch.zeros(1, 16, 64), "dog", "12ab", "34cd"))
+    preview = make_preview(torch.linspace(0, 1, 64).expand(1, 3, 64, 64))
+    save_subject(ours, Subject(torch.zeros(1, 16, 64), "dog", "12ab", "34cd", preview))
+    picture = folder / "subjects" / "rex.jpg"  # what stands in the header, in its own bytes
+    picture.write_bytes(preview)
     save_file({"emb_params": torch.zeros(16, 64)}, plain)
     return [
         Target("subject", ours, lambda: load_subject(ours), mutate_safetensors, 14),
+        Target("preview of a subject", picture, lambda: checked_preview(picture.read_bytes()), mutate_bytes, 8),
         Target("textual inversion", plain, lambda: load_subject(plain, "dog"), mutate_safetensors, 10),
     ]
 

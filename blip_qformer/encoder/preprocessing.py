@@ -46,17 +46,37 @@ def preprocess(
         ValueError: There is no image, the number of channels is another one, a value is NaN, the mode is unknown, or
             the mask does not fit.
     """
-    rgb = _to_8_bit(composite_alpha(_checked(images), background))  # [B, 3, H, W]
-    if mask is None:
-        squares = _resize(rgb, mode, size, background)
-    else:
-        subjects = (
-            isolate_subject(image, subject_mask, background)
-            for image, subject_mask in zip(rgb, fit_mask(mask, images), strict=True)
-        )
-        squares = torch.cat([_resize(subject, "squash", size, background) for subject in subjects])
+    squares = to_squares(images, mode, mask, size, background)
     mean, std = (squares.new_tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
     return (squares - mean) / std
+
+
+def to_squares(
+    images: Tensor, mode: PreprocessingMode, mask: Tensor | None, size: int, background: float = WHITE
+) -> Tensor:
+    """Turn images into the squares that the vision transformer reads, before they are normalised.
+
+    Args:
+        images: Images, see :func:`preprocess`.
+        mode: One of :data:`PREPROCESSING_MODES`.
+        mask: The subject's opacity, see :func:`preprocess`.
+        size: Edge of the square, in pixels.
+        background: Brightness of the plain background, in 0..1.
+
+    Returns:
+        Images [B, 3, size, size] in 0..1.
+
+    Raises:
+        ValueError: See :func:`preprocess`.
+    """
+    rgb = _to_8_bit(composite_alpha(_checked(images), background))  # [B, 3, H, W]
+    if mask is None:
+        return _resize(rgb, mode, size, background)
+    subjects = (
+        isolate_subject(image, subject_mask, background)
+        for image, subject_mask in zip(rgb, fit_mask(mask, images), strict=True)
+    )
+    return torch.cat([_resize(subject, "squash", size, background) for subject in subjects])
 
 
 def composite_alpha(images: Tensor, background: float = WHITE) -> Tensor:

@@ -21,6 +21,7 @@ from ..atomic import atomic_files
 from ..checkpoint.ldm_keys import stable_diffusion_checkpoint
 from ..checkpoint.write_safetensors import write_safetensors
 from ..encoder import preprocess
+from ..encoder.preprocessing import to_squares
 from ..finetune.loop import FinetuneResult, FinetuneSettings, SubjectTuning, check_size, finetune
 from ..finetune.lora import LoRA
 from ..finetune.loss_curve import loss_curve
@@ -37,6 +38,7 @@ from ..imaging.image_files import load_image
 from ..imaging.pil import to_pil_image
 from ..prompt import compose_prompt
 from ..subject import Subject, save_subject
+from ..subject.preview import EDGE, MAX_TILES, make_preview
 from ..subject.provenance import encoder_hash, image_hash
 from .clip_text_model import encode_prompts
 from .pipeline import Pipeline
@@ -84,6 +86,7 @@ class FinetuneRun:
             pipeline.unet.train()  # diffusers checkpoints in training mode only; its U-Net has no dropout
             pipeline.unet.enable_gradient_checkpointing()
         self.images, self.image_hash = images, image_hash(images[0])
+        self.preview = make_preview(torch.cat([to_squares(image, "crop", None, EDGE) for image in images[:MAX_TILES]]))
         self.values = {
             "word": word,
             "settings": asdict(settings),
@@ -168,7 +171,7 @@ class FinetuneRun:
             The files' paths.
         """
         encoder = encoder_hash(self.pipeline.encoder.state_dict())
-        subject = Subject(self.tuning.vectors.detach().cpu()[None], self.word, encoder, self.image_hash)
+        subject = Subject(self.tuning.vectors.detach().cpu()[None], self.word, encoder, self.image_hash, self.preview)
         kind = "lora" if self.lora else "checkpoint"
         images = {"curve": loss_curve(result.losses, result.scores, result.kept_step)}
         if result.samples:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .preview import join_previews
 from .subject import Subject
 from .weights import normalise_weights, slider_weights, trajectory_positions
 
@@ -40,7 +41,9 @@ def blend(subjects: Sequence[Subject], weights: Sequence[float], mode: BlendMode
     vectors = blend_vectors(_same_rows(subjects), normalised, mode)
     heaviest = max(range(len(subjects)), key=lambda index: normalised[index])
     used = [subject for subject, weight in zip(subjects, normalised, strict=True) if weight]
-    return Subject(vectors, word.strip() or subjects[heaviest].word, _first_encoder(subjects), join_sources(used))
+    preview = join_previews([subject.preview for subject in used])
+    chosen_word = word.strip() or subjects[heaviest].word
+    return Subject(vectors, chosen_word, _first_encoder(subjects), join_sources(used), preview)
 
 
 def trajectory(subjects: Sequence[Subject], steps: int, mode: BlendMode = "linear", word: str = "") -> Subject:
@@ -68,7 +71,9 @@ def trajectory(subjects: Sequence[Subject], steps: int, mode: BlendMode = "linea
             )
     blends = [blend(subjects, slider_weights(len(subjects), *position), mode) for position in positions]
     vectors = torch.cat([each.vectors for each in blends])
-    return Subject(vectors, word.strip() or subjects[0].word, _first_encoder(subjects), join_sources(subjects))
+    preview = join_previews([subject.preview for subject in subjects])
+    chosen_word = word.strip() or subjects[0].word
+    return Subject(vectors, chosen_word, _first_encoder(subjects), join_sources(subjects), preview)
 
 
 def blend_vectors(vectors: Sequence[Tensor] | Tensor, weights: Sequence[float], mode: BlendMode = "linear") -> Tensor:

@@ -1,12 +1,17 @@
 """A subject as a file: one ``.safetensors`` that is also a textual-inversion embedding.
 
 It holds the tensor ``emb_params`` [16, 768] and nothing else, so that ComfyUI's ``embedding:name`` and other programs
-read it as sixteen words. What only this library needs is text in its header.
+read it as sixteen words. What only this library needs is text in its header, and so is a small picture, under the name
+where ComfyUI's model library looks for one. No file is written beside it: a picture there is the user's own.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,13 +21,16 @@ from safetensors.torch import save
 from ..atomic import atomic_file
 from ..checkpoint.read_tensors import CheckpointError, check_header_size, is_pickle
 from ..checkpoint.weights import DTYPES, is_finite
-from ..limits import MAX_POSITIONS, MAX_WIDTH
+from ..limits import MAX_POSITIONS, MAX_PREVIEW_BYTES, MAX_WIDTH
+from ..plain_data import PlainDataError, parse_json, validate
 from ..stand_in import stand_in
+from .preview import checked_preview
 from .subject import Subject
 
 SUFFIX = ".safetensors"
 TENSOR = "emb_params"
 FORMAT, VERSION = "blip-subject", 1
+COVERS = "ssmd_cover_images"  # where ComfyUI's app/model_manager.py reads previews: a JSON list of base64
 PLAIN_VECTORS = 16  # as many as every published encoder gives
 LORA_KEYS = ("lora_up", "lora_down", "lora_A", "lora_B", "lora_te", "lora_unet")
 
@@ -31,13 +39,15 @@ class SubjectFileError(ValueError):
     """A file that is no subject. The message says which file, what it is instead, and what to do."""
 
 
-def save_subject(path: str | Path, subject: Subject, overwrite: bool = False) -> None:
+def save_subject(path: str | Path, subject: Subject, overwrite: bool = False, with_preview: bool = True) -> None:
     """Write a subject of one row, whole or not at all.
 
     Args:
         path: The file to write.
-        subject: The subject. A file that already holds the same subject is left as it is.
+        subject: The subject. A file that already holds the same subject is left as it is, except that it gets the
+            preview that it lacks, or loses the one that is not wanted.
         overwrite: Whether another subject that lies there may be replaced; other files never are.
+        with_preview: Whether the file holds the small picture of the subject.
 
     Raises:
         FileExistsError: The file exists, and ``overwrite`` is False or it is no subject of ours.
@@ -50,9 +60,11 @@ def save_subject(path: str | Path, subject: Subject, overwrite: bool = False) ->
             f'The subject "{subject.word}" has {len(subject)} rows and a file holds one: encode it as "one subject", '
             "or take one step of a trajectory with Subject Interpolate."
         )
-    if _holds(path, subject):
+    subject = subject if with_preview else replace(subject, preview=b"")
+    saved = _same_subject(path, subject)
+    if saved and (saved.preview == subject.preview or (saved.preview and with_preview)):
         return  # such as a graph that is queued again
-    if path.is_dir() or (path.exists() and not overwrite):
+    if not saved and (path.is_dir() or (path.exists() and not overwrite)):
         raise FileExistsError(f"{path} exists already: choose another name, or switch overwrite on.")
     if path.exists() and not _is_ours(path):
         raise FileExistsError(
@@ -66,6 +78,8 @@ def save_subject(path: str | Path, subject: Subject, overwrite: bool = False) ->
         "encoder": subject.encoder,
         "source": subject.source,
     }
+    if subject.preview:
+        metadata[COVERS] = json.dumps([base64.b64encode(subject.preview).decode("ascii")])
     with atomic_file(path) as temporary:
         temporary.write_bytes(save({TENSOR: subject.vectors[0].contiguous()}, metadata=metadata))
 
@@ -103,7 +117,8 @@ def load_subject(path: str | Path, word: str = "") -> Subject:
     word = word.strip() or known.get("word", "")
     if not word:
         raise SubjectFileError(f"{path} does not say which word its subject is: write it, such as dog.")
-    return Subject(vectors[None], word, known.get("encoder", ""), known.get("source", ""))
+    preview = _read_preview(known.get(COVERS, ""))
+    return Subject(vectors[None], word, known.get("encoder", ""), known.get("source", ""), preview)
 
 
 def _read(path: Path) -> tuple[torch.Tensor, dict[str, str]]:
@@ -149,14 +164,25 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _holds(path: Path, subject: Subject) -> bool:
-    """Return whether a file holds the same subject."""
+def _same_subject(path: Path, subject: Subject) -> Subject | None:
+    """Return the subject in a file if it is the same, whatever its preview; else None."""
     try:
         saved = load_subject(path)
     except ValueError:
-        return False
+        return None
     same_text = (saved.word, saved.encoder, saved.source) == (subject.word, subject.encoder, subject.source)
-    return same_text and torch.equal(saved.vectors, subject.vectors)
+    return saved if same_text and torch.equal(saved.vectors, subject.vectors) else None
+
+
+def _read_preview(text: str) -> bytes:
+    """Return the preview in a header, or nothing: a subject is worth loading without its picture."""
+    if len(text) > 2 * MAX_PREVIEW_BYTES:  # base64 is a third longer than what it holds
+        return b""
+    try:
+        covers = validate(list[str], parse_json(text or "[]", "The preview"), "The preview")
+        return checked_preview(base64.b64decode(covers[0], validate=True)) if covers else b""
+    except (PlainDataError, binascii.Error, ValueError):
+        return b""
 
 
 def _check_is_embedding(path: Path, shapes: dict[str, list[int]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class Subject:
         encoder: The :func:`~blip_qformer.subject.provenance.encoder_hash` of its encoder; empty if not known.
         source: The :func:`~blip_qformer.subject.provenance.image_hash` of its image; empty if not known.
 
+        preview: A small JPEG of its images, see :mod:`~blip_qformer.subject.preview`; empty if there is none.
+
     Raises:
         ValueError: The vectors have another number of axes, or hold NaN.
     """
@@ -26,6 +28,7 @@ class Subject:
     word: str
     encoder: str = ""
     source: str = ""
+    preview: bytes = field(default=b"", repr=False)
 
     def __post_init__(self) -> None:
         if self.vectors.ndim != 3:

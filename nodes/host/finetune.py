@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import comfy.model_management
@@ -126,8 +126,8 @@ def finetune_subject(
     check_count(sum(map(len, images)))
     for batch in images:
         check_size(*batch.shape[1:3])
-    views, source = encode_views(qformer, images, word, "crop", masks)
-    vectors = views.mean(dim=0)  # [16, width]
+    untuned = encode_views(qformer, images, word, "crop", masks).average()
+    vectors = untuned.vectors[0]  # [16, width]
     latents = encode_squares(vae, images, options.resolution, options.mirror)
     needed = require_memory(model, clip, options, (settings.batch_size, *latents.shape[1:]))
     with training_models(model, clip) as (own_model, own_clip):
@@ -141,7 +141,7 @@ def finetune_subject(
     if not tuned.result.losses:  # nothing was learned that a later run could go on with
         comfy.model_management.throw_exception_if_processing_interrupted()
     patched = cast(ModelPatcher, comfy.sd.load_lora_for_models(model, None, tuned.weights, 1.0, 0.0)[0])
-    subject = Subject(tuned.vectors[None], word, qformer.encoder_hash, source)
+    subject = replace(untuned, vectors=tuned.vectors[None])
     curve, previews = curve_image(tuned.result), preview_image(tuned.result)
     if snapshots and not tuned.result.cancelled:
         snapshots.remove()

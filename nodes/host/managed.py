@@ -16,8 +16,10 @@ from torch import Tensor
 from ...blip_qformer.checkpoint import Checkpoint, open_checkpoint
 from ...blip_qformer.checkpoint.weights import check_finite
 from ...blip_qformer.encoder import SubjectEncoder, fit_mask, preprocess
-from ...blip_qformer.encoder.preprocessing import PreprocessingMode
+from ...blip_qformer.encoder.preprocessing import PreprocessingMode, to_squares
 from ...blip_qformer.imaging.segmentation import Segmenter
+from ...blip_qformer.subject import Subject
+from ...blip_qformer.subject.preview import EDGE, MAX_TILES, make_preview
 from ...blip_qformer.subject.provenance import encoder_hash, image_hash
 from .lists import match_masks, merge_batches
 from .mapped_weights import detach_static_model
@@ -150,7 +152,7 @@ def encode_views(
     word: str,
     preprocessing: PreprocessingMode,
     masks: Sequence[Tensor] | None,
-) -> tuple[Tensor, str]:
+) -> Subject:
     """Encode images of one subject as they arrive from the graph.
 
     Args:
@@ -161,7 +163,7 @@ def encode_views(
         masks: Masks, white where the subject is; see :func:`~.lists.match_masks`.
 
     Returns:
-        Subject vectors of shape [N, 16, width] of all N images, and the hash of the images.
+        A subject with a row for each of the N images, and a preview of what the encoder was shown.
 
     Raises:
         ValueError: The images, a mask or the word cannot be used.
@@ -170,7 +172,22 @@ def encode_views(
     if all(mask is None for mask in matched):
         images, matched = merge_batches(images), None
     vectors = qformer.encode(images, word, preprocessing, matched)
-    return vectors, "+".join(image_hash(batch) for batch in merge_batches(images))
+    source = "+".join(image_hash(batch) for batch in merge_batches(images))
+    return Subject(vectors, word.strip(), qformer.encoder_hash, source, _preview(images, preprocessing, matched))
+
+
+def _preview(
+    batches: Sequence[Tensor], preprocessing: PreprocessingMode, masks: Sequence[Tensor | None] | None
+) -> bytes:
+    """Make a preview of the first images, as squares that are cropped and masked as the encoder's are."""
+    squares = []
+    for images, mask in zip(batches, masks or [None] * len(batches), strict=True):
+        first = images[:MAX_TILES]
+        fitted = None if mask is None else fit_mask(mask, images)[:MAX_TILES]
+        squares.append(to_squares(first, preprocessing, fitted, EDGE))
+        if sum(map(len, squares)) >= MAX_TILES:
+            break
+    return make_preview(torch.cat(squares))
 
 
 class ManagedSegmenter:

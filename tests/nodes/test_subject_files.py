@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from blip_qformer.checkpoint import open_checkpoint, save_qformer
+from blip_qformer.subject.preview import preview_image
 from tests.host import InputList
 from tests.nodes.test_prompt import compose, stock
 
@@ -182,3 +186,58 @@ def test_a_changed_file_is_read_again(host, subject, embeddings):
     save(host, type(subject)(subject.vectors + 1, "dog"), "dog", overwrite=True)
     assert node.fingerprint_inputs(subject_file="dog.safetensors", subject_word="") != before
     assert node.fingerprint_inputs(subject_file=None, subject_word="") == ()  # comes over a link
+
+
+@pytest.mark.parametrize("average_batch", [True, False])
+def test_a_subject_keeps_a_picture_of_what_was_encoded(host, loaded, embeddings, average_batch):
+    """The left half of the picture is masked away: the preview is what the encoder was shown, as a square."""
+    image, mask = torch.zeros(1, 40, 80, 3), torch.zeros(1, 40, 80)
+    image[..., 0], mask[:, :, 40:] = 1, 1
+    subject, _ = host.run(
+        "BLIPDiffusionSubjectEncode",
+        qformer=loaded.qformer,
+        image=image,
+        mask=mask,
+        subject_word="dog",
+        average_batch=average_batch,
+    )
+    shown = preview_image(subject.preview)
+    assert shown.shape == (1, 256, 256, 3)
+    torch.testing.assert_close(shown[0, 128, 128], torch.tensor([1.0, 0, 0]), atol=0.02, rtol=0)
+    torch.testing.assert_close(shown[0, 2, 128], torch.ones(3), atol=0.02, rtol=0)  # the margin around what is cut out
+
+
+def test_the_model_library_and_load_subject_show_the_picture(host, subject, embeddings, tmp_path):
+    """By the host's own reader of previews, beside a picture of the user's, which comes first and is left alone."""
+    from app.model_manager import ModelFileManager
+
+    save(host, subject, "dog")
+    file = embeddings[0] / "dog.safetensors"
+    (found,) = ModelFileManager().get_model_previews(str(file.with_suffix(".webp")))  # as the frontend asks
+    assert found.getvalue() == subject.preview
+    output = host.nodes["BLIPDiffusionSubjectLoad"].execute("dog.safetensors", "")
+    (image,) = output.ui.as_dict()["images"]
+    shown = torch.from_numpy(np.array(Image.open(Path(folder_of(image["type"])) / image["filename"]))) / 255
+    torch.testing.assert_close(shown[..., :3], preview_image(subject.preview)[0], atol=0.01, rtol=0)
+
+    own = embeddings[0] / "dog.png"
+    Image.new("RGB", (8, 8), "blue").save(own)
+    before = own.read_bytes()
+    save(host, type(subject)(subject.vectors + 1, "dog", preview=subject.preview), "dog", overwrite=True)
+    assert own.read_bytes() == before
+    assert ModelFileManager().get_model_previews(str(file))[0] == str(own)
+
+
+def test_a_file_to_be_shared_holds_no_picture(host, subject, embeddings):
+    save(host, subject, "dog")
+    save(host, subject, "dog", save_preview=False)
+    kept, _ = load(host, "dog.safetensors")
+    assert (kept.preview, kept.word) == (b"", "dog")
+    assert b"ssmd_cover_images" not in (embeddings[0] / "dog.safetensors").read_bytes()
+    assert host.nodes["BLIPDiffusionSubjectLoad"].execute("dog.safetensors", "").ui is None
+
+
+def folder_of(kind: str) -> str:
+    import folder_paths
+
+    return folder_paths.get_directory_by_type(kind)

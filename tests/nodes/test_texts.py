@@ -53,7 +53,7 @@ WIDGETS = {
     "BLIPDiffusionSubjectInterpolate": ["x", "y", "mode", "weights", "word"],
     "BLIPDiffusionSubjectTrajectory": ["steps", "mode", "word", "steps_at_once"],
     "BLIPDiffusionSubjectGrid": ["columns", "labels", "longest_side"],
-    "BLIPDiffusionSubjectSave": ["name", "overwrite"],
+    "BLIPDiffusionSubjectSave": ["name", "overwrite", "save_preview"],
     "BLIPDiffusionSubjectLoad": ["subject_file", "subject_word"],
     "BLIPDiffusionSubjectOnBackground": [
         "subject_word",
