@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tools.help_images import SHOWN
 from tools.host import ROOT
 
 PAGES = (
@@ -53,6 +54,18 @@ def test_names_beside_a_link_are_in_the_file(page):
 def test_every_help_page_is_linked_in_the_list_of_nodes():
     pages = {path for path in (ROOT / "web" / "docs").glob("*.md")}
     assert pages <= {path.resolve() for _, path, _ in links("docs/nodes.md")}
+
+
+def test_help_pages_show_the_images_that_there_are():
+    """By a path from the page's folder, which the frontend completes: web/docs/images is served beside the pages."""
+    folder = ROOT / "web" / "docs"
+    shown = {
+        image for page in folder.rglob("*.md") for image in re.findall(r"!\[[^\]]+\]\((\S+)\)", page.read_text("utf-8"))
+    }
+    images = {f"images/{path.name}": path.stat().st_size for path in (folder / "images").iterdir()}
+    assert shown == images.keys()
+    assert sum(images.values()) < 1_500_000
+    assert {f"images/{node}.jpg" for nodes in SHOWN.values() for node in nodes} <= shown
 
 
 def test_architecture_names_a_good_many():

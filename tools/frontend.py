@@ -103,6 +103,20 @@ SEARCH_NODES = """text => {
         byAlias: keys.some(key => (key.name ?? key) === 'search_aliases'),
     }
 }"""
+# Moves a node to the middle of the page, as large as fits, and returns the rectangle around it and a margin, in pixels.
+CENTER_NODE = """({type, marginX, marginY}) => {
+    const {canvas, graph} = window.app
+    const node = graph.nodes.find(node => node.type === type)
+    const [left, top, width, height] = node.getBounding ? node.getBounding() : node.boundingRect
+    const page = canvas.canvas.getBoundingClientRect()
+    const scale = Math.min(1, (page.height - 2 * marginY - 160) / height)
+    canvas.ds.scale = scale
+    canvas.ds.offset[0] = page.width / 2 / scale - left - width / 2
+    canvas.ds.offset[1] = page.height / 2 / scale - top - height / 2
+    canvas.setDirty(true, true)
+    const size = {width: width * scale + 2 * marginX, height: height * scale + 2 * marginY}
+    return {...size, x: page.x + (page.width - size.width) / 2, y: page.y + (page.height - size.height) / 2}
+}"""
 RENDERER = "() => window.LiteGraph.vueNodesMode ? 'nodes 2.0' : 'classic'"
 # Pop-up messages are read, then closed, so that the next workflow's are its own.
 READ_MESSAGES = """() => {
@@ -280,6 +294,27 @@ class Frontend:
             self._fit_view()
             self._page.wait_for_timeout(1000)
             self._page.screenshot(path=path)
+            return path
+
+        return self._run(write)
+
+    def node_screenshot(self, path: Path, node_type: str, margin: tuple[int, int] = (110, 45)) -> Path:
+        """Write a PNG of one node of the workflow on the canvas, with its wires and what is near it.
+
+        Args:
+            path: File to write.
+            node_type: Id of the node; the first of them is shown.
+            margin: Width of what is shown around it, in pixels: left and right, above and below.
+
+        Returns:
+            The path.
+        """
+
+        def write() -> Path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            clip = self._page.evaluate(CENTER_NODE, {"type": node_type, "marginX": margin[0], "marginY": margin[1]})
+            self._page.wait_for_timeout(700)
+            self._page.screenshot(path=path, clip=clip)
             return path
 
         return self._run(write)
