@@ -28,12 +28,14 @@ if TYPE_CHECKING:
 
     from .evaluation.fidelity import FidelityReport
     from .evaluation.judges import Judges
+    from .evaluation.regions import RegionsReport
     from .evaluation.report import Report
     from .evaluation.tuned import TunedReport
 
 REPORT, SHEET = "report.md", "report.jpg"
 TUNED_REPORT, TUNED_SHEET = "tuned.md", "tuned.jpg"
 FIDELITY_REPORT, FIDELITY_SHEET = "fidelity.md", "fidelity.jpg"
+REGIONS_REPORT, REGIONS_SHEET, REGIONS_IMAGES = "regions.md", "regions.jpg", "regions"
 JUDGES = "judges.safetensors"
 
 
@@ -99,10 +101,12 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     report = kinds.add_parser("report", help="identity, context and blending, beside three baselines")
     tuned = kinds.add_parser("tuned", help="what fine-tuning on each held-out thing adds")
     fidelity = kinds.add_parser("fidelity", help="how far the scores of Subject Fidelity can be trusted")
+    regions = kinds.add_parser("regions", help="several held-out things in one picture, beside the stock mask graph")
     for parser, files in (
         (report, f"{REPORT} and {SHEET}"),
         (tuned, f"{TUNED_REPORT} and {TUNED_SHEET}"),
         (fidelity, f"{FIDELITY_REPORT} and {FIDELITY_SHEET}"),
+        (regions, f"{REGIONS_REPORT}, {REGIONS_SHEET} and the pictures"),
     ):
         parser.add_argument("model", metavar="MODEL", type=Path, help="its folder, in the Hub layout")
         parser.add_argument("artwork", metavar="ARTWORK", type=Path, help="an artwork folder")
@@ -121,6 +125,12 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     fidelity.add_argument("--judges", metavar="FILE", type=Path, required=True, help="what evaluate report has trained")
     fidelity.add_argument("--things", metavar="N", type=int, default=60, help="held-out things to draw (60)")
     fidelity.set_defaults(command=_evaluate_fidelity)
+
+    regions.add_argument(
+        "--judges", metavar="FILE", type=Path, help=f"trained judges; without, DST/{JUDGES} is trained"
+    )
+    regions.add_argument("--pictures", metavar="N", type=int, default=20, help="of two things, and of three each (20)")
+    regions.set_defaults(command=_evaluate_regions)
 
 
 def _artwork(arguments: argparse.Namespace) -> None:
@@ -223,8 +233,27 @@ def _evaluate_fidelity(arguments: argparse.Namespace) -> None:
     _write(report, sheet, arguments.target / FIDELITY_REPORT, arguments.target / FIDELITY_SHEET)
 
 
+def _evaluate_regions(arguments: argparse.Namespace) -> None:
+    from blip_qformer.pipeline import load_pipeline
+
+    from .evaluation.regions import RegionsSettings, evaluate_regions
+
+    images = arguments.target / REGIONS_IMAGES
+    images.mkdir(parents=True, exist_ok=True)
+    judges = _judges(arguments.judges, arguments.artwork, arguments.target)
+    pipeline = load_pipeline(arguments.model)
+    for network in pipeline.networks.values():
+        network.eval().requires_grad_(False)
+    settings = RegionsSettings(pictures=arguments.pictures)
+    report, sheet = evaluate_regions(pipeline, judges, arguments.artwork, images, settings)
+    _write(report, sheet, arguments.target / REGIONS_REPORT, arguments.target / REGIONS_SHEET)
+
+
 def _write(
-    report: Report | TunedReport | FidelityReport, sheet: Image.Image, table_file: Path, sheet_file: Path
+    report: Report | TunedReport | FidelityReport | RegionsReport,
+    sheet: Image.Image,
+    table_file: Path,
+    sheet_file: Path,
 ) -> None:
     """Write the table with its settings, print it too, and write the contact sheet."""
     settings = ", ".join(f"{name} {value}" for name, value in asdict(report.settings).items())
