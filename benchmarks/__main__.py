@@ -19,7 +19,6 @@ from benchmarks.editing import ATTENTION_HEAD, attention_costs, attention_rows, 
 from benchmarks.encoding import compose_rows, encoder_rows
 from benchmarks.finetune import MEMORY_HEAD, finetune_costs, finetune_rows
 from benchmarks.models import SIZES, encoder_of, hosted, reference_pipeline
-from benchmarks.regions import region_rows
 from benchmarks.sampling import sampling_rows
 from benchmarks.subjects import VIEWS_HEAD, trajectory_rows, view_costs
 from benchmarks.table import HEAD, RESULTS, Row, machine, markdown_table, write_section
@@ -50,7 +49,7 @@ def editing() -> Iterator[str]:
     """Edits by attention."""
     yield method(FULL_SIZE)
     with models() as (host, _, loaded):
-        yield compared(chain(editing_rows(host, loaded), region_rows(host, loaded), attention_rows()))
+        yield compared(chain(editing_rows(host, loaded), attention_rows()))
     yield "One self-attention layer that takes over another picture's, each in a process of its own:"
     yield markdown_table(ATTENTION_HEAD, attention_costs())
 
