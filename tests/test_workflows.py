@@ -71,6 +71,7 @@ SAVED = {
     "three-subjects": [(TILE * 3 // 2, TILE)],
     "edit-generated": [(TILE, TILE)] * 2,
     "edit-photo": [(TILE, TILE)] * 2,
+    "replace-two": [(TILE, TILE)] * 2,
 }
 
 

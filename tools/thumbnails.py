@@ -34,6 +34,8 @@ IMAGES = {
     "blip-diffusion-cat-near.jpg": "buoy.png",
     "blip-diffusion-cat-evening.jpg": "buoy.png",
 }
+#: Of single workflows: the small world's pictures show one thing, and this one two.
+OWN_IMAGES = {"replace-two": {"blip-diffusion-cup.jpg": "two.png"}}
 WORDS = {"cat": "buoy", "cup": "pear", "rocket": "lobster"}
 SAMPLES = ROOT / "workflows" / "inputs"
 CONTEXT, SCENE = "on the grass", "grass"
@@ -46,6 +48,9 @@ CHANGES: dict[str, Mapping[str, Mapping[str, Any]]] = {
     },
     "edit-generated": {},
     "edit-photo": {"BLIPDiffusionPromptToPrompt": {"source_blend_words": "pear"}},
+    "replace-two": {
+        "BLIPDiffusionSubjectRegions": {"boxes": "0.02, 0.3, 0.48, 0.52\n0.5, 0.3, 0.48, 0.52"},
+    },
     "subject-finetune": {
         "BLIPDiffusionSubjectFinetune": {"subject_word": "buoy", "resolution": 256, "learning_rate": 5e-5}
     },
@@ -72,7 +77,7 @@ def small_prompt(workflow: str, object_info: dict[str, Any], checkpoint: str) ->
     graph = json.loads((ROOT / "workflows" / f"{workflow}.json").read_text(encoding="utf-8"))
     prompt = to_prompt(graph, object_info)
     for node in prompt.values():
-        _make_small(node["class_type"], node["inputs"], checkpoint)
+        _make_small(node["class_type"], node["inputs"], checkpoint, IMAGES | OWN_IMAGES.get(workflow, {}))
     for node, inputs in CHANGES[workflow].items():
         prompt = override(prompt, node, **inputs)
     return prompt
@@ -101,7 +106,7 @@ def make_thumbnail(server: ComfyServer, workflow: str, base: Path, checkpoint: s
 
 
 def in_a_square(images: Sequence[Image.Image], title: str) -> Image.Image:
-    """Lay images out above a title: the last one large, the others small beside it, or above it if it is wide.
+    """Lay images out above a title: the last one large, as many others as fit small beside it, or above a wide one.
 
     Args:
         images: Images of any sizes.
@@ -111,6 +116,7 @@ def in_a_square(images: Sequence[Image.Image], title: str) -> Image.Image:
     *small, large = images
     across = len(small) > 1 and large.width > 1.2 * large.height
     height = EDGE - CAPTION
+    small = small[: (EDGE if across else height) // GIVEN]  # what was given comes first
     for number, image in enumerate(small):
         corner = (number * (GIVEN + GAP), 0) if across else (0, number * (GIVEN + GAP))
         square.paste(ImageOps.fit(image.convert("RGB"), (GIVEN, GIVEN)), corner)
@@ -126,7 +132,8 @@ def in_a_square(images: Sequence[Image.Image], title: str) -> Image.Image:
 def main() -> int:
     """Make the thumbnails that the command line names, all of them if it names none; return the exit code."""
     base = make_base_directory(ROOT / "output" / "thumbnails")
-    for name in {*IMAGES.values()}:
+    own = [name for images in OWN_IMAGES.values() for name in images.values()]
+    for name in {*IMAGES.values(), *own}:
         shutil.copy(ROOT / "mini" / "inputs" / name, base / "input")
     checkpoint = link_checkpoint(base / "models" / "blip_diffusion", SMALL_MODEL)
     with ComfyServer(base) as server:
@@ -144,14 +151,14 @@ def _given(prompt: Prompt) -> list[str]:
     return [*dict.fromkeys(node["inputs"]["image"] for node in prompt.values() if node["class_type"] == "LoadImage")]
 
 
-def _make_small(node: str, inputs: dict[str, Any], checkpoint: str) -> None:
+def _make_small(node: str, inputs: dict[str, Any], checkpoint: str, images: Mapping[str, str]) -> None:
     """Change one node's inputs in place, so that the small model can sample it."""
     if node in SIZED:
         inputs |= {name: inputs[name] // 2 for name in HALVED if name in inputs}
     elif node == "BLIPDiffusionLoader":
         inputs["checkpoint"] = checkpoint
     elif node == "LoadImage":
-        inputs["image"] = IMAGES[inputs["image"]]
+        inputs["image"] = images[inputs["image"]]
     elif node == "BLIPDiffusionSubjectEncode":
         inputs["subject_word"] = WORDS[inputs["subject_word"]]
     elif node == "BLIPDiffusionPromptCompose":
