@@ -108,11 +108,11 @@ TEXT_BOXES = {
     "CLIPTextEncode": 1,
 }
 #: Height of the image that a node shows in its saved size.
-IMAGES = {"LoadImage": 220, "MaskPreview": 290, "PreviewImage": 290, "SaveImage": 310}
+IMAGES = {"BLIPDiffusionSubjectLoad": 230, "LoadImage": 220, "MaskPreview": 290, "PreviewImage": 290, "SaveImage": 310}
 #: Height by which a node grows while it runs, when it shows what it is sampling.
 GROWTH = {"BLIPDiffusionSubjectFinetune": 300, "KSampler": 300, "KSamplerAdvanced": 300}
 
-# Heights in pixels that are enough in both renderers of all supported frontends; tests/test_layout.py measures them.
+# Heights in pixels that are enough in both renderers of all supported frontends; tests/test_workflows.py measures them.
 TITLE = 30  # above a node's position
 FRAME, SLOT, WIDGET, TEXT_BOX = 38, 20, 25, 56
 ADVANCED = 11  # more for each widget of a node that shows its advanced ones: the sliders among them are higher
