@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from .host.download import download, download_marks
+from .host.download import download, download_marks, show_text
 from .host.model_paths import FileMarks
 from .types import CATEGORY, advanced, io, newer_fields
 
 MODEL, WITH_CONTROLNET = "model", "model and ControlNet"
+
+NEXT = "The model is there. Press R, then choose blipdiffusion in Load BLIP-Diffusion."
 
 
 class DownloadBLIPDiffusion(io.ComfyNode):
@@ -46,6 +48,7 @@ class DownloadBLIPDiffusion(io.ComfyNode):
                     )
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.String.Output(display_name="report", tooltip="What was downloaded, and where it is now.")],
         )
 
@@ -57,8 +60,10 @@ class DownloadBLIPDiffusion(io.ComfyNode):
     @classmethod
     def execute(cls, what: str, keep_original: bool) -> io.NodeOutput:
         """Download what is missing, and say what to do next."""
-        done = download(what == WITH_CONTROLNET, keep_original)
-        report = "\n".join([*done, "The model is there. Press R, then choose blipdiffusion in Load BLIP-Diffusion."])
+        node = cls.hidden.unique_id if cls.hidden else None
+        done = download(what == WITH_CONTROLNET, keep_original, node)
+        show_text(node, NEXT)
+        report = "\n".join([*done, NEXT])
         return io.NodeOutput(report, ui={"text": [report]})
 
 

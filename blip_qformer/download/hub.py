@@ -26,7 +26,7 @@ from huggingface_hub.utils import (
     enable_progress_bars,
 )
 
-from ..atomic import readable_errors
+from ..atomic import flush, readable_errors
 
 ENDPOINT = constants.ENDPOINT  # HF_ENDPOINT, or huggingface.co
 
@@ -129,6 +129,7 @@ def fetch_file(file: RemoteFile, folder: Path, progress: Callable[[int], object]
             progress(opened.tell())
             _fetch_rest(file, opened)
         _check(file, partial)
+        flush(partial)  # its name says that it is whole, after a power cut too
         partial.replace(path)
     return path
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
 import folder_paths
+from server import PromptServer
 
 from ...blip_qformer.checkpoint.convert import CHECKPOINT_NAME, CONTROLNET_NAME, QFORMER_NAME
 from ...blip_qformer.download import ModelFolders, download_model, wanted_files
@@ -24,12 +26,13 @@ def host_folders() -> ModelFolders:
     )
 
 
-def download(controlnet: bool, keep_original: bool) -> list[str]:
+def download(controlnet: bool, keep_original: bool, node: str | None) -> list[str]:
     """Download and convert what is not there yet.
 
     Args:
         controlnet: Whether to add the ControlNet for Canny edges.
         keep_original: Whether to keep what was published beside what is made of it.
+        node: Id of the node that shows what is being done; None shows it nowhere.
 
     Returns:
         What was done, a sentence each.
@@ -40,8 +43,21 @@ def download(controlnet: bool, keep_original: bool) -> list[str]:
         InterruptProcessingException: The user has cancelled; the next run goes on from there.
     """
     done: list[str] = []
-    download_model(host_folders(), _progress, done.append, controlnet=controlnet, keep_original=keep_original)
+    progress = partial(_progress, node)
+    download_model(host_folders(), progress, done.append, controlnet=controlnet, keep_original=keep_original)
     return done
+
+
+def show_text(node: str | None, text: str) -> None:
+    """Show a text on a node, as the stock Get Image Size does.
+
+    Args:
+        node: Id of the node; None shows it nowhere.
+        text: Text in place of the one before.
+    """
+    server = getattr(PromptServer, "instance", None)
+    if node is not None and server is not None:
+        server.send_progress_text(text, node)
 
 
 def download_marks(controlnet: bool) -> FileMarks:
@@ -59,7 +75,7 @@ def _folder(kind: str, name: str) -> Path:
 
 
 @contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int], object]]:
+def _progress(node: str | None, title: str, total: int) -> Iterator[Callable[[int], object]]:
     """Show the bytes of one file on the node, and stop where the user has cancelled."""
     bar, done = comfy.utils.ProgressBar(max(total, 1)), 0
 
@@ -68,5 +84,6 @@ def _progress(title: str, total: int) -> Iterator[Callable[[int], object]]:
         done += count
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update_absolute(done)
+        show_text(node, f"{title}: {done / 10**9:.2f} of {total / 10**9:.2f} GB")
 
     yield update

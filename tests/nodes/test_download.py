@@ -75,6 +75,20 @@ def test_it_downloads_what_is_missing_and_then_nothing(host, folders, server, lo
     assert fingerprint(what="model") != after
 
 
+def test_the_node_shows_how_far_it_is_and_what_to_do_next(host, folders, server, monkeypatch):
+    shown = []
+    download = host.module("nodes.host.download")
+    page = SimpleNamespace(send_progress_text=lambda text, node: shown.append((node, text)))
+    monkeypatch.setattr(download, "PromptServer", SimpleNamespace(instance=page))
+    download.download(controlnet=False, keep_original=False, node="7")
+    download.show_text(None, "nowhere")
+    assert {node for node, _ in shown} == {"7"}
+    texts = [text for _, text in shown]
+    size = (host.base / "models" / "blip_diffusion" / "hub" / "unet" / "diffusion_pytorch_model.bin").stat().st_size
+    assert f"unet/diffusion_pytorch_model.bin: {size / 1e9:.2f} of {size / 1e9:.2f} GB" in texts
+    assert any(text.startswith(f"{CHECKPOINT_NAME}: ") for text in texts)
+
+
 def test_with_the_controlnet_there_is_a_third_file(host, folders, server):
     host.run(NODE, what="model and ControlNet")
     assert os.listdir(folders.controlnet) == [CONTROLNET_NAME]
