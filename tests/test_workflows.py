@@ -39,6 +39,9 @@ STOCK = dataclasses.replace(
     vae_channels=(128, 256, 512, 512),
 )
 CONTROLNETS = ("control_v11p_sd15_scribble_fp16.safetensors", "control_v11f1p_sd15_depth_fp16.safetensors")
+FEW_STEPS = "pytorch_lora_weights.safetensors"  # of latent-consistency/lcm-lora-sdv1-5
+LCM_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2")
+LCM_LAYERS += ("conv_shortcut", "time_emb_proj", "samplers.0.conv")
 TINY = "blipdiffusion-controlnet"  # of sizes that only our own loader knows
 PLAIN_SD15, FAVOURITE = "v1-5-pruned-emaonly-fp16.safetensors", "DreamShaper_8_pruned.safetensors"
 
@@ -49,6 +52,8 @@ OTHER = {
     "blip-diffusion-cat-evening.jpg": "blip-diffusion-cup.jpg",
     "blip-diffusion-cup.jpg": "blip-diffusion-cat.jpg",
     "blip-diffusion-rocket.jpg": "blip-diffusion-cat.jpg",
+    "blip-diffusion-shirt.png": "blip-diffusion-cup.jpg",
+    "blip-diffusion-dress-form.png": "blip-diffusion-cat.jpg",
     "blip-diffusion-scribble.png": "blip-diffusion-depth.png",
     "blip-diffusion-depth.png": "blip-diffusion-scribble.png",
 }
@@ -72,6 +77,7 @@ SAVED = {
     "edit-generated": [(TILE, TILE)] * 2,
     "edit-photo": [(TILE, TILE)] * 2,
     "replace-two": [(TILE, TILE)] * 2,
+    "try-on": [(TILE, TILE)] * 2,
 }
 
 
@@ -84,6 +90,7 @@ def stocked(server, tmp_path_factory) -> ComfyServer:
         models / "blip_diffusion" / TINY,
         controlnet=oracle.controlnet(DEMO),
     )
+    save_file(few_steps_lora(oracle.pipeline(DEMO, folder / "demo", comfyui_path()).unet), models / "loras" / FEW_STEPS)
     tuned = oracle.pipeline(STOCK, folder / "stock", comfyui_path())
     hub = write_hub_folder(tuned, models / "blip_diffusion" / "blipdiffusion")
     assert blip_qformer(["convert", str(hub), str(folder / "converted")]) == 0
@@ -96,6 +103,20 @@ def stocked(server, tmp_path_factory) -> ComfyServer:
     for seed, name in enumerate(CONTROLNETS):
         save_file(controlnet_to_ldm(oracle.controlnet(STOCK, seed).half().state_dict()), models / "controlnet" / name)
     return server
+
+
+def few_steps_lora(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A random LoRA with the keys of latent-consistency/lcm-lora-sdv1-5, for a small U-Net: rank 4, not 64."""
+    torch.manual_seed(0)
+    weights = {}
+    for name, layer in unet.named_modules():
+        if name.endswith(LCM_LAYERS) and isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+            kernel = layer.weight.shape[2:]
+            key = f"lora_unet_{name.replace('.', '_')}"
+            weights[f"{key}.lora_down.weight"] = torch.randn(4, layer.weight.shape[1], *kernel) * 0.1
+            weights[f"{key}.lora_up.weight"] = torch.randn(layer.weight.shape[0], 4, *[1] * len(kernel)) * 0.1
+            weights[f"{key}.alpha"] = torch.tensor(4.0)
+    return weights
 
 
 def nearby(weights: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
@@ -278,6 +299,18 @@ def test_says_how_to_use_it_and_where_its_models_come_from(workflow):
             assert model["url"].startswith("https://huggingface.co/")
             assert model["url"].endswith(model["name"])
             assert model["url"] in note
+
+
+def test_the_lora_for_few_steps_acts_as_a_whole_and_the_negative_prompt_only_above_cfg_1(stocked):
+    prompt = small(stocked, "subject-fast")
+    (lora,), (sampler,) = nodes_of(prompt, "LoraLoaderModelOnly"), nodes_of(prompt, "KSampler")
+    (negative,) = nodes_of(prompt, "CLIPTextEncode")
+    assert not np.array_equal(picture(stocked, prompt), picture(stocked, changed(prompt, lora, strength_model=0.0)))
+    assert "lora key not loaded" not in stocked.log()
+    other = changed(prompt, negative, text="a table in a forest")
+    assert not np.array_equal(picture(stocked, prompt), picture(stocked, other))
+    at_1 = [picture(stocked, changed(each, sampler, cfg=1.0)) for each in (prompt, other)]
+    assert np.array_equal(*at_1)
 
 
 def test_the_rest_of_an_inpainted_picture_stays(stocked):
