@@ -41,6 +41,7 @@ SETTINGS = {
     "Comfy.Validation.Workflows": True,  # repairs of a faulty graph are reported; newer frontends only do so if asked
     "Comfy.Graph.CanvasInfo": False,
 }
+REFUSED = ("Content Security Policy", "Error fetching file size")
 DISMISSED = "localStorage.setItem('vueNodesBannerDismissed', 'true')"
 # Loads a graph as dropping its file would, and returns its nodes and the prompt that Run would send.
 OPEN_WORKFLOW = """async graph => {
@@ -202,7 +203,7 @@ class Frontend:
     """
 
     def __init__(self, server: ComfyServer, renderer: str = "classic", width: int = 1920, height: int = 1080) -> None:
-        self.server, self.renderer = server, renderer
+        self.server, self.renderer, self.settings = server, renderer, SETTINGS
         self.size: ViewportSize = {"width": width, "height": height}
         self._errors: list[str] = []
         # Playwright's blocking interface keeps an event loop running in its thread, where asyncio.run would then fail.
@@ -335,7 +336,7 @@ class Frontend:
 
     def _start(self) -> None:
         executable = find_browser()
-        self.server.save_settings({**SETTINGS, "Comfy.VueNodes.Enabled": self.renderer == "nodes 2.0"})
+        self.server.save_settings({**self.settings, "Comfy.VueNodes.Enabled": self.renderer == "nodes 2.0"})
         self._playwright = sync_playwright().start()
         try:
             self._browser = self._playwright.chromium.launch(executable_path=executable, args=list(BROWSER_ARGUMENTS))
@@ -360,6 +361,6 @@ class Frontend:
         self._playwright.stop()
 
     def _note_console(self, message: ConsoleMessage) -> None:
-        # The frontend asks ComfyUI's own site for news; that this is refused here is no error of a workflow.
-        if message.type == "error" and "Content Security Policy" not in message.text:
+        # The frontend asks ComfyUI's own site and the Hub; that this is refused here is no error of a workflow.
+        if message.type == "error" and not any(refused in message.text for refused in REFUSED):
             self._errors.append(f"{message.text} [{message.location['url']}]")
