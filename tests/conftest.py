@@ -58,6 +58,7 @@ settings.load_profile("suite")
 #: Files that take longest begin first, so that the two processes of `make test` end together.
 LONGEST = (
     "tests/test_workflows.py",
+    "tests/test_first_minutes.py",
     "tests/test_demo.py",
     "tests/test_readme.py",
     "tests/data/test_photographs.py",

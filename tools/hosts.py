@@ -20,7 +20,13 @@ from tools.host import ROOT
 from tools.host_versions import read_version
 
 #: Nodes, workflows and frontend; everything else never meets the host.
-TESTS = ("tests/nodes", "tests/test_host.py", "tests/test_workflow.py", "tests/test_workflows.py")
+TESTS = (
+    "tests/nodes",
+    "tests/test_first_minutes.py",
+    "tests/test_host.py",
+    "tests/test_workflow.py",
+    "tests/test_workflows.py",
+)
 
 #: The ComfyUI that `make env` unpacks by itself, and the environments of all others.
 UNPACKED, ENVIRONMENTS = ROOT / ".host" / "ComfyUI", ROOT / ".venvs"
