@@ -87,11 +87,13 @@ class Verdict:
         identity: Share of regions that pick their own reference.
         bleeding: Share of pairs of a region and another thing of the image in which the region picks that one.
         likeness: Mean likeness of a region to its own reference, the cosine of the judge's embeddings.
+        excess: By how much a region is more like the other things of the image than like unrelated ones.
     """
 
     identity: float
     bleeding: float
     likeness: float
+    excess: float
 
 
 @dataclass
@@ -110,22 +112,28 @@ class RegionsReport:
         """Format as Markdown: the means over images, and the differences on the same noise."""
         of = f"1 of {self.settings.candidates}"
         lines = [
-            f"| things | drawn | identity in its own region, {of} | another's identity in it, {of} | likeness |",
-            "|---|---|---|---|---|",
+            f"| things | drawn | identity in its own region, {of} | another's identity in it, {of} | "
+            "likeness to itself | likeness to another, above that to unrelated things |",
+            "|---|---|---|---|---|---|",
         ]
         for (count, way), verdicts in self.verdicts.items():
             identity = _percent([verdict.identity for verdict in verdicts])
             bleeding = _percent([verdict.bleeding for verdict in verdicts])
-            likeness = Mean.of([verdict.likeness for verdict in verdicts])
-            lines.append(f"| {count} | {way} | {identity} | {bleeding} | {likeness.value:.3f} ± {likeness.half:.3f} |")
+            likeness = _signed([verdict.likeness for verdict in verdicts])
+            excess = _signed([verdict.excess for verdict in verdicts])
+            lines.append(f"| {count} | {way} | {identity} | {bleeding} | {likeness} | {excess} |")
         lines += ["", "Differences on the same noise, ours minus the stock graph's:", ""]
-        lines += ["| things | ours | stock | identity | another's identity |", "|---|---|---|---|---|"]
+        lines += [
+            "| things | ours | stock | identity | another's identity | likeness to another |",
+            "|---|---|---|---|---|---|",
+        ]
         for count in COUNTS:
             for ours, stock in ((REGIONS, MASKS), (REGIONS_ALONE, MASKS_ALONE)):
                 pairs = list(zip(self.verdicts[count, ours], self.verdicts[count, stock], strict=True))
                 identity = _percent([one.identity - other.identity for one, other in pairs], "+")
                 bleeding = _percent([one.bleeding - other.bleeding for one, other in pairs], "+")
-                lines.append(f"| {count} | {ours} | {stock} | {identity} | {bleeding} |")
+                excess = _signed([one.excess - other.excess for one, other in pairs])
+                lines.append(f"| {count} | {ours} | {stock} | {identity} | {bleeding} | {excess} |")
         return "\n".join(lines)
 
 
@@ -382,14 +390,15 @@ def judge_regions(
     similarity = judges.embed(torch.stack(crops)) @ references.T  # [regions, T]
     unrelated = np.setdiff1d(np.arange(len(references)), own)
     rng = np.random.default_rng(seed)
-    right, wrong = [], []
+    right, wrong, excess = [], [], []
     for row, thing in zip(similarity, own, strict=True):
         others = [each for each in own if each != thing]
         drawn = rng.permutation(unrelated).tolist()
         right.append(picks_first(row[[thing, *others, *drawn][:candidates]]))
         wrong += [picks_first(row[[other, *drawn][:candidates]]) for other in others]
+        excess.append(float(row[others].mean() - row[drawn].mean()))
     likeness = similarity[range(len(own)), list(own)].mean()
-    return Verdict(float(np.mean(right)), float(np.mean(wrong)), float(likeness))
+    return Verdict(float(np.mean(right)), float(np.mean(wrong)), float(likeness), float(np.mean(excess)))
 
 
 def contact_sheet(rows: Sequence[Sequence[Image.Image]], count: int = 8) -> Image.Image:
@@ -431,3 +440,8 @@ def _real_image(group: Sequence[Case], settings: RegionsSettings) -> Image.Image
 def _percent(values: Sequence[float], sign: str = "") -> str:
     mean = Mean.of(values)
     return f"{mean.value:{sign}.1%} ± {mean.half:.1%}"
+
+
+def _signed(values: Sequence[float]) -> str:
+    mean = Mean.of(values)
+    return f"{mean.value:+.3f} ± {mean.half:.3f}"

@@ -96,6 +96,8 @@ def test_a_region_is_judged_by_what_is_in_it():
     assert (right.identity, right.bleeding, right.likeness) == (1, 0, pytest.approx(1))
     swapped = judge_regions(judges, references, [1, 0], Image.fromarray(image), 3, seed=0)
     assert (swapped.identity, swapped.bleeding) == (0, 1)
+    mean = float((references[1] @ references[2:].T).mean() + (references[0] @ references[2:].T).mean()) / 2
+    assert swapped.excess == pytest.approx(1 - mean, abs=1e-5)  # each is wholly the other one
     image[:, 32:] = colours[0]
     both = judge_regions(judges, references, [0, 1], Image.fromarray(image), 3, seed=0)
     assert (both.identity, both.bleeding) == (0.5, 0.5)
