@@ -59,7 +59,7 @@ def test_both_reports_are_written_and_the_judges_kept(artwork, model, tmp_path, 
     assert Image.open(target / "tuned.jpg").size == (4 * 128, 2 * 128)
 
 
-@pytest.mark.parametrize("what", ["report", "tuned", "regions"])
+@pytest.mark.parametrize("what", ["report", "tuned", "regions", "fidelity"])
 def test_judges_that_are_not_there_get_one_sentence(artwork, model, tmp_path, capsys, what):
     missing = tmp_path / "judges.safetensors"
     assert main(["evaluate", what, str(model), str(artwork), str(tmp_path), "--judges", str(missing)]) == 2
