@@ -73,6 +73,7 @@ LONGEST = (
 ON_SERVER = (
     "tests/nodes/test_texts.py",
     "tests/test_host.py",
+    "tests/test_locales.py",
     "tests/test_soak.py",
     "tests/test_workflow.py",
     "tests/test_workflows.py",

@@ -33,11 +33,17 @@ def archive():
 def test_archive_is_what_users_need(archive):
     files = {name for name in archive if "/" not in name}
     assert files == {"__init__.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md"}
-    assert {name.partition("/")[0] for name in archive - files} == {"blip_qformer", "nodes", "web", "workflows"}
+    assert {name.partition("/")[0] for name in archive - files} == {
+        "blip_qformer",
+        "locales",
+        "nodes",
+        "web",
+        "workflows",
+    }
 
 
 def test_archive_is_whole(archive):
-    for folder in ("blip_qformer", "nodes", "web", "workflows"):
+    for folder in ("blip_qformer", "locales", "nodes", "web", "workflows"):
         assert git_files(folder) <= archive, folder
 
 
