@@ -17,7 +17,7 @@ class CheckpointNode(io.ComfyNode):
     """What all nodes have in common that read a checkpoint."""
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str | None) -> bool | str:
+    def validate_inputs(cls, checkpoint: str | None) -> bool:
         """Refuse a checkpoint that is gone."""
         return CHECKPOINTS.validate(checkpoint)
 

@@ -72,12 +72,9 @@ class SaveSubject(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name: Sequence[str | None]) -> bool | str:
+    def validate_inputs(cls, name: Sequence[str | None]) -> bool:
         """Refuse an unsafe name; one that comes over a link is None here and checked when it is saved."""
-        try:
-            return all(each is None or bool(checked_name(each)) for each in name)
-        except ValueError as error:
-            return str(error)
+        return all(each is None or bool(checked_name(each)) for each in name)
 
     @classmethod
     @takes_lists("subject")
@@ -138,7 +135,7 @@ class LoadSubject(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, subject_file: str | None) -> bool | str:
+    def validate_inputs(cls, subject_file: str | None) -> bool:
         """Refuse a file that is gone."""
         return SUBJECTS.validate(subject_file)
 

@@ -19,7 +19,6 @@ TEMPLATE_BROWSER = "[data-testid^=template-workflow-], [data-testid=template-fil
 MESSAGES = """() => [...document.querySelectorAll(
     '[role=dialog], [role=alertdialog], .p-toast-message, [data-testid=error-overlay]'
 )].map(message => message.innerText.trim()).filter(Boolean)"""
-VIEW_DETAILS, DETAILS = "[data-testid=error-overlay-see-errors]", "[data-testid=properties-panel]"
 # Ids of the nodes that have a red ring: as the graph, the server's last answer and the elements of Nodes 2.0 know it.
 RINGED = """() => {
     const ids = new Set(Object.keys(window.app.lastNodeErrors ?? {}))
@@ -123,21 +122,13 @@ class Newcomer(Frontend):
         self._run(open_it)
 
     def press_run(self) -> tuple[str, ...]:
-        """Press Run for a workflow that cannot run, and return the messages that come.
-
-        Newer frontends only say which node failed, and show its sentence in a panel behind "View details".
-        """
+        """Press Run for a workflow that cannot run, and return the messages that come without a further click."""
 
         def press() -> tuple[str, ...]:
             self._page.get_by_test_id("queue-button").first.click()
             with suppress(PlaywrightTimeoutError):
                 self._page.wait_for_function(f"({MESSAGES})().length > 0", timeout=15_000)
-            messages = tuple(self._page.evaluate(MESSAGES))
-            details = self._page.query_selector(VIEW_DETAILS)
-            if details is None:
-                return messages
-            details.click()
-            return *messages, self._page.wait_for_selector(DETAILS).inner_text()
+            return tuple(self._page.evaluate(MESSAGES))
 
         return self._run(press)
 

@@ -43,8 +43,6 @@ class ModelList:
         advice: How to get such a file, punctuation in front, as it follows "... was found in <folders>".
         first: From a name that is missing to the one thing to do, a sentence that goes in front of all others, as the
             page shows the beginning of an error only. Empty if it is not said by the name what to do.
-        said_at_run: Names that a graph with them can be queued with although they are missing. Newer pages show of a
-            graph that cannot be queued only that a node rejected it, and show what a node says when it runs.
         beside: From a found name to files that belong to it and are not at its path.
     """
 
@@ -55,7 +53,6 @@ class ModelList:
     locate: Callable[[str], Path | str | None]
     advice: Callable[[], str]
     first: Callable[[str], str] = lambda name: ""
-    said_at_run: frozenset[str] = frozenset()
     beside: Callable[[str], Iterable[Path]] = lambda name: ()
 
     def options(self) -> list[str]:
@@ -76,13 +73,19 @@ class ModelList:
             raise ValueError(self.missing(name))
         return Path(found)
 
-    def validate(self, name: str | None) -> bool | str:
-        """Return True, or in a sentence why a graph with this choice cannot be queued.
+    def validate(self, name: str | None) -> bool:
+        """Return True if a graph with this choice can be queued.
 
         Args:
             name: Entry of the drop-down list; None if it comes over a link and is not known yet.
+
+        Raises:
+            ValueError: If nothing is there by that name. Raised, because newer pages show this sentence at once, and of
+                a refusal that is returned, or of an error at run time, only that there was one.
         """
-        return True if name is None or name in self.said_at_run or name in self.find() else self.missing(name)
+        if name is not None and name not in self.find():
+            raise ValueError(self.missing(name))
+        return True
 
     def fingerprint(self, name: str | None) -> FileMarks:
         """Return what is another value once other files lie under a name; the host then runs the node again.
@@ -214,11 +217,9 @@ DOWNLOAD_FIRST = (
     "python -m blip_qformer download{option} in this pack's folder."
 )
 
-NO_CHECKPOINT = "(download the model first)"
-
 CHECKPOINTS = ModelList(
     kind="BLIP-Diffusion model",
-    nothing_found=NO_CHECKPOINT,
+    nothing_found="(download the model first)",
     folders=(DIFFUSERS_FOLDER, CHECKPOINT_FOLDER),
     find=_checkpoints,
     locate=lambda name: _checkpoints().get(name),
@@ -228,7 +229,6 @@ CHECKPOINTS = ModelList(
         "a fine-tuned .pth or a blip2_qformer.safetensors beside it, and press R to refresh."
     ),
     first=_first_of_all,
-    said_at_run=frozenset({NO_CHECKPOINT, MODEL_FOLDER, CONTROLNET_FOLDER, QFORMER_NAME}),
     beside=lambda name: (path for file, path in converted_files(name).items() if file != QFORMER_NAME),
 )
 
