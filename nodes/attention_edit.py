@@ -300,8 +300,8 @@ class EditMask(io.ComfyNode):
             inputs=[
                 io.Latent.Input(
                     "latent",
-                    tooltip="The result of the sampler that draws Prompt-to-Prompt Edit. Connect it directly, with no "
-                    "node between.",
+                    tooltip="The result of the sampler that Prompt-to-Prompt Edit is connected to. Connect it "
+                    "directly, with no node between.",
                 )
             ],
             outputs=[

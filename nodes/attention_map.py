@@ -92,7 +92,7 @@ class SubjectAttentionMap(io.ComfyNode):
                 RecordedAttention.Input("attention", tooltip="The notes of Record Attention."),
                 io.Image.Input(
                     "image",
-                    tooltip="The picture that the KSampler behind Record Attention drew, from VAE Decode. Any size.",
+                    tooltip="The picture that the KSampler after Record Attention drew, from VAE Decode. Any size.",
                 ),
                 io.String.Input(
                     "words",

@@ -21,7 +21,7 @@ class DDIMInversion(io.ComfyNode):
             **newer_fields(["invert image", "unsampler", "photo editing", "edit photo"]),
             description="Finds the noise that your own photograph could have been drawn from. KSampler (Advanced) "
             "then draws the photograph again, or a changed version of it with another prompt. Set the KSampler "
-            "(Advanced) as the output settings says.",
+            "(Advanced) as the output named settings says.",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The model that will draw the picture later. SD1.5 and SDXL work; Flux does not."

@@ -34,9 +34,9 @@ class SubjectPromptCompose(io.ComfyNode):
                     default="swimming underwater",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="What the subject does, where it is, in which style: swimming underwater. Do not name the "
-                    'subject here; "a" and its word are put in front for you. (word:1.2) and embedding:name work as '
-                    "usual.",
+                    tooltip="What the subject does, where it is, in which style, in English: swimming underwater. Do "
+                    'not name the subject here; "a" and its word are put in front for you. (word:1.2) and embedding:name '
+                    "work as usual.",
                 ),
                 io.String.Input(
                     "target_subject",

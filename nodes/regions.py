@@ -101,7 +101,7 @@ class SubjectRegions(io.ComfyNode):
                     fraction_input(
                         "end",
                         1.0,
-                        "When the regions stop to count. 1: at the last step. The first steps decide where things "
+                        "When the regions stop counting. 1: after the last step. The first steps decide where things "
                         "are, the last steps decide the details.",
                     )
                 ),

@@ -55,7 +55,7 @@ class SaveSubject(io.ComfyNode):
                     label_on="with picture",
                     label_off="without",
                     tooltip="Puts a small picture of your subject (256 pixels) into the file. You see it in the model "
-                    "library and in Load Subject. Choose without if you share the file and want to keep the picture "
+                    "library and in Load Subject. without: for a file that you share while the picture stays "
                     "private.",
                 ),
             ],
