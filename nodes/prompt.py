@@ -35,8 +35,8 @@ class SubjectPromptCompose(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     tooltip="What the subject does, where it is, in which style, in English: swimming underwater. Do "
-                    'not name the subject here; "a" and its word are put in front for you. (word:1.2) and embedding:name '
-                    "work as usual.",
+                    'not name the subject here; "a" and its word are put in front for you. (word:1.2) and '
+                    "embedding:name work as usual.",
                 ),
                 io.String.Input(
                     "target_subject",
