@@ -43,6 +43,10 @@ RUN_BY_OTHER_TESTS = {
     "python -m blip_qformer.pipeline.initial_weights clip-vit-large-patch14 bert-base-uncased "
     "stable-diffusion-v1-5 first",  # tests/pipeline/test_initial_weights.py
 }
+LINKS_THE_SMALL_MODEL = (
+    "mkdir -p ../../models/blip_diffusion",
+    'ln -s "$PWD/mini/model" ../../models/blip_diffusion/blipdiffusion',
+)
 TAKES_A_DAY = {"make mini"}  # what it runs, and with what, is tested here
 
 QUICKLY = ["--steps", "1", "--resolution", "64", "--validate-every", "0"]  # what takes a minute on a graphics card
@@ -83,7 +87,19 @@ def paths(tmp_path_factory):
 def test_every_command_is_accounted_for():
     ours = {command for command in COMMANDS if command.startswith(COMMAND)}
     assert len(ours) > 5
-    assert ours | NEEDS_THE_NETWORK | RUN_BY_OTHER_TESTS | TAKES_A_DAY == COMMANDS
+    assert ours | NEEDS_THE_NETWORK | RUN_BY_OTHER_TESTS | TAKES_A_DAY | {*LINKS_THE_SMALL_MODEL} == COMMANDS
+
+
+def test_the_small_model_gets_the_name_that_the_workflows_ask_for(tmp_path):
+    pack = tmp_path / "custom_nodes" / "pack"
+    pack.mkdir(parents=True)
+    (pack / "mini").symlink_to(ROOT / "mini")
+    for command in LINKS_THE_SMALL_MODEL:
+        assert command in (ROOT / "mini" / "README.md").read_text(encoding="utf-8")
+        subprocess.run(["bash", "-c", command], cwd=pack, check=True)
+    nodes = json.loads((ROOT / "workflows" / "subject-generation.json").read_text(encoding="utf-8"))["nodes"]
+    (name,) = [node["widgets_values"][0] for node in nodes if node["type"] == "BLIPDiffusionLoader"]
+    assert (tmp_path / "models" / "blip_diffusion" / name / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize("command", sorted(line for line in COMMANDS - NEEDS_THE_NETWORK if line.startswith(COMMAND)))

@@ -152,6 +152,8 @@ def small(server: ComfyServer, workflow: str) -> dict:
             inputs["steps"] = STEPS
         elif node["class_type"] == "BLIPDiffusionSubjectFinetune":
             inputs |= {"steps": SAMPLED, "look_every": SAMPLED, "look_prompts": "in the snow", "resolution": TILE}
+        elif node["class_type"] == "BLIPDiffusionSubjectSave":
+            inputs["overwrite"] = True  # a test saves many things under one name
         elif node["class_type"] == "BLIPDiffusionLoader" and not needs_stock_sizes:
             inputs["checkpoint"] = TINY
     return prompt

@@ -168,6 +168,8 @@ def _make_small(node: str, inputs: dict[str, Any], checkpoint: str, images: Mapp
         inputs["text"] = SCENE
     elif node == "CLIPTextEncode":
         inputs["text"] = ""  # the small model has not learned what "low quality" looks like
+    elif node == "BLIPDiffusionSubjectSave":
+        inputs["overwrite"] = True  # a tool runs it more than once
     elif node in ("KSampler", "KSamplerAdvanced"):
         inputs["cfg"] = 4.0
 
