@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -25,6 +26,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 PARTIAL = ".partial"
 LOCK, MOVES, OLD = ".lock", ".moves", ".old"
 FOLDER_LOCK = ".in-use.lock"
+KEY = re.compile(r"\.[0-9a-f]+")  # of a write, as :func:`_temporary_key` makes it
 
 # Temporary names without a lock: of earlier versions, or on a file system that knows no locks.
 MAX_AGE = 24 * 3600  # seconds since anything in them was written
@@ -201,6 +203,8 @@ def remove_partial(folder: Path, exclusive: bool = False) -> None:
             lock is nobody's. Otherwise such a name is removed when it is a day old.
     """
     for mark in folder.glob(f".*{PARTIAL}{LOCK}"):
+        if not KEY.fullmatch(mark.name.removesuffix(f"{PARTIAL}{LOCK}")):
+            continue  # not ours, and as a pattern it could name what is
         with suppress(OSError):  # another user's, which is not for us to remove
             _clear(mark)
     for path in folder.glob(f".*{PARTIAL}"):

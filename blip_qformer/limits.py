@@ -19,6 +19,9 @@ MAX_PICKLE_BYTES = 64_000_000  # of the pickle inside a torch file, which names 
 MAX_PREVIEW_BYTES = 100_000  # of the small picture in a subject's header; ours have 5 to 30 kB
 MAX_PREVIEW_EDGE = 1_024  # pixels; 256
 
+MAX_DOWNLOAD_BYTES = 10**11  # of one file of the Hub; the published ones have up to 3.4 GB
+MAX_JPEG_SCANS = 100  # passes over an image; a progressive JPEG has about ten, and each costs a decoder the whole image
+
 # Sizes of a network. Each is also compared with the tensors of its file.
 MAX_WIDTH = 16_384  # the published encoder's widest layer has 4,096
 MAX_LAYERS = 64  # and 23 blocks
@@ -29,6 +32,7 @@ MAX_IMAGE_SIZE = 4_096  # pixels of an edge; 224
 
 # Training pairs, whose shards may be compressed and may come from a server.
 MAX_PAIR_FILE_BYTES = 64_000_000  # an image; photographs have 1 to 10 MB
+MAX_PAIR_PIXELS = 50_000_000  # of one image; ours have 260,000
 MAX_PAIR_FILES = 16  # of one pair, which needs three
 MAX_SHARDS = 1_000_000  # of one pattern: {0..999999999} would fill the memory with names
 MAX_COUNT = 10**12  # of pairs, steps and so on: what a counter can mean

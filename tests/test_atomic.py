@@ -303,3 +303,16 @@ def test_a_folder_that_is_removed_half_counts_as_left_behind(tmp_path, monkeypat
             remove_folder(tmp_path / "step-1")
     remove_partial(tmp_path, exclusive=True)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", [".*.partial.lock", ".**.partial.lock", ".[0-9a-f]*.partial.lock"])
+def test_a_name_that_is_a_pattern_touches_no_write(tmp_path, name):
+    """Such a file, which no write of ours makes, once removed what a running write held, or stopped every write."""
+    with atomic_file(tmp_path / "one.txt") as temporary:
+        temporary.write_text("one")
+        (tmp_path / name).touch()
+        with atomic_file(tmp_path / "two.txt") as other:
+            other.write_text("two")
+    assert (tmp_path / "one.txt").read_text() == "one"
+    assert (tmp_path / "two.txt").read_text() == "two"
+    assert (tmp_path / name).exists()

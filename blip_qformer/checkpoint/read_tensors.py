@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_PICKLE_BYTES, MAX_TENSORS
-from ..plain_data import PlainDataError, parse_json, read_bytes
+from ..plain_data import PlainDataError, parse_json, read_bytes, shown
 from ..stand_in import stand_in
 
 SAFETENSORS = (".safetensors", ".sft")
@@ -144,14 +144,15 @@ def naming_file(path: Path) -> Iterator[None]:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse tensors that are no plain arrays on the CPU, or claim more numbers than their file holds.
+    """Refuse tensors that are no plain arrays on the CPU, claim more numbers than their file holds, or have no name.
 
     Args:
         tensors: Tensors by name.
         path: The file.
 
     Raises:
-        CheckpointError: There are too many tensors, or one is not plain; it is named.
+        CheckpointError: There are too many tensors, or one is not plain; it is named. Or a name holds line breaks or
+            half characters, which no error's sentence could.
     """
     if len(tensors) > MAX_TENSORS:
         raise CheckpointError(
@@ -159,6 +160,8 @@ def check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         )
     claimed, size = 0, path.stat().st_size
     for name, tensor in tensors.items():
+        if not name.isprintable():
+            raise CheckpointError(f"{path} holds a tensor of the damaged name {shown(name)}: download it again.")
         kind = next((kind for kind, applies in _STRANGE.items() if applies(tensor)), None)
         if kind is not None:
             raise CheckpointError(f'{path} holds "{name}" as a {kind}: get the weights in float16 or float32.')

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ..atomic import atomic_file, remove_partial
+from ..checkpoint.read_tensors import CheckpointError, read_tensors
+from ..checkpoint.weights import is_finite
 
 MEAN, STD = "mean", "deviation"  # keys in a file
 
+logger = logging.getLogger("blip_diffusion")
+
 
 class LatentCache:
-    """Encodes each image once and keeps the result.
+    """Encodes each image once and keeps the result; what a disk has damaged is encoded again.
 
     Args:
         folder: Folder for the files; each VAE and resolution has a folder of its own in it.
@@ -41,16 +46,40 @@ class LatentCache:
         Returns:
             Mean and standard deviation of the latents' distribution, each of shape [B, 4, h, w].
         """
-        paths = [self.folder / f"{_digest(image)}.safetensors" for image in images]
-        for path, image in zip(paths, images, strict=True):
-            if not path.is_file():
-                # One by one, so that latents are the same to the last bit whichever batch an image comes in first.
-                distribution = self.vae.encode(image[None] * 2 - 1, return_dict=False)[0]
-                content = save({MEAN: _to_float(distribution.mean[0]), STD: _to_float(distribution.std[0])})
-                with atomic_file(path, clean=False) as temporary:
-                    temporary.write_bytes(content)
-        latents = [load_file(path, device=str(images.device)) for path in paths]
-        return torch.stack([each[MEAN] for each in latents]), torch.stack([each[STD] for each in latents])
+        latents = [self._latents(image) for image in images]
+        mean, std = (torch.stack(each).to(images.device) for each in zip(*latents, strict=True))
+        return mean, std
+
+    def _latents(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation [4, h, w] of one image [3, H, W], on the CPU."""
+        path = self.folder / f"{_digest(image)}.safetensors"
+        if path.is_file():
+            try:
+                return _read(path)
+            except CheckpointError as error:
+                logger.warning("%s The image is encoded again.", error)
+        # One by one, so that latents are the same to the last bit whichever batch an image comes in first.
+        distribution = self.vae.encode(image[None] * 2 - 1, return_dict=False)[0]
+        mean, std = _to_float(distribution.mean[0]), _to_float(distribution.std[0])
+        with atomic_file(path, clean=False) as temporary:
+            temporary.write_bytes(save({MEAN: mean, STD: std}))
+        return mean, std
+
+
+def _read(path: Path) -> tuple[Tensor, Tensor]:
+    """Read one file.
+
+    Raises:
+        CheckpointError: It is not what was written.
+    """
+    tensors = read_tensors(path)
+    if tensors.keys() != {MEAN, STD}:
+        raise CheckpointError(f"{path} holds no latents.")
+    mean, std = tensors[MEAN], tensors[STD]
+    is_whole = mean.shape == std.shape and mean.ndim == 3
+    if not is_whole or not all(each.dtype == torch.float32 and is_finite(each) for each in (mean, std)):
+        raise CheckpointError(f"{path} holds no latents.")
+    return mean, std
 
 
 def _digest(image: Tensor) -> str:
@@ -59,4 +88,4 @@ def _digest(image: Tensor) -> str:
 
 
 def _to_float(tensor: Tensor) -> Tensor:
-    return tensor.float().contiguous()
+    return tensor.float().cpu().contiguous()

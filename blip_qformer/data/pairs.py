@@ -17,7 +17,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from ..encoder.tokenizer import tokenize_subjects
-from ..limits import MAX_LINE_BYTES
+from ..imaging.image_files import check_jpeg_scans
+from ..limits import MAX_LINE_BYTES, MAX_PAIR_PIXELS
 from ..plain_data import needs, parse_json, validate
 
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
@@ -126,6 +127,10 @@ def _encode_image(image: Image.Image) -> bytes:
 def _decode_image(files: Mapping[str, bytes | Path], role: str) -> Image.Image:
     for suffix in IMAGE_SUFFIXES:
         if (name := f"{role}.{suffix}") in files:
-            with Image.open(io.BytesIO(_read(files[name]))) as image:
+            content = _read(files[name])
+            check_jpeg_scans(content)
+            with Image.open(io.BytesIO(content)) as image:  # reads the header, no pixels
+                if (pixels := image.width * image.height) > MAX_PAIR_PIXELS:
+                    raise ValueError(f"its {role} picture has {pixels / 1e6:.0f} million pixels: scale it down")
                 return image.convert("RGB")
     raise ValueError(f"it has no {role} picture")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from huggingface_hub.utils import (
 )
 
 from ..atomic import flush, readable_errors
+from ..limits import MAX_DOWNLOAD_BYTES
 
 ENDPOINT = constants.ENDPOINT  # HF_ENDPOINT, or huggingface.co
 
@@ -34,6 +36,10 @@ INCOMPLETE = ".incomplete"
 LISTING_TIMEOUT = 30  # seconds
 ATTEMPTS, PAUSE = 2, 1.0  # calls in a row that bring nothing, each of several requests, and seconds between two
 BLOCK = 1 << 20  # bytes hashed at once
+
+MAX_NAME = 255  # characters of a path in a repository
+UNSAFE = re.compile(r'[\\:*?"<>|\x00-\x1f]')  # \\ and : lead elsewhere on Windows, and the rest is in no name there
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 #: Packages by which versions of huggingface_hub make their requests: their errors have no common class.
 HTTP_PACKAGES = ("requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2")
@@ -86,8 +92,19 @@ def list_files(repository: str) -> list[RemoteFile]:
     Raises:
         DownloadError: The Hub cannot be reached, or refuses.
     """
+    if not ENDPOINT.startswith(("http://", "https://")):
+        raise DownloadError(
+            f"HF_ENDPOINT is {ENDPOINT!r}, which is no address: write one such as https://huggingface.co, or unset it."
+        )
+    nonsense = (
+        f"{ENDPOINT} answered for {repository} with something that is no listing of files, such as the page of a "
+        "login: open it in a browser, use another mirror, or unset HF_ENDPOINT."
+    )
     with _sentences(f"{repository} at {ENDPOINT}"):
-        info = HfApi(endpoint=ENDPOINT).model_info(repository, files_metadata=True, timeout=LISTING_TIMEOUT)
+        try:
+            info = HfApi(endpoint=ENDPOINT).model_info(repository, files_metadata=True, timeout=LISTING_TIMEOUT)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise DownloadError(nonsense) from error
     files = []
     for sibling in info.siblings or ():
         if sibling.size is None or info.sha is None:
@@ -96,8 +113,25 @@ def list_files(repository: str) -> list[RemoteFile]:
                 "mirror, or unset HF_ENDPOINT."
             )
         sha256 = sibling.lfs.sha256 if sibling.lfs else None
+        if not (_is_safe(sibling.rfilename) and _is_size(sibling.size) and _is_digest(sha256)):
+            raise DownloadError(nonsense)
         files.append(RemoteFile(repository, info.sha, sibling.rfilename, sibling.size, sha256))
     return files
+
+
+def _is_safe(name: object) -> bool:
+    """Return whether a name stays inside its folder on every system, and names a file there."""
+    if not isinstance(name, str) or len(name) > MAX_NAME:
+        return False
+    return all(part not in ("", ".", "..") and not UNSAFE.search(part) for part in name.split("/"))
+
+
+def _is_size(size: object) -> bool:
+    return type(size) is int and 0 <= size <= MAX_DOWNLOAD_BYTES
+
+
+def _is_digest(sha256: object) -> bool:
+    return sha256 is None or (isinstance(sha256, str) and SHA256.fullmatch(sha256) is not None)
 
 
 def fetch_file(file: RemoteFile, folder: Path, progress: Callable[[int], object]) -> Path:
@@ -125,9 +159,13 @@ def fetch_file(file: RemoteFile, folder: Path, progress: Callable[[int], object]
         path.parent.mkdir(parents=True, exist_ok=True)
         if partial.exists() and partial.stat().st_size > file.size:
             partial.unlink()  # of another commit
-        with _Partial(partial, progress) as opened:
-            progress(opened.tell())
-            _fetch_rest(file, opened)
+        try:
+            with _Partial(partial, file, progress) as opened:
+                progress(opened.tell())
+                _fetch_rest(file, opened)
+        except _TooLongError:
+            partial.unlink()
+            raise
         _check(file, partial)
         flush(partial)  # its name says that it is whole, after a power cut too
         partial.replace(path)
@@ -157,15 +195,28 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-class _Partial(io.FileIO):
-    """A file that grows at its end and tells of each number of bytes."""
+class _TooLongError(DownloadError):
+    """A server sends more than it has listed."""
 
-    def __init__(self, path: Path, progress: Callable[[int], object]) -> None:
+
+class _Partial(io.FileIO):
+    """A file that grows at its end, up to a size, and tells of each number of bytes."""
+
+    def __init__(self, path: Path, file: RemoteFile, progress: Callable[[int], object]) -> None:
         super().__init__(path, "ab")
-        self._progress = progress
+        self._file, self._progress = file, progress
 
     def write(self, data: bytes, /) -> int:  # pyright: ignore
-        """Write all of the data, which FileIO alone does not promise."""
+        """Write all of the data, which FileIO alone does not promise.
+
+        Raises:
+            _TooLongError: More comes than is listed, as from a server that never stops.
+        """
+        if self.tell() + len(data) > self._file.size:
+            raise _TooLongError(
+                f"{self._file.name} of {self._file.repository} came with more than the {self._file.size} bytes that "
+                "are listed: it was changed on its way and is removed. Use another network or mirror (HF_ENDPOINT)."
+            )
         rest = memoryview(data)
         while rest:
             rest = rest[super().write(rest) :]
@@ -196,6 +247,13 @@ def _fetch_rest(file: RemoteFile, opened: _Partial) -> None:
                 raise
             time.sleep(PAUSE)
             continue
+        except ValueError as error:
+            if type(error) is not ValueError:
+                raise
+            raise DownloadError(
+                f"{file.name} of {file.repository} came with headers that make no sense ({error}): use another "
+                "mirror, or unset HF_ENDPOINT."
+            ) from error
         if opened.tell() == begin:
             raise DownloadError(
                 f"{file.name} of {file.repository} ends after {begin} bytes, and {file.size} are listed: {AGAIN}, or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
@@ -10,7 +11,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..limits import MAX_JPEG_SCANS
 from ..stand_in import stand_in
+
+# What may stand behind FF in a JPEG and is no stuffed FF (00) and no restart inside a scan (D0 to D7).
+JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
+JPEG_START, SCAN, END = b"\xff\xd8", b"\xda", b"\xd9"
 
 
 class UnreadableImageError(ValueError):
@@ -33,10 +39,29 @@ def open_upright(path: Path, mode: str = "RGB") -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow can read in spite of a fault is read; it names no file
+            check_jpeg_scans(path.read_bytes())
             with Image.open(path) as file:
                 return ImageOps.exif_transpose(file).convert(mode)
     except Exception as error:  # there is no list of what a damaged image can raise
         raise UnreadableImageError(_sentence(path, error)) from error
+
+
+def check_jpeg_scans(content: bytes) -> None:
+    """Refuse a JPEG that makes its decoder pass over the image more often than any camera or program does.
+
+    Args:
+        content: A file; one that is no JPEG is accepted.
+
+    Raises:
+        ValueError: It has more than :data:`~blip_qformer.limits.MAX_JPEG_SCANS` scans.
+    """
+    scans, position = 0, len(JPEG_START)
+    while content.startswith(JPEG_START) and (found := JPEG_MARKER.search(content, position)) and found[1] != END:
+        scans += found[1] == SCAN
+        if scans > MAX_JPEG_SCANS:
+            raise ValueError(f"it has more than {MAX_JPEG_SCANS} scans")
+        length = int.from_bytes(content[found.end() : found.end() + 2], "big")
+        position = found.end() + (0 if found[1] in (b"\x01", b"\xd8") else max(length, 2))
 
 
 def load_image(path: str | Path) -> Tensor:

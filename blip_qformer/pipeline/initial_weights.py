@@ -11,17 +11,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from ..checkpoint.components import find_components
-from ..checkpoint.key_map import KeyMap, qformer_keys
-from ..checkpoint.read_tensors import SAFETENSORS, TENSOR_FILES, read_config, read_tensors
+from ..checkpoint.key_map import KeyMap, format_keys, qformer_keys
+from ..checkpoint.read_tensors import SAFETENSORS, TENSOR_FILES, CheckpointError, naming_file, read_config, read_tensors
+from ..checkpoint.weights import check_dtypes, check_finite
 from ..encoder import QFormerConfig, SubjectEncoder, SubjectEncoderConfig, VisionConfig
+from ..encoder.config import Heads, Layers, Pixels, Positions, Vocabulary, Width
+from ..limits import MAX_LAYERS
+from ..plain_data import validate, whole_number
 from .new import init_weights
 from .pipeline import COMPONENT_KINDS, Pipeline, build_text_encoder, build_unet, build_vae, load_tokenizer
 from .save import save_pipeline
@@ -47,15 +52,30 @@ BERT_KEYS = KeyMap(qformer_keys(prefix="", attention="self"))
 BERT_UNUSED_KEYS = ("position_ids", "token_type_embeddings.weight")  # a Q-Former's text is one segment
 BERT_OLD_NORMS = {".gamma": ".weight", ".beta": ".bias"}  # in BERT's first files
 
-#: Fields that a published CLIP's config leaves out, because they are transformers' defaults.
-CLIP_DEFAULTS = {
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-}
+WORDS = "qformer.word_embedding.weight"
+NEW_KEYS = ("vision.post_norm.", "query_tokens", ".cross_attention.")  # in neither CLIP nor BERT
+
+
+class ClipSizes(BaseModel):
+    """The fields of CLIP's vision config that decide sizes; what a config leaves out is transformers' default."""
+
+    image_size: Pixels = 224
+    patch_size: Pixels = 32
+    hidden_size: Width = 768
+    intermediate_size: Width = 3072
+    num_hidden_layers: Annotated[int, whole_number(2, MAX_LAYERS)] = 12
+    num_attention_heads: Heads = 12
+
+
+class BertSizes(BaseModel):
+    """The fields of BERT's config that decide sizes."""
+
+    hidden_size: Width
+    num_hidden_layers: Layers
+    num_attention_heads: Heads
+    intermediate_size: Width
+    vocab_size: Vocabulary
+    max_position_embeddings: Positions
 
 
 def initial_pipeline(clip: Path, bert: Path, stable_diffusion: Path, seed: int = 0) -> Pipeline:
@@ -99,30 +119,39 @@ def initial_encoder(clip: Path, bert: Path, seed: int = 0) -> SubjectEncoder:
     Raises:
         ValueError: A folder has no weights, or those of another model.
     """
-    vision, vision_weights = _read_vision(clip)
-    config = _read_config(bert)
-    qformer = QFormerConfig(
-        width=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        feed_forward_width=config["intermediate_size"],
-        vocabulary_size=config["vocab_size"] + 1,  # [DEC]
-        text_positions=config["max_position_embeddings"],
-    )
+    with naming_file(clip):
+        vision, vision_weights = _read_vision(clip)
+    with naming_file(bert):
+        config = validate(BertSizes, _read_config(bert), f"{bert / 'config.json'}")
+        sizes = {
+            "width": config.hidden_size,
+            "layers": config.num_hidden_layers,
+            "heads": config.num_attention_heads,
+            "feed_forward_width": config.intermediate_size,
+            "vocabulary_size": config.vocab_size + 1,  # [DEC]
+            "text_positions": config.max_position_embeddings,
+        }
+        qformer = validate(QFormerConfig, sizes, f"{bert / 'config.json'}")
+        qformer_weights = _read_qformer(bert)
+    all_sizes = SubjectEncoderConfig(vision, qformer, 4 * qformer.width)
+    shapes = {name: weight.shape for name, weight in SubjectEncoder(all_sizes, device="meta").state_dict().items()}
+    _check_fit(vision_weights, {name: shape for name, shape in shapes.items() if name.startswith("vision.")}, clip)
+    _check_fit(qformer_weights, {name: shape for name, shape in shapes.items() if name.startswith("qformer.")}, bert)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = SubjectEncoder(SubjectEncoderConfig(vision, qformer, 4 * qformer.width))
+        encoder = SubjectEncoder(all_sizes)
         init_weights(encoder, qformer.width)
-    _load_some(encoder, {f"vision.{name}": weight for name, weight in vision_weights.items()}, clip)
-    _load_some(encoder, _read_qformer(bert, encoder.qformer.word_embedding.weight), bert)
+    words = qformer_weights[WORDS]  # tokens that BERT lacks keep their new rows
+    rest = encoder.qformer.word_embedding.weight.detach()[len(words) :]
+    encoder.load_state_dict({**vision_weights, **qformer_weights, WORDS: torch.cat([words, rest])}, strict=False)
     return encoder
 
 
 def _read_vision(folder: Path) -> tuple[VisionConfig, dict[str, Tensor]]:
     """Read CLIP's image encoder under our keys, without its last block and the norm behind it, which is new."""
     config = _read_config(folder)
-    config = CLIP_DEFAULTS | config.get("vision_config", config)
-    layers = config["num_hidden_layers"] - 1
+    config = validate(ClipSizes, config.get("vision_config", config), f"{folder / 'config.json'}")
+    layers = config.num_hidden_layers - 1
     prefix = "vision_model."
     weights = {
         name.removeprefix(prefix): weight
@@ -132,25 +161,29 @@ def _read_vision(folder: Path) -> tuple[VisionConfig, dict[str, Tensor]]:
     for layer in range(layers):
         attention = f"encoder.layers.{layer}.self_attn"
         for kind in ("weight", "bias"):
-            projections = [weights.pop(f"{attention}.{name}_proj.{kind}") for name in "qkv"]  # each [width, ...]
+            names = [f"{attention}.{name}_proj.{kind}" for name in "qkv"]
+            _require(names, weights, folder)
+            projections = [weights.pop(name) for name in names]  # each [width, ...]
             weights[f"{attention}.qkv.{kind}"] = torch.cat(projections)  # [3 * width, ...]
     unused = (f"encoder.layers.{layers}.", "post_layernorm.")
     named = CLIP_KEYS.to_encoder({name: w for name, w in weights.items() if not name.startswith(unused)}, folder)
+    _require(["class_embedding", "position_embedding"], named, folder)
     named["class_embedding"] = named["class_embedding"][None, None]
     named["position_embedding"] = named["position_embedding"][None]
-    vision = VisionConfig(
-        image_size=config["image_size"],
-        patch_size=config["patch_size"],
-        width=config["hidden_size"],
-        layers=layers,
-        heads=config["num_attention_heads"],
-        feed_forward_width=config["intermediate_size"],
-    )
-    return vision, named
+    sizes = {
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "width": config.hidden_size,
+        "layers": layers,
+        "heads": config.num_attention_heads,
+        "feed_forward_width": config.intermediate_size,
+    }
+    vision = validate(VisionConfig, sizes, f"{folder / 'config.json'}")
+    return vision, {f"vision.{name}": weight for name, weight in named.items()}
 
 
-def _read_qformer(folder: Path, word_embedding: Tensor) -> dict[str, Tensor]:
-    """Read BERT under our keys; tokens that it lacks keep their rows of ``word_embedding`` [vocabulary, width]."""
+def _read_qformer(folder: Path) -> dict[str, Tensor]:
+    """Read BERT under our keys."""
     weights = {}
     for name, weight in _read_weights(folder).items():
         for old, new in BERT_OLD_NORMS.items():
@@ -159,36 +192,47 @@ def _read_qformer(folder: Path, word_embedding: Tensor) -> dict[str, Tensor]:
         if name.startswith(("embeddings.", "encoder.")) and not name.endswith(BERT_UNUSED_KEYS):
             weights[name] = weight
     named = BERT_KEYS.to_encoder(weights, folder)
-    words = named["qformer.word_embedding.weight"]
-    named["qformer.word_embedding.weight"] = torch.cat([words, word_embedding.detach()[len(words) :]])
     queries = {n.replace("text_feed", "query_feed"): w for n, w in named.items() if "text_feed_forward" in n}
     return named | queries
 
 
-def _load_some(encoder: SubjectEncoder, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Load weights into an encoder, which keeps its own for all other keys.
+def _require(names: Collection[str], weights: Mapping[str, Tensor], folder: Path) -> None:
+    if missing := [name for name in names if name not in weights]:
+        raise CheckpointError(f"{folder} lacks {format_keys(missing)}: download it again.")
+
+
+def _check_fit(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], folder: Path) -> None:
+    """Refuse weights that are not those of their config, before anything of its sizes is made.
 
     Raises:
-        ValueError: The weights do not fit the config of their folder.
+        CheckpointError: Weights are missing, too many, of another shape or dtype, or not finite.
     """
-    try:
-        unexpected = encoder.load_state_dict(dict(weights), strict=False).unexpected_keys
-    except RuntimeError as error:
-        raise ValueError(f"{folder} does not fit its own config ({' '.join(str(error).split())}).") from error
-    if unexpected:
-        raise ValueError(f"{folder} has more layers than its config tells: {', '.join(unexpected[:3])}.")
+    if unexpected := weights.keys() - shapes.keys():
+        raise CheckpointError(f"{folder} has more layers than its config tells: {format_keys(unexpected)}.")
+    _require([name for name in shapes if not any(new in name for new in NEW_KEYS)], weights, folder)
+    for name, weight in weights.items():
+        fits = weight.shape == shapes[name]
+        if name == WORDS:  # which may have fewer rows
+            fits = weight.shape[1:] == shapes[name][1:] and weight.ndim == 2 and len(weight) <= shapes[name][0]
+        if not fits:
+            raise CheckpointError(
+                f"{folder} does not fit its own config: {name} has the shape {list(weight.shape)}, and the config asks "
+                f"for {list(shapes[name])}. Download it again."
+            )
+    check_dtypes(weights, folder)
+    check_finite(weights, folder)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (config := read_config(folder)):
-        raise ValueError(f"{folder} has no config.json: choose a folder in transformers' layout.")
+        raise CheckpointError(f"{folder} has no config.json: choose a folder in transformers' layout.")
     return config
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     files = [file for file in sorted(folder.glob("*")) if file.suffix in TENSOR_FILES]
     if not files:
-        raise ValueError(
+        raise CheckpointError(
             f"{folder} has no weights: choose a folder in transformers' layout, such as bert-base-uncased."
         )
     return read_tensors(min(files, key=lambda file: file.suffix not in SAFETENSORS))

@@ -11,11 +11,12 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..limits import MAX_PREVIEW_BYTES, MAX_PREVIEW_EDGE
+from ..limits import MAX_JPEG_SCANS, MAX_PREVIEW_BYTES, MAX_PREVIEW_EDGE
 
 EDGE = 256  # pixels, of a preview; of each of several tiles it is half
 MAX_TILES = 4
 QUALITY = 85
+JPEG_SCAN = b"\xff\xda"  # begins each scan
 
 
 def make_preview(squares: Tensor) -> bytes:
@@ -84,7 +85,9 @@ def _encode(images: Sequence[Image.Image]) -> bytes:
 
 
 def _decode(content: bytes) -> Image.Image | None:
-    """Decode a JPEG of a bounded size; None if it is anything else. Its size is known before a pixel is."""
+    """Decode a JPEG of a bounded size and work; None if it is anything else. Both are known before a pixel is."""
+    if content.count(JPEG_SCAN) > MAX_JPEG_SCANS:
+        return None
     try:
         with Image.open(io.BytesIO(content), formats=["JPEG"]) as file:
             return file.convert("RGB") if max(file.size) <= MAX_PREVIEW_EDGE else None

@@ -741,3 +741,11 @@ def test_a_file_without_permission_says_so(qformer_file, monkeypatch):
     monkeypatch.setattr("blip_qformer.checkpoint.read_tensors.safe_open", refuse)
     with pytest.raises(CheckpointError, match=r"qformer\.safetensors may not be read by you: change its permissions"):
         open_checkpoint(qformer_file)
+
+
+@pytest.mark.parametrize("name", ["qformer.a\nb", "vision.\0", "x\u2028y"])
+def test_a_damaged_name_does_not_break_the_sentence(tmp_path, name):
+    torch.save({name: torch.zeros(1)}, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="holds a tensor of the damaged name") as refused:
+        open_checkpoint(tmp_path / "model.pth")
+    assert str(refused.value).isprintable()

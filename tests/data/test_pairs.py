@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
 
+from blip_qformer.data.pairs import EncodedPair, decode_pair
 from blip_qformer.data.stream import PairStream
 from tests.data.examples import COUNT, first, make_pair
 
@@ -43,3 +47,17 @@ def test_any_caption_is_read_but_none_at_all(tmp_path, caplog):
     found = first(PairStream(tmp_path), 3)
     assert {pair.key: pair.caption for pair in found} == {key: captions[key] for key in "abc"}
     assert all("its caption is empty" in message for message in caplog.messages)
+
+
+def test_an_image_that_claims_more_pixels_than_a_pair_may_have_is_refused_by_its_header(tmp_path):
+    """Case 82094 of the long fuzz run: 454 bytes of WebP claimed 12151 x 9330 pixels and took 432 MB."""
+    files = {"json": b'{"word": "dog", "caption": "a dog"}'}
+    for role in ("subject", "target"):
+        content = io.BytesIO()
+        getattr(make_pair(0), role).save(content, "PNG")
+        files[f"{role}.png"] = content.getvalue()
+    header = b"IHDR" + struct.pack(">II", 12151, 9330) + files["target.png"][24:29]
+    whole = files["target.png"]
+    files["target.png"] = whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
+    with pytest.raises(ValueError, match="^its target picture has 113 million pixels: scale it down$"):
+        decode_pair(EncodedPair("a", files, ""))

@@ -134,8 +134,11 @@ def test_another_content_is_refused_and_removed(server, file, tmp_path):
 
 
 def test_a_longer_file_is_refused_and_removed(server, file, tmp_path):
-    server.faults[NAME] = [content_of(lambda content: content + b"?")]
-    assert f"came with {file.size + 1} bytes, and {file.size} is listed" in refusal(file, tmp_path)
+    """However much comes: what a server without end sends is not written until the disk is full."""
+    server.faults[NAME] = [content_of(lambda content: content * 50)]
+    with pytest.raises(DownloadError, match=f"came with more than the {file.size} bytes that are listed"):
+        fetch_file(file, tmp_path, sizes := Counter())
+    assert sizes.count <= file.size
     assert os.listdir(tmp_path / "unet") == []
 
 
@@ -205,3 +208,32 @@ def test_a_file_in_the_way_is_a_sentence(server, file, tmp_path):
     (tmp_path / "unet").write_bytes(b"")
     with pytest.raises(OSError, match=r"unet.* could not be written .*: a file is in the way"):
         fetch_file(file, tmp_path, Counter())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rfilename": "unet/..\\..\\..\\custom_nodes\\evil.bin"},  # leads out of the folder on Windows
+        {"rfilename": "unet/../../evil.bin"},
+        {"rfilename": "/etc/evil.bin"},
+        {"rfilename": "C:evil.bin"},
+        {"rfilename": "unet/evil.bin\0"},
+        {"rfilename": None},
+        {"size": "big"},
+        {"size": -1},
+        {"size": float("inf")},
+        {"lfs": {"size": 1}},
+        {"lfs": {"size": 1, "sha256": "../x", "pointerSize": 1}},
+    ],
+)
+def test_a_listing_that_makes_no_sense_is_refused_in_a_sentence(server, change):
+    server.changes[NAME] = change
+    with pytest.raises(DownloadError, match="something that is no listing of files") as error:
+        list_files(REPOSITORY)
+    assert str(error.value).startswith(f"{server.url} answered for {REPOSITORY} ")
+
+
+def test_an_endpoint_that_is_no_address_is_named(server, monkeypatch):
+    monkeypatch.setattr(hub, "ENDPOINT", "huggingface.co")
+    with pytest.raises(DownloadError, match="HF_ENDPOINT is 'huggingface.co', which is no address"):
+        list_files(REPOSITORY)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from blip_qformer.encoder.tokenizer import bert_tokenizer
@@ -144,6 +145,39 @@ def test_folders_that_lack_something_get_one_sentence(clip, bert, stable_diffusi
         initial_encoder(tmp_path, bert)
     weights = load_file(clip / "model.safetensors")
     torch.save({k: v[:1] if k.endswith("pre_layrnorm.bias") else v for k, v in weights.items()}, tmp_path / "model.bin")
-    with pytest.raises(ValueError, match="does not fit its own config .*pre_norm.bias"):
+    with pytest.raises(ValueError, match=r"does not fit its own config: vision.pre_norm.bias .* \[1\], .* \[32\]"):
         initial_encoder(tmp_path, bert)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"num_hidden_layers": 1_000_000}, "sets num_hidden_layers to 1000000, where a whole number from 1 to"),
+        ({"hidden_size": "32"}, "sets hidden_size to '32', where a whole number"),
+        ({"num_attention_heads": 5}, "a width of 32 cannot be shared by 5 heads"),
+        ({"vocab_size": None}, "sets vocab_size to None"),
+        ({"hidden_size": 4_096}, "does not fit its own config: qformer.word_embedding.weight has the shape"),
+        ({"num_hidden_layers": 3}, 'lacks "qformer.layers.2.'),
+        ({"num_hidden_layers": 1}, "has more layers than its config tells"),
+    ],
+)
+def test_a_config_that_is_not_its_weights_is_refused_before_anything_is_built(clip, bert, tmp_path, change, sentence):
+    config = json.loads((bert / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    (tmp_path / "pytorch_model.bin").symlink_to(bert / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"\S") as refused:
+        initial_encoder(clip, tmp_path)
+    assert sentence in str(refused.value)
+    assert str(tmp_path) in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["embeddings.class_embedding", "encoder.layers.1.self_attn.k_proj.bias"])
+def test_a_clip_that_lacks_a_weight_is_named(clip, bert, tmp_path, name):
+    (tmp_path / "config.json").write_bytes((clip / "config.json").read_bytes())
+    weights = load_file(clip / "model.safetensors")
+    del weights[f"vision_model.{name}"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="lacks ") as refused:
+        initial_encoder(tmp_path, bert)
+    assert str(tmp_path) in str(refused.value)
