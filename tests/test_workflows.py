@@ -51,6 +51,7 @@ OTHER = {
     "blip-diffusion-cat-near.jpg": "blip-diffusion-cup.jpg",
     "blip-diffusion-cat-evening.jpg": "blip-diffusion-cup.jpg",
     "blip-diffusion-cup.jpg": "blip-diffusion-cat.jpg",
+    "blip-diffusion-cup-painted.png": "blip-diffusion-cat.jpg",
     "blip-diffusion-rocket.jpg": "blip-diffusion-cat.jpg",
     "blip-diffusion-shirt.png": "blip-diffusion-cup.jpg",
     "blip-diffusion-dress-form.png": "blip-diffusion-cat.jpg",
@@ -62,7 +63,7 @@ OTHER = {
 LIFTED = 24
 
 #: Whose widgets are pixels.
-SIZED = ("EmptyLatentImage", "ImageScale", "SolidMask", "MaskComposite")
+SIZED = ("EmptyLatentImage", "ImageScale")
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "BLIPDiffusionDDIMInversion")
 SAMPLED = 3  # steps
 SHRUNK = 8
@@ -145,7 +146,7 @@ def small(server: ComfyServer, workflow: str) -> dict:
     for node in prompt.values():
         inputs = node["inputs"]
         if node["class_type"] in SIZED:
-            inputs |= {name: inputs[name] // SHRUNK for name in ("width", "height", "x", "y") if name in inputs}
+            inputs |= {name: inputs[name] // SHRUNK for name in ("width", "height")}
         elif node["class_type"] in SAMPLERS:
             inputs["steps"] = SAMPLED
         elif node["class_type"] == "BLIPDiffusionSubjectTrajectory":
@@ -315,14 +316,29 @@ def test_the_lora_for_few_steps_acts_as_a_whole_and_the_negative_prompt_only_abo
     assert np.array_equal(*at_1)
 
 
-def test_the_rest_of_an_inpainted_picture_stays(stocked):
+def test_an_inpainted_picture_changes_where_it_is_painted_over(stocked):
+    """The photograph is cut to its middle square, and what is painted over moves along with it."""
     prompt = small(stocked, "subject-inpaint")
+    painted = Image.new("RGBA", (96, 64), (200, 100, 50, 255))
+    painted.paste((200, 100, 50, 0), (32, 16, 72, 40))  # from 16, 16 to 56, 40 in the square that starts at 16
+    painted.save(stocked.base / "input" / "painted.png")
+    (number,) = [n for n in nodes_of(prompt, "LoadImage") if "painted" in prompt[n]["inputs"]["image"]]
+    prompt = changed(prompt, number, image="painted.png")
     (encoded,), (sampler,) = nodes_of(prompt, "VAEEncode"), nodes_of(prompt, "KSampler")
     before, after = latents(stocked, prompt, encoded), latents(stocked, prompt, sampler)
     drawn = torch.zeros(8, 8, dtype=torch.bool)
-    drawn[1:7, 1:7] = True  # 384 of 512 pixels, from the 64th on
+    drawn[2:5, 2:7] = True  # a latent for each 8 x 8 pixels
     same = torch.isclose(after, before, rtol=1e-5, atol=1e-5)[0].all(0)
     assert torch.equal(same, ~drawn)
+
+
+def test_the_sample_to_inpaint_is_painted_over_in_part(stocked):
+    prompt = small(stocked, "subject-inpaint")
+    (encoded,), (sampler,) = nodes_of(prompt, "VAEEncode"), nodes_of(prompt, "KSampler")
+    before, after = latents(stocked, prompt, encoded), latents(stocked, prompt, sampler)
+    same = torch.isclose(after, before, rtol=1e-5, atol=1e-5)[0].all(0)
+    assert not same[2:6, 2:6].any()  # the cup
+    assert same[-1].all()  # below it
 
 
 def latents(server: ComfyServer, prompt: dict, number: str) -> torch.Tensor:

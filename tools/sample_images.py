@@ -1,4 +1,4 @@
-"""Draw the sample pictures of the workflow ``try-on``, free of any rights: ``python -m tools.sample_images``."""
+"""Make the sample pictures of the workflows that are no plain photographs: ``python -m tools.sample_images``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ SHIRT = [(176, 150), (216, 136), (256, 156), (296, 136), (336, 150), (404, 214),
 SHIRT += [(334, 408), (178, 408), (178, 236), (146, 262), (108, 214)]
 FORM = [(232, 40), (280, 40), (288, 128), (352, 160), (340, 300), (352, 420), (160, 420), (172, 300), (160, 160)]
 FORM += [(224, 128)]
+PAINTED = (0.25, -0.05, 0.75, 0.85)  # the cup in its photograph: left, upper, right and lower edge, of width and height
+PAINTED_SIZE, PAINTED_COLORS = (480, 320), 128  # a PNG of the whole photograph has 400 kB
 
 
 def shirt() -> Image.Image:
@@ -38,6 +40,26 @@ def dress_form() -> Image.Image:
     return _finish(image)
 
 
+def painted(image: Image.Image, box: tuple[float, float, float, float] = PAINTED) -> Image.Image:
+    """Paint an ellipse over an image as the MaskEditor does: it becomes transparent and keeps its colors.
+
+    Args:
+        image: Any image.
+        box: Left, upper, right and lower edge of the ellipse, as parts of the width and height.
+    """
+    rgba = image.convert("RGB").convert("RGBA")
+    alpha = Image.new("L", image.size, 255)
+    ImageDraw.Draw(alpha).ellipse([edge * size for edge, size in zip(box, image.size * 2, strict=True)], fill=0)
+    rgba.putalpha(alpha)
+    return rgba
+
+
+def painted_cup(folder: Path) -> Image.Image:
+    """The photograph of a cup, with the cup painted over; smaller and in fewer colors than the photograph."""
+    cup = Image.open(folder / "blip-diffusion-cup.jpg").resize(PAINTED_SIZE, Image.Resampling.LANCZOS)
+    return painted(cup.quantize(PAINTED_COLORS, dither=Image.Dither.NONE))
+
+
 def _mask(image: Image.Image, outline: list[tuple[int, int]]) -> Image.Image:
     """Return a mask of an outline with rounded corners."""
     mask = Image.new("L", image.size)
@@ -52,7 +74,7 @@ def _finish(image: Image.Image) -> Image.Image:
 def main() -> int:
     """Write the pictures and return the exit code."""
     folder: Path = ROOT / "workflows" / "inputs"
-    for name, image in (("shirt", shirt()), ("dress-form", dress_form())):
+    for name, image in (("shirt", shirt()), ("dress-form", dress_form()), ("cup-painted", painted_cup(folder))):
         with atomic_file(folder / f"blip-diffusion-{name}.png") as temporary:
             image.save(temporary, format="PNG", optimize=True)
     return 0

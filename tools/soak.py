@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 from tools.demo import SMALL_MODEL, link_checkpoint, saved_images
 from tools.host import ROOT, ComfyServer, Prompt, WorkflowError, make_base_directory
-from tools.thumbnails import small_prompt
+from tools.thumbnails import add_painted, small_prompt
 from tools.workflow import override
 
 REFERENCES = (
@@ -47,7 +47,6 @@ PICTURES = ("buoy.png", "pear.png", "lobster.png")
 WORDS = ("buoy", "pear", "lobster", "teddy bear", "red apple", "cat", "Tasse", "grandfather clock")
 CONTEXTS = ("on the grass", "in the snow", "at night", "", "on a table beside a window, in a long sentence " * 3)
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "BLIPDiffusionDDIMInversion")
-SIZED = ("ImageScale", "SolidMask", "MaskComposite")
 CLIENTS = 2
 FLAT = 0.02  # so much the memory may grow after the warm-up
 
@@ -258,8 +257,8 @@ class Soak:
         varied = {number: {**node, "inputs": dict(node["inputs"])} for number, node in prompt.items()}
         for node in varied.values():
             kind, inputs = node["class_type"], node["inputs"]
-            if kind in SIZED:
-                inputs |= {name: inputs[name] // shrink for name in ("width", "height", "x", "y") if name in inputs}
+            if kind == "ImageScale":
+                inputs |= {name: inputs[name] // shrink for name in ("width", "height")}
             elif kind == "EmptyLatentImage":
                 inputs |= {"width": width, "height": height}
             elif kind in SAMPLERS:
@@ -365,6 +364,7 @@ def prepare_base(folder: Path) -> str:
     (base / "custom_nodes" / "soak_probe.py").write_text(PROBE, encoding="utf-8")
     for name in PICTURES:
         shutil.copy(ROOT / "mini" / "inputs" / name, base / "input")
+    add_painted(base / "input")
     Image.new("RGB", (40, 40)).save(base / "input" / "tiny.png")
     save_file({"x.lora_up.weight": torch.zeros(4, 4)}, base / "models" / "embeddings" / "lora.safetensors")
     return link_checkpoint(base / "models" / "blip_diffusion", SMALL_MODEL)

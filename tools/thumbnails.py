@@ -19,17 +19,21 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from blip_qformer.atomic import atomic_file
 from tools.demo import SMALL_MODEL, link_checkpoint, saved_images
 from tools.host import ROOT, ComfyServer, Prompt, make_base_directory
+from tools.sample_images import painted
 from tools.workflow import override, to_prompt
 
 EDGE, CAPTION, GIVEN, GAP = 400, 60, 112, 4  # pixels of a thumbnail, of its caption, of what goes in, between them
 FONT_SIZES = range(30, 12, -1)
-HALVED = ("width", "height", "x", "y")  # the workflows sample at 512 pixels, the small model at 256
-SIZED = ("EmptyLatentImage", "ImageScale", "SolidMask", "MaskComposite")
+HALVED = ("width", "height")  # the workflows sample at 512 pixels, the small model at 256
+SIZED = ("EmptyLatentImage", "ImageScale")
+
+PAINTED = "pear-painted.png"  # the pear, with a mask in its alpha channel
 
 #: Images and words of the workflows, and those of the small model's world that replace them.
 IMAGES = {
     "blip-diffusion-cat.jpg": "buoy.png",
     "blip-diffusion-cup.jpg": "pear.png",
+    "blip-diffusion-cup-painted.png": PAINTED,
     "blip-diffusion-rocket.jpg": "lobster.png",
     "blip-diffusion-cat-near.jpg": "buoy.png",
     "blip-diffusion-cat-evening.jpg": "buoy.png",
@@ -133,8 +137,9 @@ def main() -> int:
     """Make the thumbnails that the command line names, all of them if it names none; return the exit code."""
     base = make_base_directory(ROOT / "output" / "thumbnails")
     own = [name for images in OWN_IMAGES.values() for name in images.values()]
-    for name in {*IMAGES.values(), *own}:
+    for name in {*IMAGES.values(), *own} - {PAINTED}:
         shutil.copy(ROOT / "mini" / "inputs" / name, base / "input")
+    add_painted(base / "input")
     checkpoint = link_checkpoint(base / "models" / "blip_diffusion", SMALL_MODEL)
     with ComfyServer(base) as server:
         for workflow in sys.argv[1:] or sorted(path.stem for path in (ROOT / "workflows").glob("*.json")):
@@ -144,6 +149,11 @@ def main() -> int:
                 image.save(temporary, format="JPEG", quality=88)
             print(f"Wrote {target.relative_to(ROOT)} ({target.stat().st_size / 1000:.0f} kB).")
     return 0
+
+
+def add_painted(folder: Path) -> None:
+    """Write the small model's picture with a painted mask into a folder."""
+    painted(Image.open(ROOT / "mini" / "inputs" / "pear.png"), (0.1, 0.1, 0.9, 0.9)).save(folder / PAINTED)
 
 
 def _given(prompt: Prompt) -> list[str]:
