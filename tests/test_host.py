@@ -148,5 +148,5 @@ def test_a_nodes_own_validation_is_asked(host: Host) -> None:
 
 def test_the_frontend_shows_itself(page: Frontend, tmp_path: Path) -> None:
     image = Image.open(page.screenshot(tmp_path / "frontend.png"))
-    assert image.size == (1600, 900)
+    assert image.size == (1920, 1080)
     assert page.node_help("NoSuchNode") is None

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from ..checkpoint.convert import CHECKPOINT_NAME, CONTROLNET_NAME, QFORMER_NAME
-from ..download import download_model, find_comfyui, model_folders
 from .output import byte_progress
 
 LATER = "What was downloaded is kept: run it again, and it goes on where it was."
@@ -52,6 +51,8 @@ def download(arguments: argparse.Namespace) -> None:
         OSError: There is too little room, or a folder cannot be written to.
         ValueError: There is no ComfyUI, or something could not be fetched or converted.
     """
+    from ..download import download_model, find_comfyui, model_folders  # with huggingface_hub, for this alone
+
     folders = model_folders(find_comfyui(arguments.comfyui))
     try:
         download_model(

@@ -19,7 +19,7 @@ from blip_qformer.pipeline.sample import sample_images
 from tools.host import ROOT
 
 MINI = ROOT / "mini"
-INPUTS = sorted((MINI / "inputs").glob("*.png"))
+INPUTS = [MINI / "inputs" / f"{word}.png" for word in ("buoy", "lobster", "pear")]  # held-out things, each alone
 EDGE, STEPS, GUIDANCE = 256, 12, 4.0
 
 
