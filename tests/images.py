@@ -24,3 +24,16 @@ def damaged_avif() -> bytes:
     content = io.BytesIO()
     Image.effect_noise((80, 80), 50).convert("RGB").save(content, "AVIF")
     return content.getvalue()[:-200]
+
+
+def jpeg(**options) -> bytes:
+    """Noise of 64 x 64 pixels as a JPEG, with options of Pillow."""
+    content = io.BytesIO()
+    Image.effect_noise((64, 64), 60).convert("RGB").save(content, "JPEG", **options)
+    return content.getvalue()
+
+
+def with_scans(content: bytes, count: int) -> bytes:
+    """Repeat the last scan of a progressive JPEG."""
+    begin = content.rindex(b"\xff\xda")
+    return content[:begin] + content[begin:-2] * count + content[-2:]

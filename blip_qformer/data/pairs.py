@@ -127,9 +127,9 @@ def _encode_image(image: Image.Image) -> bytes:
 def _decode_image(files: Mapping[str, bytes | Path], role: str) -> Image.Image:
     for suffix in IMAGE_SUFFIXES:
         if (name := f"{role}.{suffix}") in files:
-            content = _read(files[name])
+            content = io.BytesIO(_read(files[name]))
             check_jpeg_scans(content)
-            with Image.open(io.BytesIO(content)) as image:  # reads the header, no pixels
+            with Image.open(content) as image:  # reads the header, no pixels
                 if (pixels := image.width * image.height) > MAX_PAIR_PIXELS:
                     raise ValueError(f"its {role} picture has {pixels / 1e6:.0f} million pixels: scale it down")
                 return image.convert("RGB")

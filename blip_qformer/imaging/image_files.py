@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -39,24 +40,26 @@ def open_upright(path: Path, mode: str = "RGB") -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow can read in spite of a fault is read; it names no file
-            check_jpeg_scans(path.read_bytes())
-            with Image.open(path) as file:
-                return ImageOps.exif_transpose(file).convert(mode)
+            with path.open("rb") as file:
+                check_jpeg_scans(file)
+                return ImageOps.exif_transpose(Image.open(file)).convert(mode)
     except Exception as error:  # there is no list of what a damaged image can raise
         raise UnreadableImageError(_sentence(path, error)) from error
 
 
-def check_jpeg_scans(content: bytes) -> None:
+def check_jpeg_scans(file: BinaryIO) -> None:
     """Refuse a JPEG that makes its decoder pass over the image more often than any camera or program does.
 
     Args:
-        content: A file; one that is no JPEG is accepted.
+        file: A file at its start, where it is left. Of one that is no JPEG no more is read than shows that.
 
     Raises:
         ValueError: It has more than :data:`~blip_qformer.limits.MAX_JPEG_SCANS` scans.
     """
-    scans, position = 0, len(JPEG_START)
-    while content.startswith(JPEG_START) and (found := JPEG_MARKER.search(content, position)) and found[1] != END:
+    content = file.read() if file.read(len(JPEG_START)) == JPEG_START else b""
+    file.seek(0)
+    scans = position = 0
+    while (found := JPEG_MARKER.search(content, position)) and found[1] != END:
         scans += found[1] == SCAN
         if scans > MAX_JPEG_SCANS:
             raise ValueError(f"it has more than {MAX_JPEG_SCANS} scans")

@@ -11,12 +11,12 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..limits import MAX_JPEG_SCANS, MAX_PREVIEW_BYTES, MAX_PREVIEW_EDGE
+from ..imaging.image_files import check_jpeg_scans
+from ..limits import MAX_PREVIEW_BYTES, MAX_PREVIEW_EDGE
 
 EDGE = 256  # pixels, of a preview; of each of several tiles it is half
 MAX_TILES = 4
 QUALITY = 85
-JPEG_SCAN = b"\xff\xda"  # begins each scan
 
 
 def make_preview(squares: Tensor) -> bytes:
@@ -86,10 +86,10 @@ def _encode(images: Sequence[Image.Image]) -> bytes:
 
 def _decode(content: bytes) -> Image.Image | None:
     """Decode a JPEG of a bounded size and work; None if it is anything else. Both are known before a pixel is."""
-    if content.count(JPEG_SCAN) > MAX_JPEG_SCANS:
-        return None
+    file = io.BytesIO(content)
     try:
-        with Image.open(io.BytesIO(content), formats=["JPEG"]) as file:
-            return file.convert("RGB") if max(file.size) <= MAX_PREVIEW_EDGE else None
+        check_jpeg_scans(file)
+        with Image.open(file, formats=["JPEG"]) as image:
+            return image.convert("RGB") if max(image.size) <= MAX_PREVIEW_EDGE else None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow says of damaged files
         return None

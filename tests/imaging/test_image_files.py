@@ -5,21 +5,9 @@ from __future__ import annotations
 import io
 
 import pytest
-from PIL import Image
 
 from blip_qformer.imaging.image_files import UnreadableImageError, check_jpeg_scans, open_upright
-
-
-def jpeg(**options) -> bytes:
-    content = io.BytesIO()
-    Image.effect_noise((64, 64), 60).convert("RGB").save(content, "JPEG", **options)
-    return content.getvalue()
-
-
-def with_scans(content: bytes, count: int) -> bytes:
-    """Repeat the last scan of a progressive JPEG."""
-    begin = content.rindex(b"\xff\xda")
-    return content[:begin] + content[begin:-2] * count + content[-2:]
+from tests.images import jpeg, with_scans
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
@@ -39,4 +27,20 @@ def test_a_jpeg_that_makes_its_decoder_work_without_end_is_named(tmp_path):
 
 
 def test_what_is_no_jpeg_is_not_counted():
-    check_jpeg_scans(b"\x89PNG" + b"\xff\xda" * 1000)
+    file = io.BytesIO(b"\x89PNG" + b"\xff\xda" * 1000)
+    check_jpeg_scans(file)
+    assert file.tell() == 0
+
+
+def test_of_what_is_no_jpeg_nothing_more_is_read(tmp_path):
+    """A file of gigabytes that is no image is refused without filling the memory."""
+
+    class Counting(io.BytesIO):
+        def read(self, count: int | None = -1) -> bytes:
+            content = super().read(count)
+            sizes.append(len(content))
+            return content
+
+    sizes: list[int] = []
+    check_jpeg_scans(Counting(bytes(1000)))
+    assert sum(sizes) == 2

@@ -17,6 +17,7 @@ from blip_qformer.limits import MAX_PREVIEW_BYTES
 from blip_qformer.subject import blend, trajectory
 from blip_qformer.subject.file import COVERS, load_subject, save_subject
 from blip_qformer.subject.preview import checked_preview, join_previews, make_preview, preview_image
+from tests.images import jpeg, with_scans
 
 RED, GREEN, BLUE, WHITE = (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)
 
@@ -145,6 +146,14 @@ def test_a_picture_that_cannot_be_one_is_left_out_and_the_subject_loads(tmp_path
     save_file({"emb_params": torch.ones(16, 8)}, tmp_path / "x.safetensors", metadata=metadata)
     found = load_subject(tmp_path / "x.safetensors")
     assert (found.word, found.preview) == ("dog", b"")
+
+
+def test_a_picture_that_makes_its_decoder_work_without_end_is_left_out():
+    """Found from outside: 100 kB of scans, of a size that previews may have, took five seconds."""
+    assert checked_preview(jpeg(progressive=True))
+    content = with_scans(jpeg(progressive=True), 110)
+    assert len(content) <= MAX_PREVIEW_BYTES
+    assert checked_preview(content) == b""
 
 
 def test_a_picture_of_another_program_is_not_ours(tmp_path):
