@@ -69,8 +69,9 @@ def trajectory(subjects: Sequence[Subject], steps: int, mode: BlendMode = "linea
                 f'subject_{number}, "{subject.word}", has {len(subject)} rows, but a trajectory goes between single '
                 'subjects: encode it as "one subject".'
             )
-    blends = [blend(subjects, slider_weights(len(subjects), *position), mode) for position in positions]
-    vectors = torch.cat([each.vectors for each in blends])
+    weights = [normalise_weights(slider_weights(len(subjects), *position), len(subjects)) for position in positions]
+    rows = _same_rows(subjects)
+    vectors = torch.cat([blend_vectors(rows, each, mode) for each in weights])
     preview = join_previews([subject.preview for subject in subjects])
     chosen_word = word.strip() or subjects[0].word
     return Subject(vectors, chosen_word, _first_encoder(subjects), join_sources(subjects), preview)

@@ -8,7 +8,6 @@ where ComfyUI's model library looks for one. No file is written beside it: a pic
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import re
 from dataclasses import replace
@@ -22,7 +21,7 @@ from ..atomic import atomic_file
 from ..checkpoint.read_tensors import CheckpointError, check_header_size, is_pickle
 from ..checkpoint.weights import DTYPES, is_finite
 from ..limits import MAX_POSITIONS, MAX_PREVIEW_BYTES, MAX_WIDTH
-from ..plain_data import PlainDataError, parse_json, validate
+from ..plain_data import parse_json, validate
 from ..stand_in import stand_in
 from .preview import checked_preview
 from .subject import Subject
@@ -181,7 +180,7 @@ def _read_preview(text: str) -> bytes:
     try:
         covers = validate(list[str], parse_json(text or "[]", "The preview"), "The preview")
         return checked_preview(base64.b64decode(covers[0], validate=True)) if covers else b""
-    except (PlainDataError, binascii.Error, ValueError):
+    except ValueError:  # of JSON, base64 or types
         return b""
 
 

@@ -17,7 +17,6 @@ class Subject:
         word: The word that the encoder was given, such as "dog".
         encoder: The :func:`~blip_qformer.subject.provenance.encoder_hash` of its encoder; empty if not known.
         source: The :func:`~blip_qformer.subject.provenance.image_hash` of its image; empty if not known.
-
         preview: A small JPEG of its images, see :mod:`~blip_qformer.subject.preview`; empty if there is none.
 
     Raises:
