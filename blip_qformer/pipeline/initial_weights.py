@@ -25,7 +25,7 @@ from ..checkpoint.read_tensors import SAFETENSORS, TENSOR_FILES, CheckpointError
 from ..checkpoint.weights import check_dtypes, check_finite
 from ..encoder import QFormerConfig, SubjectEncoder, SubjectEncoderConfig, VisionConfig
 from ..encoder.config import Heads, Layers, Pixels, Positions, Vocabulary, Width
-from ..limits import MAX_LAYERS
+from ..limits import MAX_LAYERS, MAX_WIDTH
 from ..plain_data import validate, whole_number
 from .new import init_weights
 from .pipeline import COMPONENT_KINDS, Pipeline, build_text_encoder, build_unet, build_vae, load_tokenizer
@@ -53,6 +53,7 @@ BERT_UNUSED_KEYS = ("position_ids", "token_type_embeddings.weight")  # a Q-Forme
 BERT_OLD_NORMS = {".gamma": ".weight", ".beta": ".bias"}  # in BERT's first files
 
 WORDS = "qformer.word_embedding.weight"
+PROJECTION = 4  # the hidden layer behind the Q-Former, in widths of the Q-Former
 NEW_KEYS = ("vision.post_norm.", "query_tokens", ".cross_attention.")  # in neither CLIP nor BERT
 
 
@@ -70,7 +71,7 @@ class ClipSizes(BaseModel):
 class BertSizes(BaseModel):
     """The fields of BERT's config that decide sizes."""
 
-    hidden_size: Width
+    hidden_size: Annotated[int, whole_number(1, MAX_WIDTH // PROJECTION)]
     num_hidden_layers: Layers
     num_attention_heads: Heads
     intermediate_size: Width
@@ -133,7 +134,7 @@ def initial_encoder(clip: Path, bert: Path, seed: int = 0) -> SubjectEncoder:
         }
         qformer = validate(QFormerConfig, sizes, f"{bert / 'config.json'}")
         qformer_weights = _read_qformer(bert)
-    all_sizes = SubjectEncoderConfig(vision, qformer, 4 * qformer.width)
+    all_sizes = SubjectEncoderConfig(vision, qformer, PROJECTION * qformer.width)
     shapes = {name: weight.shape for name, weight in SubjectEncoder(all_sizes, device="meta").state_dict().items()}
     _check_fit(vision_weights, {name: shape for name, shape in shapes.items() if name.startswith("vision.")}, clip)
     _check_fit(qformer_weights, {name: shape for name, shape in shapes.items() if name.startswith("qformer.")}, bert)

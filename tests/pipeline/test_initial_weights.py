@@ -157,6 +157,7 @@ def test_folders_that_lack_something_get_one_sentence(clip, bert, stable_diffusi
         ({"hidden_size": "32"}, "sets hidden_size to '32', where a whole number"),
         ({"num_attention_heads": 5}, "a width of 32 cannot be shared by 5 heads"),
         ({"vocab_size": None}, "sets vocab_size to None"),
+        ({"hidden_size": 16_384}, "sets hidden_size to 16384, where a whole number from 1 to 4096 is needed"),
         ({"hidden_size": 4_096}, "does not fit its own config: qformer.word_embedding.weight has the shape"),
         ({"num_hidden_layers": 3}, 'lacks "qformer.layers.2.'),
         ({"num_hidden_layers": 1}, "has more layers than its config tells"),
