@@ -262,16 +262,14 @@ def _fetch_rest(file: RemoteFile, opened: _Partial) -> None:
 
 
 def _check(file: RemoteFile, partial: Path) -> None:
-    """Refuse a file that is not the listed one, and remove it, as nothing can be made of it."""
-    size = partial.stat().st_size
-    found = sha256_of(partial) if size == file.size and file.sha256 else None
-    if size == file.size and found == file.sha256:
+    """Refuse a file of another content than the listed one, and remove it, as nothing can be made of it."""
+    if file.sha256 is None or (found := sha256_of(partial)) == file.sha256:
         return
     partial.unlink()
-    what = f"{size} bytes, and {file.size}" if size != file.size else f"the SHA-256 {found}, and {file.sha256}"
     raise DownloadError(
-        f"{file.name} of {file.repository} came with {what} is listed: it was changed or damaged on its way and is "
-        "removed. Run it again; if it comes so once more, use another network or mirror (HF_ENDPOINT)."
+        f"{file.name} of {file.repository} came with the SHA-256 {found}, and {file.sha256} is listed: it was changed "
+        "or damaged on its way and is removed. Run it again; if it comes so once more, use another network or mirror "
+        "(HF_ENDPOINT)."
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..atomic import make_folder, only_writer
 from ..checkpoint import open_checkpoint, save_qformer
@@ -248,9 +249,7 @@ def _convert_model(download: Path, targets: Sequence[Path], progress: Progress) 
             with progress(target.name, data_size(weights, DTYPE)) as update:
                 save_qformer(target, weights, config, dtype=DTYPE, progress=update)
         else:
-            weights, _ = stable_diffusion_weights(checkpoint)
-            with progress(target.name, data_size(weights, DTYPE)) as update:
-                write_safetensors(target, weights, metadata={"format": "pt"}, dtype=DTYPE, progress=update)
+            _write(target, stable_diffusion_weights(checkpoint)[0], progress)
 
 
 def _convert_canny(download: Path, targets: Sequence[Path], progress: Progress) -> None:
@@ -259,8 +258,13 @@ def _convert_canny(download: Path, targets: Sequence[Path], progress: Progress) 
     if not weights:
         raise CheckpointError(" ".join([f"{download} holds no ControlNet that can be read.", *problems]))
     for target in targets:
-        with progress(target.name, data_size(weights, DTYPE)) as update:
-            write_safetensors(target, weights, metadata={"format": "pt"}, dtype=DTYPE, progress=update)
+        _write(target, weights, progress)
+
+
+def _write(target: Path, weights: Mapping[str, Tensor], progress: Progress) -> None:
+    """Write a file for a stock loader."""
+    with progress(target.name, data_size(weights, DTYPE)) as update:
+        write_safetensors(target, weights, metadata={"format": "pt"}, dtype=DTYPE, progress=update)
 
 
 def _is_there(target: Path) -> bool:
